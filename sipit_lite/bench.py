@@ -1,0 +1,287 @@
+"""Measurements side by side in one run, each ending in a table of checks: name, value, target, verdict.
+
+A missed target is reported, never raised: whoever reads the table judges.
+"""
+
+import copy
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from sipit_lite.models import LanguageModel
+from sipit_lite.onestep import ROWS, OneStepMap
+from sipit_lite.policies import Gradient
+from sipit_lite.prompts import prompts
+from sipit_lite.sipit import NotVerified, invert
+
+Better = Literal["higher", "lower"]
+TARGETS: dict[str, tuple[float, Better]] = {
+    "exact, all": (1.0, "higher"),
+    "silent errors": (0, "lower"),
+    "exact, full context": (1.0, "higher"),
+    "exact, repeated token": (1.0, "higher"),
+    "exact, single token": (1.0, "higher"),
+    "exact, end-of-text token": (1.0, "higher"),
+    "exact, float16 under half the margin": (1.0, "higher"),
+    "exact, bfloat16 under half the margin": (1.0, "higher"),
+    "exact, demo": (1.0, "higher"),
+    "peak memory GiB, demo": (2.0, "lower"),
+    "exact, gpt2 at random initialisation": (1.0, "higher"),
+    "peak memory GiB, gpt2 at random initialisation": (3.0, "lower"),
+    "scan over plain forward": (1.5, "lower"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the closing table.
+
+    >>> Check.of("silent errors", 0).ok, Check.of("scan over plain forward", 1.6).ok
+    (True, False)
+    """
+
+    name: str
+    value: float
+    target: float
+    better: Better
+    ok: bool
+
+    @classmethod
+    def of(cls, name: str, value: float) -> "Check":
+        """Compare a measured value with the target of that name."""
+        target, better = TARGETS[name]
+        return cls(name, value, target, better, value >= target if better == "higher" else value <= target)
+
+
+def exactness(
+    model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
+) -> tuple[list[Check], dict]:
+    """Invert held-out prompts of 1 to 48 tokens at the first, middle and last layer with ``Gradient``, and edge cases.
+
+    Counts what was recovered exactly, silent errors (a wrong prompt returned as verified), and candidates tested.
+    """
+    layers = (1, model.n_layers // 2, model.n_layers)
+    counts = {"prose": 2, "code": 1, "random": 1} if quick else {"prose": 30, "code": 15, "random": 15}
+    asked = list(held_out(model, counts, 12 if quick else 48, seed))
+    cases = [(kind, ids, layer) for layer in layers for kind, ids in asked]
+    runs = [
+        attempt(model, ids, layer) | {"kind": kind}
+        for kind, ids, layer in tqdm(cases, "exactness", disable=_bar(progress))
+    ]
+    edges = {
+        name: [attempt(model, ids, layer) for layer in (layers[-1:] if quick else layers)]
+        for name, ids in edge_prompts(model, quick, seed).items()
+    }
+    stored = [
+        rounded(model, ids[:4] if quick else ids[:12], layer, dtype)
+        for dtype in (torch.float16, torch.bfloat16)
+        for layer in (layers[:1] if quick else layers)
+        for _, ids in asked[:: 4 if quick else 6]
+    ]
+    every = runs + [run for group in edges.values() for run in group] + stored
+    checks = [
+        Check.of("exact, all", _share(run["exact"] for run in runs)),
+        Check.of("silent errors", sum(run["silent error"] for run in every)),
+    ]
+    checks += [Check.of(f"exact, {name}", _share(run["exact"] for run in group)) for name, group in edges.items()]
+    for dtype in ("float16", "bfloat16"):
+        under = [run["exact"] for run in stored if run["dtype"] == dtype and run["noise under half the margin"]]
+        checks.append(Check.of(f"exact, {dtype} under half the margin", _share(under)))
+    if not quick:
+        checks += _whole_processes()
+    return checks, {"candidates": candidate_counts(runs, model.vocab_size), "runs": runs, "stored": stored}
+
+
+def held_out(model: LanguageModel, counts: dict[str, int], longest: int, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Held-out prompts of each kind, their lengths spread evenly from 1 to ``longest`` tokens."""
+    for kind, count in counts.items():
+        for i, length in enumerate(np.linspace(1, longest, count).round().astype(int)):
+            yield kind, next(prompts(model.tokenizer, kind, int(length), seed=seed + i)).to(model.device)
+
+
+def edge_prompts(model: LanguageModel, quick: bool, seed: int) -> dict[str, Int[Tensor, " pos"]]:
+    """The prompts that break naive inverters."""
+    full = min(64, model.n_positions) if quick else model.n_positions
+    text = torch.cat(list(islice(prompts(model.tokenizer, "prose", 16, seed=seed), -(-full // 16))))
+    end = model.tokenizer.eos_token_id or 0
+    some = {
+        "full context": text[:full],
+        "repeated token": text[:1].repeat(8 if quick else 32),
+        "single token": text[:1],
+        "end-of-text token": torch.tensor([end]),
+    }
+    return {name: ids.to(model.device) for name, ids in some.items()}
+
+
+def attempt(model: LanguageModel, ids: Int[Tensor, " pos"], layer: int, dtype: torch.dtype | None = None) -> dict:
+    """Invert the states of known ids and say what came of it."""
+    states, begun = model.states(ids, layer), time.perf_counter()
+    try:
+        found = invert(states if dtype is None else states.to(dtype), model, layer)
+        exact, tested, refused = torch.equal(found.tokens, ids.cpu()), found.tested.tolist(), None
+    except NotVerified as refusal:
+        exact, tested, refused = False, refusal.recovered.tested.tolist(), type(refusal).__name__
+    return {
+        "layer": layer,
+        "length": len(ids),
+        "exact": exact,
+        "refused": refused,
+        "tested": tested,
+        "silent error": not exact and refused is None,
+        "seconds": round(time.perf_counter() - begun, 4),
+    }
+
+
+def rounded(model: LanguageModel, ids: Int[Tensor, " pos"], layer: int, dtype: torch.dtype) -> dict:
+    """Invert states stored as ``dtype`` and say whether the noise of storing them was under half the margin."""
+    states = model.states(ids, layer)
+    noise = torch.linalg.vector_norm(states - states.to(dtype).float(), dim=1)
+    margins = [OneStepMap.after(model, layer, ids[:t]).margin() for t in range(len(ids))]
+    return attempt(model, ids, layer, dtype) | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "noise under half the margin": all(n < m / 2 for n, m in zip(noise.tolist(), margins, strict=True)),
+    }
+
+
+def candidate_counts(runs: list[dict], vocab_size: int) -> dict[str, float]:
+    """Candidates tested per token: median, 99th percentile, share of positions that went on to the scan.
+
+    >>> candidate_counts([{"tested": [40, 72, 4096]}], 4096)["median"]
+    72.0
+    """
+    tested = np.array([n for run in runs for n in run["tested"]])
+    policy = Gradient()
+    reach = policy.proposals_per_step * (policy.max_steps or vocab_size)
+    return {
+        "median": float(np.median(tested)),
+        "99th percentile": float(np.percentile(tested, 99)),
+        "share of positions that needed the scan": float((tested > reach).mean()),
+        "positions": len(tested),
+    }
+
+
+def scan(
+    model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
+) -> tuple[list[Check], dict]:
+    """Time a full-vocabulary scan at one position against a plain forward pass over as many one-token rows.
+
+    The plain pass is what ``transformers`` offers: the prefix cache repeated for each row, the model uncut.
+    """
+    rounds, layer = 3 if quick else 9, model.n_layers
+    prefix = next(prompts(model.tokenizer, "prose", 20, seed=seed)).to(model.device)
+    step = OneStepMap.after(model, layer, prefix)
+    tokens = torch.arange(model.vocab_size, device=model.device)
+    observed = step.tokens(tokens[:1])[0]
+    ours = lambda: torch.linalg.vector_norm(step.tokens(tokens) - observed, dim=1)  # noqa: E731
+    plain = lambda: plain_forward(model, prefix, tokens)  # noqa: E731
+    assert torch.allclose(
+        model.cut(layer)(inputs_embeds=model.embeddings[prefix][None]).last_hidden_state[0, -1],
+        OneStepMap.after(model, layer, prefix[:-1]).tokens(prefix[-1:])[0],
+        atol=1e-2,
+    )
+    times = [
+        (clock(ours, model.device), clock(plain, model.device))
+        for _ in tqdm(range(rounds), "scan", disable=_bar(progress))
+    ]
+    ratio = statistics.median(a / b for a, b in times)
+    data = {"prefix": len(prefix), "rows": len(tokens), "seconds": [{"scan": a, "plain": b} for a, b in times]}
+    return [Check.of("scan over plain forward", ratio)], data
+
+
+def plain_forward(model: LanguageModel, prefix: Int[Tensor, " pos"], tokens: Int[Tensor, " cand"]) -> None:
+    """One-token rows over a repeated prefix cache, with nothing of ours in it."""
+    with torch.no_grad():
+        cache = DynamicCache()
+        model.decoder(prefix[None], past_key_values=cache, use_cache=True)
+        for rows in tokens.split(ROWS):
+            repeated = copy.deepcopy(cache)
+            repeated.batch_repeat_interleave(len(rows))
+            model.decoder(rows[:, None], past_key_values=repeated, use_cache=True)
+
+
+def clock(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's queue emptied before and after."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    begun = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - begun
+
+
+BENCHES = {"exactness": exactness, "scan": scan}
+
+
+def report(bench: str, model: LanguageModel, checks: list[Check], data: dict) -> dict:
+    """The JSON object of one bench."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {
+        "bench": bench,
+        "model": model.name,
+        "versions": versions,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "checks": [asdict(check) for check in checks],
+        "data": data,
+    }
+
+
+def table(checks: Iterable[Check]) -> str:
+    """The closing table, aligned.
+
+    >>> print(table([Check.of("silent errors", 0)]))
+    check          value  target  verdict
+    silent errors      0    <= 0  met
+    """
+    rows = [("check", "value", "target", "verdict")]
+    for check in checks:
+        sign = ">=" if check.better == "higher" else "<="
+        rows.append((check.name, f"{check.value:.4g}", f"{sign} {check.target:g}", "met" if check.ok else "MISSED"))
+    name, value, target = (max(len(row[i]) for row in rows) for i in range(3))
+    return "\n".join(f"{r[0]:<{name}}  {r[1]:>{value}}  {r[2]:>{target}}  {r[3]}" for r in rows)
+
+
+def _whole_processes() -> list[Check]:
+    """Exactness and peak memory of two runs of the command line, each a process of its own."""
+    demo = _demo()
+    large = _demo("--model", "gpt2", "--random-init", "--layer", "12")
+    name = "gpt2 at random initialisation"
+    return [
+        Check.of("exact, demo", float(demo["exact"])),
+        Check.of("peak memory GiB, demo", demo["peak memory GiB"]),
+        Check.of(f"exact, {name}", float(large["exact"])),
+        Check.of(f"peak memory GiB, {name}", large["peak memory GiB"]),
+    ]
+
+
+def _demo(*options: str) -> dict:
+    command = [sys.executable, "-m", "sipit_lite.cli", "demo", "--json", "--device", "cpu", "--figure", "", *options]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+
+
+def _share(outcomes: Iterable[bool]) -> float:
+    kept = list(outcomes)
+    return sum(kept) / len(kept) if kept else 1.0
+
+
+def _bar(progress: bool) -> bool | None:
+    return None if progress else True

@@ -1,0 +1,260 @@
+"""Language models as maps from a prompt to hidden states, cut at any layer.
+
+One path for every Hugging Face decoder: its blocks and its final norm are found by structure, not by name.
+States are taken after block ``layer`` and before the final norm, as in the paper (its §3 and official code).
+"""
+
+import copy
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+POCKET = "pocket-gpt2"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded, or a question that the loaded model cannot answer."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A decoder-only transformer as the paper sees it: the map s ↦ H^(ℓ)(s) from a prompt to its hidden states.
+
+    ``decoder`` is the untouched ``transformers`` model without its unembedding; ``embeddings`` holds the rows
+    E_v that it feeds to its first block, shape (vocab_size, d_model), any embedding scale included.
+
+    >>> model = load(device="cpu")
+    >>> model.n_layers, model.d_model, model.vocab_size
+    (6, 256, 4096)
+    """
+
+    name: str
+    decoder: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    embeddings: Float[Tensor, "vocab d_model"]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks L; layers run from 0 (embeddings) to L."""
+        return self.decoder.config.num_hidden_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width d of a hidden state."""
+        return self.embeddings.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens |V|, counted as rows of the embedding table."""
+        return self.embeddings.shape[0]
+
+    @property
+    def n_positions(self) -> int:
+        """Context length K: prompts have 1 to K tokens."""
+        return self.decoder.config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embeddings.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point format the model computes in."""
+        return self.embeddings.dtype
+
+    def encode(self, text: str) -> Int[Tensor, " pos"]:
+        """Token ids of a text, special tokens included where the tokenizer adds them.
+
+        Raises ``ModelError`` for an empty text, or where the model came without a tokenizer.
+
+        >>> model = load(device="cpu")
+        >>> model.decode(model.encode("hidden states"))
+        'hidden states'
+        """
+        if self.tokenizer is None:
+            raise ModelError(f"{self.name} came without a tokenizer: got text, expected token ids")
+        ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        if ids.numel() == 0:
+            raise ModelError(f"got the text {text!r} of 0 tokens; a prompt has at least one")
+        return ids.to(self.device)
+
+    def decode(self, ids: Int[Tensor, " pos"]) -> str:
+        """The text of token ids; without a tokenizer, the ids themselves, written out."""
+        if self.tokenizer is None:
+            return " ".join(map(str, ids.tolist()))
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def check_layer(self, layer: int) -> None:
+        """Raise ``ModelError`` unless 0 ≤ layer ≤ L."""
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= self.n_layers:
+            raise ModelError(f"got layer {layer!r}; {self.name} has layers 0 (embeddings) to {self.n_layers}")
+
+    def check_ids(self, ids: Int[Tensor, "*batch pos"]) -> None:
+        """Raise ``ModelError`` unless the ids are integers below |V| in rows of 1 to K tokens."""
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ModelError(f"got ids of {ids.dtype}; token ids are integers")
+        if ids.ndim == 0 or ids.numel() == 0 or ids.shape[-1] > self.n_positions:
+            raise ModelError(f"got ids of shape {tuple(ids.shape)}; a prompt has 1 to {self.n_positions} tokens")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            raise ModelError(f"got ids from {ids.min()} to {ids.max()}; tokens are 0 to {self.vocab_size - 1}")
+
+    def states(self, prompt: str | Int[Tensor, "*batch pos"], layer: int) -> Float[Tensor, "*batch pos d_model"]:
+        """Hidden states H^(ℓ) of a text or of token ids at every position, before the final norm.
+
+        Layer 0 is the input of the first block (embeddings, with absolute positions where the model has them);
+        layer ℓ is the output of block ℓ. Only the first ℓ blocks run, and never the unembedding.
+        Raises ``ModelError`` for a layer outside 0..L, an empty or too long prompt, or ids outside 0..|V|−1.
+
+        >>> load(device="cpu").states("hidden states", layer=3).shape[-1]
+        256
+        """
+        self.check_layer(layer)
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.device)
+        self.check_ids(ids)
+        rows = ids.reshape(-1, ids.shape[-1])
+        with torch.no_grad():
+            found = self.cut(layer)(inputs_embeds=self.embeddings[rows], use_cache=False).last_hidden_state
+        return found.reshape(*ids.shape, self.d_model)
+
+    def cut(self, layer: int) -> nn.Module:
+        """The decoder with its first ``layer`` blocks and no final norm; it shares all weights.
+
+        >>> model = load(device="cpu")
+        >>> len(model.cut(2).h), len(model.decoder.h)
+        (2, 6)
+        """
+        self.check_layer(layer)
+        shortened = copy.copy(self.decoder)
+        shortened._modules = dict(self.decoder._modules)  # a shallow copy: the model itself must stay whole
+        blocks, norm = _landmarks(self.decoder)
+        setattr(shortened, blocks, getattr(self.decoder, blocks)[:layer])
+        setattr(shortened, norm, nn.Identity())
+        return shortened
+
+
+def load(
+    name: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.float32,
+    random_init: bool = False,
+    seed: int = 0,
+) -> LanguageModel:
+    """Load pocket-gpt2 (no name), a model of the Hugging Face hub, or one in a local folder.
+
+    The environment variable ``SIPIT_LITE_MODEL`` replaces the default. ``random_init`` draws the weights from
+    the architecture's own initialisation instead (Theorem 2.2 is about exactly this object); ``"gpt2"`` then needs
+    no download, and comes without a tokenizer where none is at hand. ``device="auto"`` takes CUDA where there is one.
+    Raises ``ModelError`` where no such model is in reach or its structure is not that of a decoder.
+
+    >>> load(device="cpu").name
+    'pocket-gpt2'
+    """
+    name = str(name or os.environ.get("SIPIT_LITE_MODEL", POCKET))
+    place = files("sipit_lite") / "pocket_gpt2" if name == POCKET else name
+    target = pick_device(device)
+    try:
+        with _quiet():
+            decoder = (
+                _at_random(name, place, seed).to(dtype)
+                if random_init
+                else AutoModel.from_pretrained(place, dtype=dtype)
+            )
+            tokenizer = _tokenizer(place, required=not random_init)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"got model {name!r}; expected {POCKET!r}, a folder with config.json and weights, or a model of the "
+            f"Hugging Face hub that is downloaded or in reach ({first})"
+        ) from error
+    decoder = decoder.get_decoder().eval().requires_grad_(False).to(target)
+    _landmarks(decoder)
+    return LanguageModel(name, decoder, tokenizer, _embedding_rows(decoder))
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The device of that name; ``"auto"`` is CUDA where there is one, else the CPU. TF32 stays off.
+
+    Raises ``ModelError`` for a device that torch does not know or cannot reach.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    """
+    torch.set_float32_matmul_precision("highest")
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"got device {str(device)!r}; expected 'auto', 'cpu', or a CUDA device in reach") from error
+    return torch.device(device)
+
+
+def _at_random(name: str, place: object, seed: int) -> PreTrainedModel:
+    # The defaults of GPT2Config are GPT-2 124M, so this one architecture needs no file at all.
+    config = GPT2Config() if name == "gpt2" else AutoConfig.from_pretrained(place)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModel.from_config(config)
+
+
+def _tokenizer(place: object, required: bool) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError):
+        if required:
+            raise
+        return None
+
+
+def _embedding_rows(decoder: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:
+    table = decoder.get_input_embeddings()
+    if type(table) is nn.Embedding:
+        return table.weight
+    with torch.no_grad():  # some families scale their embeddings (Gemma): take the rows as the first block sees them
+        return table(torch.arange(table.weight.shape[0], device=table.weight.device))
+
+
+def _landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
+    """Names of the list of blocks and of the final norm, found by structure."""
+    children = list(decoder.named_children())
+    blocks = [
+        i
+        for i, (_, child) in enumerate(children)
+        if isinstance(child, nn.ModuleList) and len(child) == decoder.config.num_hidden_layers
+    ]
+    norms = [n for n, child in children[blocks[0] + 1 :] if _is_norm(child, decoder)] if len(blocks) == 1 else []
+    if len(norms) != 1:
+        raise ModelError(
+            f"got {type(decoder).__name__} with children {[n for n, _ in children]}; expected a decoder with one list "
+            f"of {decoder.config.num_hidden_layers} blocks followed by one final norm"
+        )
+    return children[blocks[0]][0], norms[0]
+
+
+def _is_norm(child: nn.Module, decoder: PreTrainedModel) -> bool:
+    shapes = {tuple(p.shape) for p in child.parameters()}
+    return shapes == {(decoder.config.hidden_size,)} and not list(child.children())
+
+
+@contextmanager
+def _quiet():
+    # Loading messages of transformers go to stderr, which would end up on the pages of the book.
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

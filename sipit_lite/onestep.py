@@ -1,0 +1,105 @@
+"""The one-step map F(·; π, t): what the next hidden state would be, for every candidate token, over one prefix.
+
+The prefix is read once into a key-value cache, so a candidate costs one token instead of t,
+and candidates go through the model together, as rows of one batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from sipit_lite.models import LanguageModel, ModelError
+
+ROWS = 256  # candidates per pass: enough to keep the matrix products busy, small enough for the copied prefix cache
+EXACT = "donot_use_mm_for_euclid_dist"
+FLOAT_ROOM = 2**27  # and never more than 512 MiB of copied cache in float32
+
+
+@dataclass(frozen=True, eq=False)
+class OneStepMap:
+    """F(v; π, t) = h_t(π ⊕ v) at one layer, for a fixed prefix π of t − 1 tokens (paper §3, chapter 9).
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> step = OneStepMap.after(model, 3, model.encode("hidden"))
+    >>> step.tokens(torch.tensor([5, 6, 7])).shape
+    torch.Size([3, 256])
+    """
+
+    model: LanguageModel
+    layer: int
+    position: int
+    cut: nn.Module
+    past: tuple[tuple[Float[Tensor, "1 heads pos d_head"], Float[Tensor, "1 heads pos d_head"]], ...]
+
+    @classmethod
+    def after(cls, model: LanguageModel, layer: int, prefix: Int[Tensor, " pos"] | None = None) -> "OneStepMap":
+        """The map over a prefix of token ids; no prefix means the first position.
+
+        Raises ``ModelError`` for a layer outside 0..L, a bad prefix, or one that fills the whole context.
+        """
+        start = cls(model, layer, 0, model.cut(layer), ())
+        if prefix is None or prefix.numel() == 0:
+            return start
+        model.check_ids(prefix)
+        return start._read(prefix.to(model.device))
+
+    def extend(self, token: int) -> "OneStepMap":
+        """The map one position further, with ``token`` appended to the prefix."""
+        return self._read(torch.tensor([token], device=self.model.device))
+
+    def tokens(self, tokens: Int[Tensor, " cand"]) -> Float[Tensor, "cand d_model"]:
+        """F(v) for each candidate token, shape (candidates, d_model)."""
+        with torch.no_grad():
+            return torch.cat([self.embedding(self.model.embeddings[rows]) for rows in tokens.split(self._rows())])
+
+    def embedding(self, e: Float[Tensor, "cand d_model"]) -> Float[Tensor, "cand d_model"]:
+        """F(e) with the t-th input embedding replaced by each row of e; differentiable in e.
+
+        Raises ``ModelError`` where the prefix already fills the context.
+        """
+        if self.position >= self.model.n_positions:
+            raise ModelError(
+                f"got a prefix of {self.position} tokens; {self.model.name} reads {self.model.n_positions}"
+            )
+        cache = self._cache(len(e))
+        return self._run(e[:, None], cache)[:, 0]
+
+    def margin(self) -> float:
+        """Δ_{π,t}: the smallest distance between the states of two different tokens, in float64 (paper §3).
+
+        Scans the vocabulary and compares all pairs: |V|²·d_model operations, for small vocabularies.
+        """
+        states = self.tokens(torch.arange(self.model.vocab_size, device=self.model.device)).double()
+        smallest = torch.inf
+        for first in range(0, len(states) - 1, ROWS):
+            # Rows against all later ones: the differences themselves, since |a|² + |b|² − 2ab loses small distances.
+            pairs = torch.cdist(states[first : first + ROWS], states[first:], compute_mode=EXACT)
+            smallest = min(smallest, float(pairs[torch.ones_like(pairs, dtype=torch.bool).triu(1)].min()))
+        return smallest
+
+    def _rows(self) -> int:
+        per_row = sum(k.numel() + v.numel() for k, v in self.past)
+        return max(1, min(ROWS, FLOAT_ROOM // max(per_row, 1)))
+
+    def _cache(self, rows: int) -> DynamicCache:
+        # No config is given to the cache: every layer then keeps the whole prefix, and a sliding window is only a mask.
+        cache = DynamicCache(self.past or None)
+        for stored in cache.layers:
+            stored.keys, stored.values = (x.expand(rows, -1, -1, -1) for x in (stored.keys, stored.values))
+        return cache
+
+    def _run(self, embeds: Float[Tensor, "row pos d_model"], cache: DynamicCache) -> Float[Tensor, "row pos d_model"]:
+        positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + self.position
+        found = self.cut(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+        return found.last_hidden_state
+
+    def _read(self, ids: Int[Tensor, " pos"]) -> "OneStepMap":
+        cache = self._cache(1)
+        with torch.no_grad():
+            self._run(self.model.embeddings[ids][None], cache)
+        past = tuple((stored.keys, stored.values) for stored in cache.layers)
+        return OneStepMap(self.model, self.layer, self.position + len(ids), self.cut, past)

@@ -1,0 +1,119 @@
+"""Policies: the order in which candidate tokens are tried. A policy never decides, it only orders.
+
+Every policy enumerates the whole vocabulary without repetition, so the bound of Theorem 3.1,
+at most T·|V| verifier tests, holds for each of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sipit_lite.onestep import ROWS, OneStepMap
+
+
+class Policy(Protocol):
+    """Π: which untried tokens to test next (paper §3), as batches of token ids."""
+
+    def proposals(
+        self, step: OneStepMap, observed: Float[Tensor, " d_model"], generator: torch.Generator
+    ) -> Iterator[Int[Tensor, " cand"]]:
+        """Yield batches of candidates that together hold every token exactly once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform over the untried tokens (Algorithm 2), ``proposals_per_step`` at a time.
+
+    Raises ``ValueError`` for fewer than one proposal a step.
+    """
+
+    proposals_per_step: int = ROWS
+
+    def __post_init__(self) -> None:
+        _at_least_one("proposals_per_step", self.proposals_per_step)
+
+    def proposals(
+        self, step: OneStepMap, observed: Float[Tensor, " d_model"], generator: torch.Generator
+    ) -> Iterator[Int[Tensor, " cand"]]:
+        """Yield a random permutation of the vocabulary in batches."""
+        order = torch.randperm(step.model.vocab_size, generator=generator)
+        yield from order.to(step.model.device).split(self.proposals_per_step)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Descend on a continuous proxy e, try the untried tokens nearest to it (Algorithm 3).
+
+    The loss is the mean squared error between F(e) and the observed state; its gradient is clipped to norm 1;
+    the step size starts at ``step_size`` and decays linearly to 1 % inside each window of ``window`` steps, after
+    which e snaps to the nearest untried embedding. ``proposals_per_step=1`` with ``max_steps=None`` is the
+    published loop. By default several nearest tokens are tested in one batch, and after ``max_steps`` the rest of
+    the vocabulary follows, nearest first. Raises ``ValueError`` for a setting below one.
+    """
+
+    proposals_per_step: int = 32
+    max_steps: int | None = 40
+    step_size: float = 1.0
+    window: int = 50
+
+    def __post_init__(self) -> None:
+        _at_least_one("proposals_per_step", self.proposals_per_step)
+        _at_least_one("window", self.window)
+        if self.max_steps is not None:
+            _at_least_one("max_steps", self.max_steps)
+
+    def proposals(
+        self, step: OneStepMap, observed: Float[Tensor, " d_model"], generator: torch.Generator
+    ) -> Iterator[Int[Tensor, " cand"]]:
+        """Yield the nearest untried tokens after each gradient step, then the rest of the vocabulary."""
+        table = step.model.embeddings
+        untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
+        e = table[int(torch.randint(len(table), (), generator=generator))].clone()
+        window = self.window * (1 + len(table) // 25_000 if step.position == 0 else 1)
+        taken = 0
+        while untried.any() and (self.max_steps is None or taken < self.max_steps):
+            e = e - self._rate(taken % window, window) * clipped_gradient(step, e, observed)
+            batch = nearest(table, e, untried, self.proposals_per_step)
+            untried[batch] = False
+            yield batch
+            taken += 1
+            if taken % window == 0 and untried.any():
+                e = table[nearest(table, e, untried, 1)[0]].clone()
+        if untried.any():
+            yield from nearest(table, e, untried, int(untried.sum())).split(ROWS)
+
+    def _rate(self, taken: int, window: int) -> float:
+        return self.step_size * (1 - 0.99 * taken / max(window - 1, 1))
+
+
+def clipped_gradient(
+    step: OneStepMap, e: Float[Tensor, " d_model"], observed: Float[Tensor, " d_model"], norm: float = 1.0
+) -> Float[Tensor, " d_model"]:
+    """∇_e of the mean squared error between F(e) and the observed state, its norm clipped (Algorithm 3)."""
+    with torch.enable_grad():
+        e = e.detach().clone().requires_grad_()
+        loss = torch.nn.functional.mse_loss(step.embedding(e[None])[0], observed)
+        gradient = torch.autograd.grad(loss, e)[0]
+    return gradient * (norm / gradient.norm().clamp(min=norm))
+
+
+def nearest(
+    table: Float[Tensor, "vocab d_model"], e: Float[Tensor, " d_model"], allowed: Bool[Tensor, " vocab"], count: int
+) -> Int[Tensor, " cand"]:
+    """The ``count`` allowed tokens whose embeddings are nearest to e in ℓ2, nearest first.
+
+    >>> nearest(torch.eye(3), torch.tensor([0.9, 0.5, 0.0]), torch.tensor([False, True, True]), 2).tolist()
+    [1, 2]
+    """
+    distance = torch.linalg.vector_norm(table - e, dim=1).masked_fill(~allowed, torch.inf)
+    return distance.topk(min(count, int(allowed.sum())), largest=False).indices
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"got {name}={value}; expected at least 1")

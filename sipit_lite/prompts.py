@@ -1,0 +1,195 @@
+"""Prompts to feed a model: passages that travel with the package, text of the Python install, random tokens.
+
+Two sources of text, both offline. ``"bundled"`` is a small fixed set of held-out passages of the Python
+standard library, so that what the book quotes never changes. ``"installed"`` is every docstring and source
+file of the running Python and its packages: millions of tokens for bulk work, different on every machine.
+"""
+
+import ast
+import hashlib
+import json
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["prose", "code", "random"]
+Split = Literal["train", "held-out"]
+KINDS: tuple[Kind, ...] = ("prose", "code", "random")
+HELD_OUT_ONE_IN = 16
+MAX_FILE_BYTES = 200_000  # larger sources are generated tables, not code that people wrote
+_SENTENCES = re.compile(r"[A-Z][^\n]*[.:!?]", re.DOTALL)
+_NOT_PROSE = re.compile(r">>>|\.\. |--|==|\|| {4}|[{}<>\\]")
+
+
+def prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+    length: int,
+    *,
+    seed: int = 0,
+    source: Literal["bundled", "installed"] = "bundled",
+    split: Split = "held-out",
+) -> Iterator[Int[Tensor, " pos"]]:
+    """Yield prompts of exactly ``length`` tokens: windows of text that do not overlap, or random tokens for ever.
+
+    ``seed`` shuffles the passages; the same seed gives the same prompts. ``"installed"`` text comes in the
+    order of the files, because shuffling it would mean reading all of it first.
+    Raises ``ValueError`` for an unknown kind or source, or a length below one.
+
+    >>> from sipit_lite import load
+    >>> [len(ids) for ids, _ in zip(prompts(load().tokenizer, "prose", 8), range(3))]
+    [8, 8, 8]
+    """
+    if kind not in KINDS or source not in ("bundled", "installed"):
+        raise ValueError(f"got kind={kind!r}, source={source!r}; expected one of {KINDS} and 'bundled' or 'installed'")
+    if length < 1:
+        raise ValueError(f"got length={length}; a prompt has at least one token")
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "random":
+        while True:
+            yield torch.randint(len(tokenizer), (length,), generator=generator)
+    if source == "installed":
+        passages: Iterable[str] = installed(kind, split)
+    else:
+        texts = bundled(kind)
+        passages = (texts[i] for i in torch.randperm(len(texts), generator=generator))
+    for passage in passages:
+        ids = tokenizer(passage, return_tensors="pt", verbose=False)["input_ids"][0]
+        yield from ids[: len(ids) // length * length].split(length) if len(ids) >= length else ()
+
+
+@cache
+def bundled(kind: Kind) -> tuple[str, ...]:
+    """The held-out passages of one kind that travel with the package (Python standard library, PSF licence).
+
+    >>> len(bundled("prose")) >= 100
+    True
+    """
+    stored = json.loads((files("sipit_lite") / "pocket_gpt2" / "held_out.json").read_text(encoding="utf-8"))
+    return tuple(passage["text"] for passage in stored[kind])
+
+
+def installed(kind: Kind, split: Split = "train") -> Iterator[str]:
+    """Yield documents of the running Python install, one per source file, of one kind and one split.
+
+    A file belongs to one split by the hash of its name, so a patch release moves nothing across.
+    Paragraphs of held-out files are cut out of the training files: no paragraph stands in both splits.
+
+    >>> next(installed("code", "held-out")) not in next(installed("code", "train"))
+    True
+    """
+    held_out = _paragraphs_held_out(kind) if split == "train" else frozenset()
+    for _, text in _documents(kind, split):
+        kept = [p for p in paragraphs(text) if p.strip() not in held_out]
+        if kept:
+            yield "\n\n".join(kept)
+
+
+def paragraphs(text: str) -> list[str]:
+    """Split text at blank lines.
+
+    >>> paragraphs("one\\n\\n\\ntwo\\nlines")
+    ['one', 'two\\nlines']
+    """
+    return [p for p in re.split(r"\n\s*\n", text.strip("\n")) if p.strip()]
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph reads as English sentences rather than a table, an example or a signature.
+
+    >>> is_prose("Return the number of times that the given value occurs in the list, as an integer.")
+    True
+    >>> is_prose("x : array_like, shape (n,)")
+    False
+    """
+    letters = sum(c.isalpha() or c.isspace() for c in paragraph)
+    return (
+        len(paragraph) >= 60
+        and letters >= 0.88 * len(paragraph)
+        and _SENTENCES.fullmatch(" ".join(paragraph.split())) is not None
+        and _NOT_PROSE.search(paragraph) is None
+    )
+
+
+@cache
+def _paragraphs_held_out(kind: Kind) -> frozenset[str]:
+    return frozenset(p.strip() for _, text in _documents(kind, "held-out") for p in paragraphs(text))
+
+
+def _split_of(name: str) -> Split:
+    digest = hashlib.sha256(name.encode()).digest()
+    return "held-out" if int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0 else "train"
+
+
+def _documents(kind: Kind, split: Split, roots: Iterable[Path] | None = None) -> Iterator[tuple[str, str]]:
+    everywhere = (standard_library(), Path(sysconfig.get_path("purelib")))
+    for name, read in chain(_topics() if kind == "prose" else (), _sources(roots or everywhere)):
+        if _split_of(name) == split:
+            text = read() if callable(read) else _read(read, kind)
+            if text:
+                yield name, text
+
+
+def _topics() -> Iterator[tuple[str, object]]:
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield f"pydoc_data/topics/{name}", lambda text=text: _prose(paragraphs(text))
+
+
+def standard_library() -> Path:
+    """The folder of the running Python's standard library.
+
+    >>> (standard_library() / "ast.py").exists()
+    True
+    """
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def standard_library_documents(kind: Kind) -> Iterator[tuple[str, str]]:
+    """Held-out documents of the standard library alone, with their names: one source, one licence."""
+    yield from _documents(kind, "held-out", [standard_library()])
+
+
+def _sources(roots: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            name = path.relative_to(root)
+            if "site-packages" not in name.parts and "sipit_lite" not in name.parts:
+                yield name.as_posix(), path
+
+
+def _read(path: Path, kind: Kind) -> str:
+    try:
+        source = path.read_text(encoding="utf-8") if path.stat().st_size <= MAX_FILE_BYTES else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return source if kind == "code" else _prose(chain.from_iterable(map(paragraphs, _docstrings(source))))
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def _prose(candidates: Iterable[str]) -> str:
+    """Join the paragraphs that are prose, each once, unwrapped to one line."""
+    return "\n\n".join(dict.fromkeys(" ".join(p.split()) for p in candidates if is_prose(p)))

@@ -1,0 +1,159 @@
+"""The local verifier: when does a candidate's state agree with the observed one?
+
+No magic ε: the radius of the acceptance region is the float noise of this model at this layer, measured,
+and the rounding of a coarser stored format is treated as what it is, an interval around each number.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sipit_lite.models import LanguageModel
+from sipit_lite.onestep import EXACT, ROWS, OneStepMap
+
+SAFETY = 16  # the noise is measured on a few positions; other prompts and machines stay within this factor
+PROBES = (0, 1, 3, 7, 15, 31)  # positions where it is measured; position 0 of trained models is unlike the rest
+_MEASURED: WeakKeyDictionary[LanguageModel, dict[int, float]] = WeakKeyDictionary()
+
+
+class StatesError(ValueError):
+    """Observed states that no prompt of this model can have: wrong width, format, length, or not finite."""
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Observed states with what is known of their noise: the acceptance regions A_{π,t}(·; ε_t) of a whole prompt.
+
+    ``half_width`` is how far rounding to the stored format may have moved each number; ``radius`` holds ε_t.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> seen = Observation.of(model.states("hidden states", 3), model, 3)
+    >>> len(seen) == len(seen.radius) and seen.exact
+    True
+    """
+
+    states: Float[Tensor, "pos d_model"]
+    half_width: Float[Tensor, "pos d_model"]
+    radius: Float[Tensor, " pos"]
+
+    @classmethod
+    def of(cls, states: Tensor, model: LanguageModel, layer: int, epsilon: float | None = None) -> "Observation":
+        """Check the states and work out their acceptance regions; ``epsilon`` bounds noise added on purpose.
+
+        Raises ``StatesError`` for states that no prompt has or a bad ``epsilon``, ``ModelError`` for a bad layer.
+        """
+        model.check_layer(layer)
+        if epsilon is not None and not 0 <= epsilon < float("inf"):
+            raise StatesError(f"got epsilon={epsilon}; a bound on the noise is finite and not negative")
+        values = check_states(states, model)
+        radius = noise_floor(model, layer) * torch.linalg.vector_norm(values, dim=1) + (epsilon or 0.0)
+        return cls(values, rounding_half_width(states, model), radius)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the states were stored at least as finely as the model computes."""
+        return not bool(self.half_width.any())
+
+    def distance(self, t: int, candidates: Float[Tensor, "cand d_model"]) -> Float[Tensor, " cand"]:
+        """Distance of each candidate state from the observed one at position t, see ``distance_to_stored``."""
+        return distance_to_stored(candidates, self.states[t], self.half_width[t])
+
+
+def distance_to_stored(
+    candidates: Float[Tensor, "cand d_model"],
+    observed: Float[Tensor, " d_model"],
+    half_width: Float[Tensor, " d_model"],
+) -> Float[Tensor, " cand"]:
+    """ℓ2 distance from each candidate's state to the nearest state that would have been stored as the observed one.
+
+    With half width zero this is ‖F(v) − ĥ_t‖₂, the distance of the paper's local verifier.
+    A candidate that overflowed is infinitely far.
+
+    >>> candidates = torch.tensor([[3.0, 4.0], [0.5, 0.0]])
+    >>> distance_to_stored(candidates, torch.zeros(2), torch.zeros(2)).tolist()
+    [5.0, 0.5]
+    >>> distance_to_stored(candidates, torch.zeros(2), torch.ones(2))[1].item()
+    0.0
+    """
+    beyond = ((candidates - observed).abs() - half_width).clamp(min=0)
+    return torch.linalg.vector_norm(beyond.float(), dim=1).nan_to_num(nan=torch.inf)
+
+
+def check_states(states: Tensor, model: LanguageModel) -> Float[Tensor, "pos d_model"]:
+    """The observed states in the model's format and on its device.
+
+    Raises ``StatesError`` for anything but (T, d_model) finite floating-point numbers with 1 ≤ T ≤ K.
+
+    >>> from sipit_lite import load
+    >>> check_states(torch.zeros(3, 256), load(device="cpu")).shape
+    torch.Size([3, 256])
+    """
+    if not isinstance(states, Tensor):
+        raise StatesError(f"got states of type {type(states).__name__}; expected a torch.Tensor")
+    if not states.is_floating_point():
+        raise StatesError(f"got states of {states.dtype}; expected a floating-point format such as torch.float32")
+    if states.ndim != 2 or states.shape[1] != model.d_model or not 1 <= len(states) <= model.n_positions:
+        raise StatesError(
+            f"got states of shape {tuple(states.shape)}; {model.name} has shape (T, {model.d_model}) "
+            f"with T from 1 to {model.n_positions}"
+        )
+    bad = (~torch.isfinite(states.to(model.dtype))).any(1).nonzero()
+    if len(bad):
+        raise StatesError(f"got NaN or Inf in the state at position {int(bad[0])}; expected finite numbers")
+    return states.to(model.device, model.dtype)
+
+
+def rounding_half_width(states: Float[Tensor, "pos d_model"], model: LanguageModel) -> Float[Tensor, "pos d_model"]:
+    """How far rounding to the stored format may have moved each number: half a unit in its last place.
+
+    Zero where the states are stored at least as finely as the model computes.
+
+    >>> from sipit_lite import load
+    >>> rounding_half_width(torch.tensor([[1.0, 1.5, 2.0]], dtype=torch.bfloat16), load(device="cpu")).tolist()
+    [[0.00390625, 0.00390625, 0.0078125]]
+    """
+    stored, own = torch.finfo(states.dtype), torch.finfo(model.dtype)
+    values = states.to(model.device, torch.float32)
+    if stored.eps <= own.eps:
+        return torch.zeros_like(values, dtype=model.dtype)
+    unit = torch.ldexp(torch.full_like(values, stored.eps), torch.frexp(values).exponent - 1)
+    return (unit / 2).clamp(min=stored.tiny * stored.eps / 2).to(model.dtype)
+
+
+def noise_floor(model: LanguageModel, layer: int) -> float:
+    """Relative float noise of a state, measured: the same state by three routes, times a safety factor.
+
+    The routes are one pass over the whole prompt, one cached step, and a cached step inside a full batch. The
+    figure is the largest distance between two of them over the norm of the state, at several positions of a
+    random prompt, never below eight units of rounding, times ``SAFETY``. Measured once for a model and layer.
+
+    >>> from sipit_lite import load
+    >>> 0 < noise_floor(load(device="cpu"), 3) < 1e-3
+    True
+    """
+    known = _MEASURED.setdefault(model, {})
+    if layer not in known:
+        generator = torch.Generator().manual_seed(0)
+        length = min(max(PROBES) + 1, model.n_positions)
+        ids = torch.randint(model.vocab_size, (length,), generator=generator).to(model.device)
+        whole = model.states(ids, layer)
+        spread = [_disagreement(model, layer, ids, whole, t) for t in PROBES if t < length]
+        known[layer] = SAFETY * max(8 * torch.finfo(model.dtype).eps, *spread)
+    return known[layer]
+
+
+def _disagreement(
+    model: LanguageModel, layer: int, ids: Int[Tensor, " pos"], whole: Float[Tensor, "pos d_model"], t: int
+) -> float:
+    step = OneStepMap.after(model, layer, ids[:t])
+    crowd = torch.arange(min(ROWS, model.vocab_size), device=ids.device)
+    crowd[-1] = ids[t]
+    routes = torch.stack([whole[t], step.tokens(ids[t : t + 1])[0], step.tokens(crowd)[-1]]).float()
+    return float(torch.cdist(routes, routes, compute_mode=EXACT).max() / routes[0].norm())

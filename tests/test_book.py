@@ -1,0 +1,249 @@
+"""The contract of the book: its notebooks are executed references, and its pages need nothing that is not here."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).parent.parent
+BOOK = ROOT / "book"
+NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
+PAGES = sorted([*NOTEBOOKS, *BOOK.glob("*.md")])
+MAX_LINES = 25
+# What a tag may do: hide, remove, loosen nbval for versions, device and timings, or announce an error.
+ALLOWED_TAGS = {
+    "hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell",
+    "nbval-ignore-output", "raises-exception", "exercise", "solution",
+}  # fmt: skip
+# The vendored MathJax would fetch a file, which is not there, for each of these (its option autoload.packages).
+FETCHING_MACROS = re.compile(
+    r"\\(boldsymbol|bbox|cancel|bcancel|xcancel|cancelto|color|textcolor|colorbox|fcolorbox|definecolor|enclose|href"
+    r"|class|cssId|ce|pu|bra|ket|braket|unicode|verb|require|xmapsto|xlongequal|toggle|mathtip|texttip)(?![A-Za-z])"
+)
+Check = Callable[[NotebookNode], list[str]]
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """The code cells that hold code."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def tags(cell: NotebookNode) -> set[str]:
+    """The tags of a cell."""
+    return set(cell.metadata.get("tags", []))
+
+
+def not_run_in_order(notebook: NotebookNode) -> list[str]:
+    """Nbval passes cells without outputs, so a notebook that was not run whole would prove nothing."""
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    return [] if counts == list(range(1, len(counts) + 1)) else [f"execution counts {counts}: restart, run all, commit"]
+
+
+def stderr_outputs(notebook: NotebookNode) -> list[str]:
+    """Nbval compares stderr, and warnings differ from machine to machine."""
+    streams = [out for cell in code_cells(notebook) for out in cell.outputs if out.get("name") == "stderr"]
+    return [f"stderr: {out.text[:80]!r}" for out in streams]
+
+
+def unannounced_errors(notebook: NotebookNode) -> list[str]:
+    """An error on a page is meant to be there, and its cell says so."""
+    return [
+        f"{out.ename} in {cell.source[:80]!r} without the tag raises-exception"
+        for cell in code_cells(notebook) if "raises-exception" not in tags(cell)
+        for out in cell.outputs if out.output_type == "error"
+    ]  # fmt: skip
+
+
+def no_assert(notebook: NotebookNode) -> list[str]:
+    """A chapter checks at least one of its claims."""
+    asserts = [cell for cell in code_cells(notebook) if re.search(r"^\s*assert\b", cell.source, re.MULTILINE)]
+    return [] if asserts else ["no cell with an assert"]
+
+
+def long_cells(notebook: NotebookNode) -> list[str]:
+    """A longer cell should be a function of the package."""
+    lengths = [(len(cell.source.splitlines()), cell.source[:80]) for cell in code_cells(notebook)]
+    return [f"{lines} lines, at most {MAX_LINES}: {start!r}" for lines, start in lengths if lines > MAX_LINES]
+
+
+def unknown_tags(notebook: NotebookNode) -> list[str]:
+    """A tag that skips or loosens a check, nbval-skip above all, would go unnoticed."""
+    found = {tag for cell in notebook.cells for tag in tags(cell)}
+    return [f"tag {tag!r}; expected one of {sorted(ALLOWED_TAGS)}" for tag in sorted(found - ALLOWED_TAGS)]
+
+
+def figures_without_alt(notebook: NotebookNode) -> list[str]:
+    """MyST-NB takes the alternative text of a picture from ``mystnb.image.alt``, and from nowhere else."""
+    return [
+        f"picture without metadata mystnb.image.alt: {cell.source[:80]!r}"
+        for cell in code_cells(notebook)
+        if any(mime.startswith("image/") for out in cell.outputs for mime in out.get("data", {}))
+        and not str(cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")).strip()
+    ]
+
+
+CHECKS: list[Check] = [
+    not_run_in_order, stderr_outputs, unannounced_errors, no_assert, long_cells, unknown_tags, figures_without_alt,
+]  # fmt: skip
+
+
+def complaints(notebook: NotebookNode) -> list[str]:
+    """Everything that keeps a notebook from being a reference."""
+    return [complaint for check in CHECKS for complaint in check(notebook)]
+
+
+def test_there_are_notebooks() -> None:
+    """The tests below run once per notebook, so they would pass without any."""
+    assert NOTEBOOKS, f"no notebook in {BOOK}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_a_real_reference(path: Path) -> None:
+    """Every notebook keeps the whole contract."""
+    assert complaints(nbformat.read(path, as_version=4)) == []
+
+
+def sound_notebook() -> NotebookNode:
+    """A small notebook that keeps the contract: a claim with its check, and a figure."""
+    claim = new_code_cell("assert 1 < 2\nprint('ok')", execution_count=1)
+    claim.outputs = [new_output("stream", name="stdout", text="ok\n")]
+    figure = new_code_cell("plt.show()", execution_count=2)
+    figure.metadata = NotebookNode(tags=["hide-input"], mystnb=NotebookNode(image=NotebookNode(alt="a rising line")))
+    figure.outputs = [new_output("display_data", data={"image/png": "iVBORw0KGgo="})]
+    return new_notebook(cells=[new_markdown_cell("# Title"), claim, figure])
+
+
+def forget_to_run(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A cell was edited and not run again."""
+    figure.execution_count = None
+
+
+def run_out_of_order(claim: NotebookNode, figure: NotebookNode) -> None:
+    """The cells were run in another order."""
+    claim.execution_count, figure.execution_count = 2, 1
+
+
+def warn(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A library printed a warning."""
+    claim.outputs = [new_output("stream", name="stderr", text="UserWarning")]
+
+
+def fail(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A cell stopped with an error."""
+    claim.outputs = [new_output("error", ename="AssertionError", evalue="", traceback=[])]
+
+
+def only_mention_assert(claim: NotebookNode, figure: NotebookNode) -> None:
+    """The word is in a comment, and nothing is checked."""
+    claim.source = "print('ok')  # assert nothing"
+
+
+def write_26_lines(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A cell is one line too long."""
+    claim.source = "\n".join(["assert True"] * (MAX_LINES + 1))
+
+
+def skip_a_cell(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A cell is taken out of nbval."""
+    claim.metadata = NotebookNode(tags=["nbval-skip"])
+
+
+def forget_alt(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A figure has no metadata at all."""
+    figure.metadata = NotebookNode()
+
+
+def leave_alt_blank(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A figure has an alternative text that says nothing."""
+    figure.metadata.mystnb.image.alt = " "
+
+
+def put_alt_with_the_caption(claim: NotebookNode, figure: NotebookNode) -> None:
+    """MyST-NB drops an alternative text that stands beside the caption."""
+    figure.metadata = NotebookNode(mystnb=NotebookNode(figure=NotebookNode(alt="a rising line", caption="A line.")))
+
+
+def test_contract_accepts_a_sound_notebook() -> None:
+    """The checks do not refuse everything."""
+    assert complaints(sound_notebook()) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "check"),
+    [
+        (forget_to_run, not_run_in_order),
+        (run_out_of_order, not_run_in_order),
+        (warn, stderr_outputs),
+        (fail, unannounced_errors),
+        (only_mention_assert, no_assert),
+        (write_26_lines, long_cells),
+        (skip_a_cell, unknown_tags),
+        (forget_alt, figures_without_alt),
+        (leave_alt_blank, figures_without_alt),
+        (put_alt_with_the_caption, figures_without_alt),
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_contract_catches(spoil: Callable[[NotebookNode, NotebookNode], None], check: Check) -> None:
+    """Each way to break the contract draws one complaint, from the check that is meant for it."""
+    notebook = sound_notebook()
+    spoil(*code_cells(notebook))
+    assert complaints(notebook) == check(notebook)
+    assert len(check(notebook)) == 1
+
+
+def test_contract_lets_an_announced_error_pass() -> None:
+    """A page may show an error on purpose."""
+    notebook = sound_notebook()
+    claim, figure = code_cells(notebook)
+    fail(claim, figure)
+    claim.metadata = NotebookNode(tags=["raises-exception"])
+    assert complaints(notebook) == []
+
+
+def listed_pages(entry: dict) -> Iterator[str]:
+    """The names of all pages in a table of contents, from the root down."""
+    yield from (entry[key] for key in ("root", "file") if key in entry)
+    for key in ("parts", "chapters", "sections"):
+        for below in entry.get(key, []):
+            yield from listed_pages(below)
+
+
+def test_table_of_contents_lists_exactly_the_pages() -> None:
+    """A page that is listed and missing breaks the build; one that is there and not listed is not built."""
+    listed = list(listed_pages(yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))))
+    assert sorted(listed) == sorted(page.stem for page in PAGES)
+
+
+def test_formulas_need_no_network() -> None:
+    """MathJax is in the repository, with its licence, and the book is built with it."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    script = BOOK / "_static" / config["sphinx"]["config"]["mathjax_path"]
+    assert script.stat().st_size > 2_000_000, "the whole of MathJax is one file of two megabytes"
+    assert "Apache License" in (script.parent / "LICENSE").read_text(encoding="utf-8")
+
+
+def prose(path: Path) -> str:
+    """The text of a page without its code cells, which may hold backslashes of their own."""
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_page_uses_no_macro_that_fetches_a_file(path: Path) -> None:
+    """Offline, a formula with such a macro would stay raw TeX."""
+    assert [match.group() for match in FETCHING_MACROS.finditer(prose(path))] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_address_of_the_repository_is_in_the_configuration_alone(path: Path) -> None:
+    """Whoever moves the repository changes one line of ``_config.yml``."""
+    url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
+    assert url.removeprefix("https://") not in path.read_text(encoding="utf-8")
