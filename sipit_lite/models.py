@@ -6,13 +6,18 @@ States are taken after block ``layer`` and before the final norm, as in the pape
 
 import copy
 import os
+import socket
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
+import huggingface_hub
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -160,21 +165,20 @@ def load(
     'pocket-gpt2'
     """
     name = str(name or os.environ.get("SIPIT_LITE_MODEL", POCKET))
-    place = files("sipit_lite") / "pocket_gpt2" if name == POCKET else name
-    target = pick_device(device)
+    place = str(files("sipit_lite") / "pocket_gpt2") if name == POCKET else name
+    target, local = pick_device(device), os.path.isdir(place) or not _hub_in_reach()
     try:
         with _quiet():
-            decoder = (
-                _at_random(name, place, seed).to(dtype)
-                if random_init
-                else AutoModel.from_pretrained(place, dtype=dtype)
-            )
-            tokenizer = _tokenizer(place, required=not random_init)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if random_init:
+                decoder = _at_random(name, place, seed, local).to(dtype)
+            else:
+                decoder = AutoModel.from_pretrained(place, dtype=dtype, local_files_only=local)
+            tokenizer = _tokenizer(place, local)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(
             f"got model {name!r}; expected {POCKET!r}, a folder with config.json and weights, or a model of the "
-            f"Hugging Face hub that is downloaded or in reach ({first})"
+            f"Hugging Face hub that is downloaded or in reach ({reason})"
         ) from error
     decoder = decoder.get_decoder().eval().requires_grad_(False).to(target)
     _landmarks(decoder)
@@ -199,21 +203,28 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return torch.device(device)
 
 
-def _at_random(name: str, place: object, seed: int) -> PreTrainedModel:
+def _hub_in_reach() -> bool:
+    # Without this look-up, transformers retries for half a minute before it says that there is no network.
+    try:
+        socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return bool(getproxies())
+    return True
+
+
+def _at_random(name: str, place: str, seed: int, local: bool) -> PreTrainedModel:
     # The defaults of GPT2Config are GPT-2 124M, so this one architecture needs no file at all.
-    config = GPT2Config() if name == "gpt2" else AutoConfig.from_pretrained(place)
+    config = GPT2Config() if name == "gpt2" else AutoConfig.from_pretrained(place, local_files_only=local)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModel.from_config(config)
 
 
-def _tokenizer(place: object, required: bool) -> PreTrainedTokenizerBase | None:
+def _tokenizer(place: str, local: bool) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, local_files_only=local)
     except (OSError, ValueError):
-        if required:
-            raise
-        return None
+        return None  # ids still work; a text is then refused with its own message
 
 
 def _embedding_rows(decoder: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:

@@ -25,7 +25,7 @@ def distances(
     ax.plot(positions, radius, "--", color=RADIUS, label="radius of acceptance")
     ax.plot(positions, np.maximum(accepted, floor), "o", color=ACCEPTED, label="accepted token")
     ax.set(yscale="log", xlabel="position", ylabel="distance to the observed state")
-    ax.legend()
+    _legend_above(ax)
     return ax
 
 
@@ -40,5 +40,10 @@ def candidates(tested: Sequence[Sequence[int]], labels: Sequence[str], vocab_siz
         ax.plot(counts, ".-", label=label)
     ax.axhline(vocab_size, color=RADIUS, linestyle="--", label="whole vocabulary")
     ax.set(yscale="log", xlabel="position", ylabel="candidates tested")
-    ax.legend()
+    _legend_above(ax)
     return ax
+
+
+def _legend_above(ax: Axes) -> None:
+    # Points fill these axes from top to bottom, so there is no best place inside them.
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")

@@ -5,7 +5,9 @@ its docstrings and the code of its libraries. Seeded, with a progress bar; inter
 checkpoint. It writes what the package ships: weights (float16), configuration, tokenizer, card, held-out passages.
 """
 
+import argparse
 import json
+import platform
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,20 +205,21 @@ def _passages(kind: str, longest: int, shortest: int) -> Iterator[dict[str, str]
 
 CARD = """# pocket-gpt2
 
-A small trained GPT-2 for self-study: `GPT2LMHeadModel`, {layers} layers, width {width}, {heads} heads, {vocab} tokens of byte-level
-BPE, context {context}, {parameters:,} parameters, stored as float16. It travels with `sipit_lite` so that every chapter,
-test and demo runs offline, through the same code that loads `gpt2`.
+A small trained GPT-2 for self-study: `GPT2LMHeadModel`, {layers} layers, width {width}, {heads} heads, {vocab} tokens
+of byte-level BPE, context {context}, {parameters:,} parameters, stored as float16. It travels with `sipit_lite`, so
+that every chapter, test and demo runs offline, through the same code that loads `gpt2`.
 
 ## Data
-The English of the docstrings and the source code that a Python {python} install carries: the standard library and the
-packages pinned in `requirements.txt`. One source file in {one_in} is held out, by the hash of its name; its paragraphs are
-cut out of the training files. Training read {prose:,} tokens of prose and {code:,} tokens of code, about {share:.0%} prose.
+The English of the docstrings and the source code of a Python {python} install: the standard library and the packages
+pinned in `requirements.txt`. One source file in {one_in} is held out, by the hash of its name; its paragraphs are cut
+out of the training files. The training text has {prose:,} tokens of prose and {code:,} tokens of code; {share:.0%} of
+the rows of a batch are prose.
 
 ## Recipe
-`python -m sipit_lite.pocket FOLDER`: {steps} steps of {batch} x {context} tokens, AdamW (peak rate {rate:g}, {warmup} steps of
-warm-up, then linear to zero, weight decay 0.1, betas 0.9 and 0.95), gradients clipped at norm 1, bfloat16 autocast, tied
-embeddings, no dropout, seed 0. About an hour on two CPU cores. The texts differ from machine to machine, so training
-again gives a sibling, not the same bits.
+`python -m sipit_lite.pocket FOLDER`: {steps} steps of {batch} x {context} tokens, AdamW (peak rate {rate:g}, {warmup}
+steps of warm-up, then linear to zero, weight decay 0.1, betas 0.9 and 0.95), gradients clipped at norm 1, bfloat16
+autocast, tied embeddings, no dropout, seed 0. About an hour on two CPU cores. The texts differ from machine to machine,
+so training again gives a sibling, not the same bits.
 
 ## Held-out loss (nats per token)
 | tokens | model | bigram | unigram |
@@ -233,13 +236,15 @@ It knows the English of programming manuals and nothing else: do not use it to l
 Near-copies of held-out paragraphs may stand in the training text; only equal paragraphs were removed.
 
 ## Licence of the texts
-The standard library is under the PSF licence; the pinned packages are under MIT, BSD, Apache-2.0, PSF, MPL-2.0 and similar
-licences (`pip-licenses` lists them). `held_out.json` holds passages of the standard library alone (PSF-2.0, text in
-`LICENSE-PSF`), so that prompts quoted in the book never change. The weights are under the licence of this repository.
+The standard library is under the PSF licence; the pinned packages are under MIT, BSD, Apache-2.0, PSF, MPL-2.0 and
+similar licences. `held_out.json` holds passages of the standard library alone (PSF-2.0, text in `LICENSE-PSF`), so that
+prompts quoted in the book never change. The weights are under the licence of this repository.
 """
 
 
-def publish(folder: Path, model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, data: dict[str, Tensor], steps: int) -> None:
+def publish(
+    folder: Path, model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, data: dict[str, Tensor], steps: int
+) -> None:
     """Write what the package ships: weights, configuration, tokenizer, card and held-out passages."""
     figures = {kind: losses(model, data, kind) for kind in ("prose", "code")}
     samples = [sample(model, bpe, start) for start in ("Return the", "This module provides", "def __init__(self")]
@@ -251,7 +256,9 @@ def publish(folder: Path, model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, 
         layers=LAYERS, width=WIDTH, heads=HEADS, vocab=VOCAB, context=CONTEXT, parameters=model.num_parameters(),
         python=platform.python_version(), one_in=prompts.HELD_OUT_ONE_IN, prose=len(data["prose train"]),
         code=len(data["code train"]), share=PROSE_SHARE, steps=steps, batch=BATCH, rate=PEAK_RATE, warmup=WARMUP,
-        table="\n".join(f"| {k} | {f['model']:.2f} | {f['bigram']:.2f} | {f['unigram']:.2f} |" for k, f in figures.items()),
+        table="\n".join(
+            f"| {kind} | {f['model']:.2f} | {f['bigram']:.2f} | {f['unigram']:.2f} |" for kind, f in figures.items()
+        ),
         samples="\n\n".join(f"```text\n{text}\n```" for text in samples),
     )  # fmt: skip
     (folder / "pocket_gpt2" / "README.md").write_text(card, encoding="utf-8")
@@ -259,15 +266,15 @@ def publish(folder: Path, model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, 
 
 def main() -> None:
     """Read the corpus, train, and write the model into FOLDER/pocket_gpt2."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("folder", type=Path, help="where the corpus, the checkpoints and the model go")
-    options.add_argument("--steps", type=int, default=3600)
-    chosen = options.parse_args()
-    chosen.folder.mkdir(parents=True, exist_ok=True)
-    texts = corpus(chosen.folder)
-    bpe = tokenizer(chosen.folder, texts)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the corpus, the checkpoints and the model go")
+    parser.add_argument("--steps", type=int, default=3600)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    texts = corpus(options.folder)
+    bpe = tokenizer(options.folder, texts)
     data = {name: tokens(bpe, documents) for name, documents in texts.items()}
-    publish(chosen.folder, train(chosen.folder, data, chosen.steps), bpe, data, chosen.steps)
+    publish(options.folder, train(options.folder, data, options.steps), bpe, data, options.steps)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ at most T·|V| verifier tests, holds for each of them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor
 from sipit_lite.onestep import ROWS, OneStepMap
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Π: which untried tokens to test next (paper §3), as batches of token ids."""
 

@@ -16,6 +16,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Literal
 
 import torch
@@ -134,18 +135,17 @@ def _split_of(name: str) -> Split:
 
 def _documents(kind: Kind, split: Split, roots: Iterable[Path] | None = None) -> Iterator[tuple[str, str]]:
     everywhere = (standard_library(), Path(sysconfig.get_path("purelib")))
-    for name, read in chain(_topics() if kind == "prose" else (), _sources(roots or everywhere)):
-        if _split_of(name) == split:
-            text = read() if callable(read) else _read(read, kind)
-            if text:
-                yield name, text
+    if kind == "prose":
+        yield from ((name, text) for name, text in _topics() if _split_of(name) == split and text)
+    for name, path in _sources(roots or everywhere):
+        text = _read(path, kind) if _split_of(name) == split else ""
+        if text:
+            yield name, text
 
 
-def _topics() -> Iterator[tuple[str, object]]:
-    from pydoc_data.topics import topics
-
+def _topics() -> Iterator[tuple[str, str]]:
     for name, text in sorted(topics.items()):
-        yield f"pydoc_data/topics/{name}", lambda text=text: _prose(paragraphs(text))
+        yield f"pydoc_data/topics/{name}", _prose(paragraphs(text))
 
 
 def standard_library() -> Path:

@@ -28,7 +28,8 @@ class Recovery:
 
     ``distance`` is that of the accepted token, ‖F(v) − ĥ_t‖₂ (beyond the rounding, for states stored in a coarser
     format); ``runner_up`` the smallest among the other tokens tested; ``radius`` the ε_t that ``distance`` had to
-    meet; ``tested`` the number of candidates; ``seconds`` the wall-clock time of the whole inversion.
+    meet; ``tested`` the number of candidates, the challengers of the accepted one included; ``seconds`` the wall-clock
+    time of the whole inversion.
     """
 
     tokens: Int[Tensor, " pos"]

@@ -1,0 +1,54 @@
+"""The bench contract: one JSON object, checks with targets, a smoke run that measures the real thing."""
+
+import json
+
+import pytest
+import torch
+
+from sipit_lite import LanguageModel, bench
+from sipit_lite.bench import Check, candidate_counts, table
+from sipit_lite.cli import main
+
+
+@pytest.mark.parametrize("name", ["exactness", "scan"])
+def test_quick_run_keeps_the_contract(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every check has a name, value, target, direction and verdict; the verdict follows from them."""
+    assert main(["bench", name, "--quick", "--json", "--device", "cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {"bench", "versions", "device", "checks", "data"} <= set(told) and told["bench"] == name
+    for check in told["checks"]:
+        assert set(check) == {"name", "value", "target", "better", "ok"}
+        above = check["value"] >= check["target"]
+        assert check["ok"] == (above if check["better"] == "higher" else check["value"] <= check["target"])
+    if name == "exactness":
+        assert {c["name"]: c["value"] for c in told["checks"] if "exact" in c["name"]}.values() == {1.0} or all(
+            c["ok"] for c in told["checks"]
+        )
+
+
+def test_silent_errors_are_counted(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong prompt without a refusal is a silent error; a refusal is not."""
+    ids = torch.tensor([5, 6, 7], device=pocket.device)
+    honest = bench.invert
+    monkeypatch.setattr(bench, "invert", lambda states, model, layer: honest(states[:2], model, layer))
+    wrong = bench.attempt(pocket, ids, 1)
+    assert (wrong["exact"], wrong["silent error"], wrong["refused"]) == (False, True, None)
+    monkeypatch.setattr(bench, "invert", lambda states, model, layer: honest(states, model, 2))
+    refused = bench.attempt(pocket, ids, 1)
+    assert (refused["exact"], refused["silent error"], refused["refused"]) == (False, False, "NotVerified")
+
+
+def test_a_missed_target_is_reported() -> None:
+    """The table says so; nothing is raised."""
+    assert "MISSED" in table([Check.of("exact, all", 0.99)]) and "met" in table([Check.of("exact, all", 1.0)])
+
+
+def test_nothing_measured_is_no_success() -> None:
+    """A share of no outcomes is zero, so an empty group cannot meet a target."""
+    assert bench.share([]) == 0.0 and bench.share([True, False]) == 0.5
+
+
+def test_candidate_counts_against_a_hand_count() -> None:
+    """40 steps of 32 are 1280 proposals: what needed more went on to the scan."""
+    found = candidate_counts([{"tested": [40, 1281, 2000]}, {"tested": [1288]}], 4096)
+    assert (found["positions"], found["median"], found["share of positions that needed the scan"]) == (4, 1284.5, 0.25)

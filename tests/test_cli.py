@@ -1,0 +1,108 @@
+"""The command line as a user meets it: what it prints, what it writes, how it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sipit_lite import cli
+from sipit_lite.cli import main
+
+CPU = ["--device", "cpu"]
+
+
+def test_capture_then_invert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text to file to text; the file names its model and layer."""
+    path = str(tmp_path / "s.safetensors")
+    assert main(["capture", "Round and round, 🙂.", "-o", path, "--layer", "4", "--json", *CPU]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["file"], told["layer"], told["dtype"], told["text kept"]) == (path, 4, "float32", False)
+    assert main(["invert", path, *CPU]) == 0
+    assert capsys.readouterr().out == "Round and round, 🙂.\n"
+
+
+def test_invert_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything a recovery holds, as plain JSON."""
+    assert main(["invert", "--text", "plain", "--layer", "2", "--json", "--policy", "random", *CPU]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["text"] == "plain" and told["model"] == "pocket-gpt2" and told["layer"] == 2
+    assert len(told["tokens"]) == len(told["distance"]) == len(told["runner_up"]) == len(told["tested"])
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table whose rows are all exact, a figure, and exit code 0."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--layer", "1", *CPU]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[:5]] == ["prompt", "english", "python", "emoji", "random"]
+    assert "4 of 4 exact on cpu" in out and "NO" not in out
+    assert Path("sipit-lite-demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_fails_unless_exact(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong prompt turns the exit code to 1; JSON says which row."""
+    honest = cli.invert
+    monkeypatch.setattr(cli, "invert", lambda states, *rest, **more: honest(states[:-1], *rest, **more))
+    assert main(["demo", "--layer", "1", "--figure", "", "--json", *CPU]) == 1
+    assert json.loads(capsys.readouterr().out)["exact"] is False
+
+
+def states_file(path: Path, states: torch.Tensor, layer: int = 3) -> str:
+    """A file of states made by hand."""
+    save_file({"states": states}, path, {"format": "sipit-lite states 1", "model": "pocket-gpt2", "layer": str(layer)})
+    return str(path)
+
+
+def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Every kind of bad input, and a piece of the line that it earns."""
+    (folder / "text").write_text("no states")
+    whole = states_file(folder / "whole", torch.randn(9, 256))
+    (folder / "short").write_bytes(Path(whole).read_bytes()[:-50])
+    save_file({"states": torch.zeros(1, 256)}, folder / "bare")
+    return {
+        "wrong width": (["invert", states_file(folder / "a", torch.zeros(2, 255))], "(2, 255)"),
+        "zero positions": (["invert", states_file(folder / "b", torch.zeros(0, 256))], "(0, 256)"),
+        "too many positions": (["invert", states_file(folder / "c", torch.zeros(257, 256))], "(257, 256)"),
+        "integers": (["invert", states_file(folder / "d", torch.zeros(2, 256, dtype=torch.int32))], "torch.int32"),
+        "NaN": (["invert", states_file(folder / "e", torch.full((2, 256), torch.nan))], "NaN or Inf"),
+        "layer in the file": (["invert", states_file(folder / "f", torch.zeros(2, 256), 8)], "got layer 8"),
+        "layer asked for": (["invert", "--text", "x", "--layer", "7"], "got layer 7"),
+        "another model": (["invert", states_file(folder / "g", torch.randn(2, 256))], "no token verifies"),
+        "no file": (["invert", str(folder / "none")], "there is no file"),
+        "truncated": (["invert", str(folder / "short")], "not a whole safetensors file"),
+        "not safetensors": (["invert", str(folder / "text")], "not a whole safetensors file"),
+        "no fields": (["invert", str(folder / "bare")], "expected the tensor 'states'"),
+        "unknown model": (["invert", "--text", "x", "--model", "no-such-model-anywhere"], "no-such-model-anywhere"),
+        "empty text": (["capture", "", "-o", str(folder / "h")], "the text '' of 0 tokens"),
+        "unwritable": (["capture", "x", "-o", str(folder / "none" / "i")], "no file can be written"),
+        "epsilon": (["invert", "--text", "x", "--epsilon", "-1"], "epsilon=-1.0"),
+        "device": (["invert", "--text", "x", "--device", "abacus"], "device 'abacus'"),
+    }
+
+
+def test_bad_input_gets_one_line_and_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing on standard output, one line on standard error, exit code 2."""
+    for case, (command, piece) in bad_commands(tmp_path).items():
+        assert main(command if "--device" in command else [*command, *CPU]) == 2, case
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if not line.startswith("inverting:")]
+        assert out == "" and len(lines) == 1 and piece in lines[0], (case, out, err)
+
+
+def test_ctrl_c_prints_the_prefix(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 130 and what was verified."""
+    import test_sipit
+
+    monkeypatch.setitem(cli.POLICIES, "gradient", test_sipit.StopsAt(1))
+    assert main(["invert", "--text", "hidden states", "--layer", "2", *CPU]) == 130
+    assert "interrupted after 1 verified tokens: 'h" in capsys.readouterr().err
+
+
+def test_unknown_options_end_with_code_2() -> None:
+    """As every command does."""
+    for command in (["fly"], ["invert"], ["invert", "--text", "x", "--policy", "guess"], ["bench", "unknown"]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2

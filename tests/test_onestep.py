@@ -1,0 +1,85 @@
+"""The one-step map over a cache is the full pass; its margin and gradient have oracles of their own."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sipit_lite import LanguageModel, ModelError, OneStepMap, onestep
+from sipit_lite.verify import noise_floor
+
+Family = tuple[PreTrainedModel, LanguageModel]
+
+
+def test_cached_step_is_the_full_pass(family: Family, prompt: Tensor) -> None:
+    """Every family, layer and position, windows shorter than the prompt included; within the measured noise."""
+    model = family[1]
+    for layer in range(model.n_layers + 1):
+        whole, step = model.states(prompt, layer), OneStepMap.after(model, layer)
+        for t, token in enumerate(prompt.tolist()):
+            found = step.tokens(torch.arange(model.vocab_size, device=model.device))[token]
+            assert (found - whole[t]).norm() <= noise_floor(model, layer) * whole[t].norm()
+            step = step.extend(token)
+        assert step.position == len(prompt)
+
+
+def test_reading_a_prefix_at_once_or_by_token_is_the_same(family: Family, prompt: Tensor) -> None:
+    """after(prefix) and repeated extend agree."""
+    model = family[1]
+    grown = OneStepMap.after(model, 3)
+    for token in prompt.tolist():
+        grown = grown.extend(token)
+    at_once = OneStepMap.after(model, 3, prompt)
+    tokens = torch.arange(7, device=model.device)
+    torch.testing.assert_close(at_once.tokens(tokens), grown.tokens(tokens))
+
+
+def test_maps_do_not_share_what_they_grow(pocket: LanguageModel) -> None:
+    """Extending one way leaves the other ways alone."""
+    start = OneStepMap.after(pocket, 2, pocket.encode("one"))
+    tokens = torch.arange(5, device=pocket.device)
+    before = start.tokens(tokens)
+    start.extend(3).extend(4).tokens(tokens)
+    assert torch.equal(start.tokens(tokens), before)
+
+
+def test_chunks_do_not_matter(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More candidates than rows in one pass: same states, in order."""
+    step = OneStepMap.after(pocket, 2, pocket.encode("chunks"))
+    tokens = torch.arange(50, device=pocket.device)
+    whole = step.tokens(tokens)
+    monkeypatch.setattr(onestep, "ROWS", 7)
+    torch.testing.assert_close(step.tokens(tokens), whole)
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    """In float64, where central differences have ten digits."""
+    from sipit_lite import load
+
+    model = load("pocket-gpt2", device="cpu", dtype=torch.float64)
+    step = OneStepMap.after(model, 6, model.encode("slope"))
+    e, direction = model.embeddings[7].clone().requires_grad_(), torch.randn(model.d_model, dtype=torch.float64)
+    weights = torch.randn(model.d_model, dtype=torch.float64)
+    slope = torch.autograd.grad((step.embedding(e[None])[0] * weights).sum(), e)[0] @ direction
+    h = 1e-5
+    with torch.no_grad():
+        ahead, behind = step.embedding(torch.stack([e + h * direction, e - h * direction])) @ weights
+    assert float(slope) == pytest.approx(float((ahead - behind) / (2 * h)), rel=1e-6)
+
+
+def test_margin_is_the_smallest_of_all_pairs(family: Family, prompt: Tensor) -> None:
+    """Against a loop over pairs in float64."""
+    model = family[1]
+    step = OneStepMap.after(model, 2, prompt[:4])
+    states = step.tokens(torch.arange(model.vocab_size, device=model.device)).double()
+    pairs = [float((a - b).norm()) for i, a in enumerate(states) for b in states[:i]]
+    assert step.margin() == pytest.approx(min(pairs), rel=1e-12)
+
+
+def test_the_context_has_an_end(family: Family) -> None:
+    """The last position works, one more is refused."""
+    model = family[1]
+    full = torch.zeros(model.n_positions, dtype=torch.int64, device=model.device)
+    assert OneStepMap.after(model, 1, full[:-1]).tokens(full[:1]).shape == (1, model.d_model)
+    with pytest.raises(ModelError, match=f"prefix of {model.n_positions} tokens"):
+        OneStepMap.after(model, 1, full).tokens(full[:1])

@@ -1,0 +1,89 @@
+"""Policies enumerate the whole vocabulary once each; the gradient policy is Algorithm 3."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sipit_lite import Gradient, LanguageModel, OneStepMap, Policy, Random
+
+Family = tuple[PreTrainedModel, LanguageModel]
+POLICIES = [Random(), Random(1), Random(7), Gradient(), Gradient(1, max_steps=None), Gradient(5, max_steps=3),
+            Gradient(2, max_steps=None, window=4)]  # fmt: skip
+
+
+def all_proposals(policy: Policy, model: LanguageModel, ids: Tensor, layer: int, seed: int = 0) -> list[int]:
+    """What a policy proposes to a verifier that always refuses."""
+    step = OneStepMap.after(model, layer, ids[:-1])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat(list(policy.proposals(step, model.states(ids, layer)[-1], generator))).tolist()
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_every_token_is_proposed_exactly_once(policy: Policy, family: Family, prompt: Tensor) -> None:
+    """The enumeration is complete and without repetition, so T·|V| bounds every policy (Theorem 3.1)."""
+    model = family[1]
+    assert sorted(all_proposals(policy, model, prompt[:3], 2)) == list(range(model.vocab_size))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_seeds_decide(policy: Policy, family: Family, prompt: Tensor) -> None:
+    """The same seed gives the same order, another seed another."""
+    one, two, other = (all_proposals(policy, family[1], prompt[:3], 2, seed) for seed in (0, 0, 1))
+    assert one == two != other
+
+
+def published_loop(untouched: PreTrainedModel, ids: Tensor, layer: int, start: int, window: int) -> list[int]:
+    """Algorithm 3 written from the paper: no cache, the whole prefix each step, one candidate a step.
+
+    Shares nothing with the package; stops when every token was proposed.
+    """
+    table = untouched.get_input_embeddings().weight.detach()
+    with torch.no_grad():
+        target = untouched(ids[None], output_hidden_states=True).hidden_states[layer][0, -1]
+    e, untried, order = table[start].clone(), list(range(len(table))), []
+    while untried:
+        within = len(order) % window
+        e = e.detach().requires_grad_()
+        rows = torch.cat([table[ids[:-1]], e[None]])[None]
+        state = untouched(inputs_embeds=rows, output_hidden_states=True).hidden_states[layer][0, -1]
+        gradient = torch.autograd.grad(torch.nn.functional.mse_loss(state, target), e)[0]
+        gradient = gradient / max(1.0, float(gradient.norm()))
+        e = e.detach() - (1 - 0.99 * within / (window - 1)) * gradient
+        order.append(min(untried, key=lambda v: float((table[v] - e).norm())))
+        untried.remove(order[-1])
+        if len(order) % window == 0 and untried:
+            e = table[min(untried, key=lambda v: float((table[v] - e).norm()))].clone()
+    return order
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_one_proposal_a_step_is_the_published_loop(family: Family, prompt: Tensor, layer: int) -> None:
+    """The same candidates in the same order from the same start, for as long as float noise allows: 12 steps."""
+    untouched, model = family
+    if (
+        model.embeddings is not untouched.get_input_embeddings().weight
+        and type(untouched.get_input_embeddings()) is not torch.nn.Embedding
+    ):
+        return  # the oracle does not know about scaled embeddings (Gemma)
+    start = int(torch.randint(model.vocab_size, (), generator=torch.Generator().manual_seed(0)))
+    expected = published_loop(untouched, prompt[:5], layer, start, window=10)
+    found = all_proposals(Gradient(1, max_steps=None, window=10), model, prompt[:5], layer)
+    assert found[:12] == expected[:12]
+
+
+def test_gradient_finds_tokens_before_the_scan(pocket: LanguageModel) -> None:
+    """On the trained model, most tokens come within the gradient steps: a policy that only enumerated would fail."""
+    ids = pocket.encode("Return the number of items in the list.")
+    places = [all_proposals(Gradient(), pocket, ids[: t + 1], 3).index(int(ids[t])) for t in range(len(ids))]
+    assert sorted(places)[len(places) // 2] < pocket.vocab_size // 8
+
+
+@pytest.mark.parametrize("bad", [{"proposals_per_step": 0}, {"max_steps": 0}, {"window": -1}])
+def test_bad_settings_are_refused(bad: dict[str, int]) -> None:
+    """The setting and its value are quoted."""
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"got {name}={value}; expected at least 1"):
+        Gradient(**bad)
+    with pytest.raises(ValueError, match="got proposals_per_step=0"):
+        Random(0)

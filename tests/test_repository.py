@@ -1,0 +1,119 @@
+"""What the repository promises outside the code: pins that agree, a model small and trained, a README that is true."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+POCKET = ROOT / "sipit_lite" / "pocket_gpt2"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def pins() -> dict[str, str]:
+    """requirements.txt as {name: version}."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    return {name.lower().replace("_", "-"): found for name, found in (line.split("==") for line in lines)}
+
+
+def test_environment_yml_uses_the_pins() -> None:
+    """Conda brings python and pip; every package comes from requirements.txt."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    python, pip, section = environment["dependencies"]
+    assert python == "python=3.11" and pip == "pip"
+    assert section == {"pip": ["--requirement requirements.txt", "--editable ."]}
+
+
+def test_pins_are_exact_and_meet_pyproject() -> None:
+    """Every dependency of the package and its extras is pinned, to a version that its lower bound allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    for requirement in map(Requirement, asked):
+        pinned = pins()[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(pinned), requirement
+    assert pins()["torch"] == "2.13.0" and pins()["jupyter-book"] == "1.0.4.post1"
+
+
+def test_pins_are_what_runs() -> None:
+    """The environment of the tests is the pinned one."""
+    for name in ("transformers", "numpy", "safetensors", "jupyter-book", "nbval"):
+        assert version(name) == pins()[name]
+
+
+def test_model_is_small_and_stored_as_float16() -> None:
+    """At most 12 MB of float16."""
+    assert (POCKET / "model.safetensors").stat().st_size <= 12_000_000
+    assert json.loads((POCKET / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_card_figures_are_those_of_the_weights() -> None:
+    """The held-out loss in the card: the bundled passages, which are part of the held-out text, cost about as much."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from sipit_lite import load
+    from sipit_lite.prompts import bundled
+
+    rows = re.findall(
+        r"^\| (prose|code) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", (POCKET / "README.md").read_text(), re.M
+    )
+    assert [row[0] for row in rows] == ["prose", "code"]
+    model, tokenizer = (
+        GPT2LMHeadModel.from_pretrained(POCKET, dtype=torch.float32).eval(),
+        load("pocket-gpt2").tokenizer,
+    )
+    for kind, own, bigram, unigram in rows:
+        assert float(own) < float(bigram) - 0.5 < float(unigram) - 0.5
+        texts = [
+            tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :256] for text in bundled(kind)[:24]
+        ]
+        with torch.no_grad():
+            loss = sum(float(model(ids, labels=ids).loss) for ids in texts) / len(texts)
+        assert loss < float(bigram) and abs(loss - float(own)) < 0.8, (kind, loss)
+
+
+def test_readme_is_true() -> None:
+    """Its commands exist, and the line count is the count."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make (\.?\w+)", README):
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.M), target
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "sipit_lite").glob("*.py"))
+    said = int(re.search(r"([\d ]+) lines of Python", README)[1].replace(" ", ""))
+    assert said == lines
+
+
+@pytest.mark.parametrize("name", ["sipit_lite/pocket_gpt2/model.safetensors", "sipit_lite/pocket_gpt2/held_out.json"])
+def test_wheel_carries_the_model(name: str, wheel: Path) -> None:
+    """The model and its prompts travel with the package."""
+    assert name in zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the working tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_runs_the_demo(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked away from the repository, with the packages of this environment, the command line works."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    command = (
+        "import sys, sipit_lite.cli as c; assert sys.argv[1] in c.__file__, c.__file__; sys.exit(c.main(sys.argv[2:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(tmp_path), "demo", "--layer", "1", "--device", "cpu", "--figure", ""],
+        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "4 of 4 exact" in done.stdout, done.stderr

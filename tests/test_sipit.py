@@ -1,0 +1,220 @@
+"""SipIt is exact where it answers, and answers nothing that it cannot verify."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sipit_lite import (
+    Ambiguous,
+    Gradient,
+    Interrupted,
+    LanguageModel,
+    NotVerified,
+    OneStepMap,
+    Random,
+    invert,
+    load,
+)
+from sipit_lite.prompts import prompts
+
+Family = tuple[PreTrainedModel, LanguageModel]
+TEXTS = ["Language models forget nothing.", "for i in range(10):\n    print(i)\n", "naïve 🙂 привет 世界"]
+
+
+def brute_force(model: LanguageModel, states: Tensor, layer: int) -> list[int]:
+    """The oracle: whole prompts through the whole model, no cache, no radius, the nearest of all tokens."""
+    prefix: list[int] = []
+    for t, row in enumerate(states):
+        rows = torch.tensor([[*prefix, v] for v in range(model.vocab_size)], device=model.device)
+        with torch.no_grad():
+            found = model.decoder(rows, output_hidden_states=True).hidden_states[layer][:, t]
+        prefix.append(int((found - row).norm(dim=1).argmin()))
+    return prefix
+
+
+@pytest.mark.parametrize("policy", [Gradient(), Random(), Gradient(1, max_steps=None)], ids=repr)
+def test_every_family_at_every_layer(policy: Gradient | Random, family: Family, prompt: Tensor) -> None:
+    """Exact, and equal to brute force where transformers gives the same states (below the last layer)."""
+    model = family[1]
+    for layer in range(model.n_layers + 1):
+        states = model.states(prompt, layer)
+        recovery = invert(states, model, layer, policy=policy)
+        assert recovery.tokens.tolist() == prompt.tolist()
+        assert (recovery.distance <= recovery.radius).all() and (recovery.runner_up > recovery.radius).all()
+        assert (recovery.tested >= 2).all() and (recovery.tested <= model.vocab_size).all()
+        if layer < model.n_layers:
+            assert recovery.tokens.tolist() == brute_force(model, states, layer)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back(pocket: LanguageModel, text: str) -> None:
+    """First, middle and last layer of the trained model."""
+    for layer in (0, 1, 3, 6):
+        assert invert(pocket.states(text, layer), pocket, layer).text == text
+
+
+def test_edge_prompts(pocket: LanguageModel) -> None:
+    """One token, the end-of-text token, one token repeated, and the full context."""
+    end = pocket.tokenizer.eos_token_id
+    full = torch.cat([*(ids for ids, _ in zip(prompts(pocket.tokenizer, "prose", 16), range(16), strict=False))])
+    for ids in (torch.tensor([7]), torch.tensor([end]), torch.tensor([7] * 20), torch.tensor([end] * 5), full):
+        assert torch.equal(invert(pocket.states(ids, 3), pocket, 3).tokens, ids)
+    assert len(full) == pocket.n_positions
+
+
+def test_certified_means_the_whole_vocabulary(pocket: LanguageModel) -> None:
+    """Every token tested, so the runner-up is the true one: the nearest of all others."""
+    ids = pocket.encode("certify")
+    recovery = invert(pocket.states(ids, 2), pocket, 2, certify=True)
+    assert (recovery.tested == pocket.vocab_size).all()
+    states = OneStepMap.after(pocket, 2).tokens(torch.arange(pocket.vocab_size, device=pocket.device))
+    expected = (states - states[ids[0]]).norm(dim=1).topk(2, largest=False).values[1]
+    assert float(recovery.runner_up[0]) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_states_are_exact_where_noise_is_under_half_the_margin(
+    pocket: LanguageModel, dtype: torch.dtype
+) -> None:
+    """Theorem 3.2's hypothesis, measured at each position, and its conclusion."""
+    ids = pocket.encode("Rounded, yet exact.")[:5]
+    for layer in (1, 6):
+        states = pocket.states(ids, layer)
+        noise = (states - states.to(dtype).float()).norm(dim=1)
+        for t in range(len(ids)):
+            assert noise[t] < OneStepMap.after(pocket, layer, ids[:t]).margin() / 2
+        assert torch.equal(invert(states.to(dtype), pocket, layer).tokens, ids.cpu())
+
+
+def tiny(seed: int, spread: float) -> LanguageModel:
+    """A random model whose embeddings lie close together, so that coarse formats do collide."""
+    model = load("pocket-gpt2", random_init=True, seed=seed, device="cpu")
+    with torch.no_grad():
+        table = model.decoder.get_input_embeddings().weight
+        table[:12] = table[:1] + spread * torch.randn(12, table.shape[1], generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), spread=st.sampled_from([1e-1, 1e-3, 3e-5, 1e-6]), layer=st.sampled_from([0, 1, 6]),
+       dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]))  # fmt: skip
+def test_no_silent_error(seed: int, spread: float, layer: int, dtype: torch.dtype) -> None:
+    """However coarse the format and however close the tokens: exact, or a named refusal with a true prefix."""
+    model = TINY[seed % len(TINY)] if spread == 1e-1 else tiny(seed, spread)
+    ids = torch.randint(12, (3,), generator=torch.Generator().manual_seed(seed))
+    states = model.states(ids, layer).to(dtype)
+    try:
+        assert torch.equal(invert(states, model, layer, seed=seed).tokens, ids)
+    except NotVerified as refusal:
+        assert torch.equal(refusal.recovered.tokens, ids[: refusal.position])
+        assert refusal.position < len(ids) and len(refusal.recovered.text) >= 0
+
+
+TINY = [tiny(seed, 1e-1) for seed in range(2)]
+
+
+def test_coarse_formats_are_refused_where_tokens_collide() -> None:
+    """The test above would pass if nothing was ever refused, or everything: both happen."""
+    model, ids = tiny(0, 1e-6), torch.tensor([3, 5])
+    with pytest.raises(Ambiguous, match=r"position 0: \d+ tokens verify, among them"):
+        invert(model.states(ids, 0).to(torch.bfloat16), model, 0)
+    assert torch.equal(invert(TINY[0].states(ids, 0).to(torch.bfloat16), TINY[0], 0).tokens, ids)
+
+
+@pytest.mark.parametrize("policy", [Gradient(), Random(1)], ids=repr)
+def test_twin_embeddings_are_ambiguous(policy: Gradient | Random) -> None:
+    """Two tokens with one embedding row: no state can tell them apart, whatever the policy tries first."""
+    model = load("pocket-gpt2", device="cpu", random_init=True)
+    with torch.no_grad():
+        model.decoder.get_input_embeddings().weight[9] = model.decoder.get_input_embeddings().weight[4]
+    with pytest.raises(Ambiguous, match="2 tokens verify") as refusal:
+        invert(model.states(torch.tensor([8, 4]), 2), model, 2, policy=policy)
+    assert refusal.value.position == 1 and refusal.value.recovered.tokens.tolist() == [8]
+
+
+def test_noise_within_epsilon_is_exact_and_without_it_refused(pocket: LanguageModel) -> None:
+    """Theorem 3.2: noise under half the margin; the user says how much there may be."""
+    ids = pocket.encode("noise")
+    states = pocket.states(ids, 3)
+    half = min(OneStepMap.after(pocket, 3, ids[:t]).margin() for t in range(len(ids))) / 2
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
+    noisy = states + 0.9 * half * noise / noise.norm(dim=1, keepdim=True)
+    assert torch.equal(invert(noisy, pocket, 3, epsilon=0.95 * half).tokens, ids.cpu())
+    with pytest.raises(NotVerified, match=r"position 0: no token verifies \(noisy states need epsilon"):
+        invert(noisy, pocket, 3)
+
+
+def test_noise_beyond_the_margin_is_refused_not_guessed(pocket: LanguageModel) -> None:
+    """An epsilon so large that several tokens fit."""
+    with pytest.raises(Ambiguous, match="tokens verify"):
+        invert(pocket.states("loud", 3), pocket, 3, epsilon=1e4)
+
+
+def test_states_of_another_layer_or_model_are_refused(pocket: LanguageModel) -> None:
+    """Nothing verifies: position, nearest token, its distance and radius are named."""
+    states = pocket.states("another layer", 3)
+    for model, layer in ((pocket, 2), (load("pocket-gpt2", random_init=True, device=pocket.device), 3)):
+        with pytest.raises(
+            NotVerified, match=r"position 0: no token verifies.*nearest of 4096 tested is \d+"
+        ) as refusal:
+            invert(states, model, layer)
+        assert refusal.value.distance > refusal.value.radius > 0
+        assert refusal.value.recovered.text == "" and len(refusal.value.recovered.tokens) == 0
+
+
+@pytest.mark.parametrize("spoiled", [1, 4])
+def test_what_was_recovered_comes_with_the_error(pocket: LanguageModel, spoiled: int) -> None:
+    """A state changed in one place stops the inversion there, and the prefix is kept."""
+    ids = pocket.encode("the prefix is kept, always")
+    states = pocket.states(ids, 3).clone()
+    states[spoiled, 0] += 1.0
+    with pytest.raises(NotVerified) as refusal:
+        invert(states, pocket, 3)
+    assert refusal.value.position == spoiled
+    assert torch.equal(refusal.value.recovered.tokens, ids[:spoiled].cpu())
+    assert repr(pocket.decode(ids[:spoiled])) in str(refusal.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class StopsAt:
+    """A policy during which somebody presses Ctrl-C."""
+
+    position: int
+
+    def proposals(self, step: OneStepMap, observed: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        """The vocabulary, until the position comes."""
+        if step.position == self.position:
+            raise KeyboardInterrupt
+        yield torch.arange(step.model.vocab_size, device=step.model.device)
+
+
+def test_ctrl_c_keeps_the_prefix(pocket: LanguageModel) -> None:
+    """The exception is still a KeyboardInterrupt, and carries what was verified."""
+    ids = pocket.encode("stop here, please")
+    with pytest.raises(KeyboardInterrupt) as stop:
+        invert(pocket.states(ids, 2), pocket, 2, policy=StopsAt(3))
+    assert isinstance(stop.value, Interrupted)
+    assert torch.equal(stop.value.recovered.tokens, ids[:3].cpu())
+
+
+def test_the_whole_prompt_is_read_once_more(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the one-step map were wrong, the pass over the whole prompt would show it."""
+    ids = pocket.encode("one more look")
+    states = pocket.states(ids, 2)
+    honest = LanguageModel.states
+    monkeypatch.setattr(LanguageModel, "states", lambda self, prompt, layer: honest(self, prompt, layer) * 1.01)
+    with pytest.raises(NotVerified, match="read in one pass, is"):
+        invert(states, pocket, 2)
+
+
+def test_gpt2_architecture_at_initialisation() -> None:
+    """124M parameters, last layer: exact."""
+    model = load("gpt2", random_init=True)
+    ids = torch.randint(model.vocab_size, (4,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(invert(model.states(ids, 12), model, 12).tokens, ids)
