@@ -97,7 +97,7 @@ def exactness(
         checks.append(Check.of(f"exact, {dtype} under half the margin", share(under)))
     checks += [] if quick else whole_processes()
     return checks, {
-        "candidates": candidate_counts(runs, model.vocab_size),
+        "candidates": candidate_counts(runs),
         "runs": runs,
         "edges": edges,
         "stored": stored,
@@ -159,15 +159,15 @@ def rounded(model: LanguageModel, ids: Int[Tensor, " pos"], layer: int) -> list[
     return runs
 
 
-def candidate_counts(runs: list[dict], vocab_size: int) -> dict[str, float]:
+def candidate_counts(runs: list[dict]) -> dict[str, float]:
     """Candidates tested per token: median, 99th percentile, share of positions that went on to the scan.
 
-    >>> candidate_counts([{"tested": [40, 72, 4096]}], 4096)["median"]
+    >>> candidate_counts([{"tested": [40, 72, 4096]}])["median"]
     72.0
     """
     tested = np.array([n for run in runs for n in run["tested"]])
     policy = Gradient()
-    reach = policy.proposals_per_step * (policy.max_steps or vocab_size)
+    reach = policy.proposals_per_step * policy.max_steps
     return {
         "median": float(np.median(tested)),
         "99th percentile": float(np.percentile(tested, 99)),

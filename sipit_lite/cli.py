@@ -15,7 +15,7 @@ from sipit_lite.prompts import prompts
 from sipit_lite.sipit import Interrupted, NotVerified, Recovery, invert
 from sipit_lite.verify import StatesError
 
-POLICIES: dict[str, Policy] = {"gradient": Gradient(), "published": Gradient(1, max_steps=None), "random": Random()}
+POLICIES: dict[str, Policy] = {"gradient": Gradient(), "published": Gradient(1), "random": Random()}
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt can be read back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",

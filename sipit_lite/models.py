@@ -100,10 +100,10 @@ class LanguageModel:
 
     def check_layer(self, layer: int) -> None:
         """Raise ``ModelError`` unless 0 ≤ layer ≤ L."""
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= self.n_layers:
+        if layer not in range(self.n_layers + 1):
             raise ModelError(f"got layer {layer!r}; {self.name} has layers 0 (embeddings) to {self.n_layers}")
 
-    def check_ids(self, ids: Int[Tensor, "*batch pos"]) -> None:
+    def check_ids(self, ids: Tensor) -> None:
         """Raise ``ModelError`` unless the ids are integers below |V| in rows of 1 to K tokens."""
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ModelError(f"got ids of {ids.dtype}; token ids are integers")
@@ -112,9 +112,10 @@ class LanguageModel:
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
             raise ModelError(f"got ids from {ids.min()} to {ids.max()}; tokens are 0 to {self.vocab_size - 1}")
 
-    def states(self, prompt: str | Int[Tensor, "*batch pos"], layer: int) -> Float[Tensor, "*batch pos d_model"]:
+    def states(self, prompt: str | Tensor, layer: int) -> Float[Tensor, "*batch pos d_model"]:
         """Hidden states H^(ℓ) of a text or of token ids at every position, before the final norm.
 
+        ``prompt`` is a text, or ids of shape (T,) or, for a batch of equal lengths, (..., T).
         Layer 0 is the input of the first block (embeddings, with absolute positions where the model has them);
         layer ℓ is the output of block ℓ. Only the first ℓ blocks run, and never the unembedding.
         Raises ``ModelError`` for a layer outside 0..L, an empty or too long prompt, or ids outside 0..|V|−1.

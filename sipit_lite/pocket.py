@@ -187,20 +187,33 @@ def sample(model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, start: str, len
 
 
 def held_out_passages(longest: int = 1500, shortest: int = 400, most: int = 160) -> dict[str, list[dict[str, str]]]:
-    """Held-out passages of the standard library: whole paragraphs, joined up to ``longest`` characters."""
-    return {kind: list(_passages(kind, longest, shortest))[:most] for kind in ("prose", "code")}
+    """Held-out passages of the standard library, spread evenly over its files."""
+    found = {}
+    for kind in ("prose", "code"):
+        passages = [
+            {"source": name, "text": text}
+            for name, document in prompts.standard_library_documents(kind)
+            for text in packed(prompts.paragraphs(document), longest)
+            if len(text) >= shortest
+        ]
+        found[kind] = passages[:: max(1, len(passages) // most)][:most]
+    return found
 
 
-def _passages(kind: str, longest: int, shortest: int) -> Iterator[dict[str, str]]:
-    for name, text in prompts.standard_library_documents(kind):
-        passage = ""
-        for paragraph in prompts.paragraphs(text):
-            joined = f"{passage}\n\n{paragraph}".strip("\n")
-            if len(joined) > longest:
-                break
-            passage = joined
-        if len(passage) >= shortest:
-            yield {"source": name, "text": passage}
+def packed(pieces: list[str], longest: int) -> list[str]:
+    """Join paragraphs in order into passages of at most ``longest`` characters; longer paragraphs are left out.
+
+    >>> packed(["ab", "cd", "much too long", "ef"], 6)
+    ['ab\\n\\ncd', 'ef']
+    """
+    passages = [""]
+    for piece in (piece for piece in pieces if len(piece) <= longest):
+        joined = f"{passages[-1]}\n\n{piece}".strip("\n")
+        if len(joined) > longest:
+            passages.append(piece)
+        else:
+            passages[-1] = joined
+    return passages
 
 
 CARD = """# pocket-gpt2

@@ -50,57 +50,52 @@ class Random:
 class Gradient:
     """Descend on a continuous proxy e, try the untried tokens nearest to it (Algorithm 3).
 
-    The loss is the mean squared error between F(e) and the observed state; its gradient is clipped to norm 1;
-    the step size starts at ``step_size`` and decays linearly to 1 % inside each window of ``window`` steps, after
-    which e snaps to the nearest untried embedding. ``proposals_per_step=1`` with ``max_steps=None`` is the
-    published loop. By default several nearest tokens are tested in one batch, and after ``max_steps`` the rest of
-    the vocabulary follows, nearest first. Raises ``ValueError`` for a setting below one.
+    The gradient of the loss ½‖F(e) − ĥ_t‖² is clipped to norm 1; the step size starts at ``step_size`` and decays
+    linearly to 1 % inside each window of ``window`` steps, after which e snaps to the nearest untried embedding.
+    Several nearest tokens are tested in one batch, and after ``max_steps`` the rest of the vocabulary follows,
+    nearest first. ``proposals_per_step=1`` is the published loop: its loss is the mean squared error, and it takes a
+    gradient step for every token of the vocabulary. Raises ``ValueError`` for a setting below one.
     """
 
     proposals_per_step: int = 32
-    max_steps: int | None = 40
+    max_steps: int = 40
     step_size: float = 1.0
     window: int = 50
 
     def __post_init__(self) -> None:
-        _at_least_one("proposals_per_step", self.proposals_per_step)
-        _at_least_one("window", self.window)
-        if self.max_steps is not None:
-            _at_least_one("max_steps", self.max_steps)
+        for name in ("proposals_per_step", "max_steps", "window"):
+            _at_least_one(name, getattr(self, name))
 
     def proposals(
         self, step: OneStepMap, observed: Float[Tensor, " d_model"], generator: torch.Generator
     ) -> Iterator[Int[Tensor, " cand"]]:
         """Yield the nearest untried tokens after each gradient step, then the rest of the vocabulary."""
-        table = step.model.embeddings
+        table, published = step.model.embeddings, self.proposals_per_step == 1
         untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
         e = table[int(torch.randint(len(table), (), generator=generator))].clone()
         window = self.window * (1 + len(table) // 25_000 if step.position == 0 else 1)
-        taken = 0
-        while untried.any() and (self.max_steps is None or taken < self.max_steps):
-            e = e - self._rate(taken % window, window) * clipped_gradient(step, e, observed)
+        for taken in range(len(table) if published else self.max_steps):
+            if taken and taken % window == 0:
+                e = table[nearest(table, e, untried, 1)[0]].clone()
+            rate = self.step_size * (1 - 0.99 * (taken % window) / max(window - 1, 1))
+            e = e - rate * clipped_gradient(step, e, observed, mean=published)
             batch = nearest(table, e, untried, self.proposals_per_step)
             untried[batch] = False
             yield batch
-            taken += 1
-            if taken % window == 0 and untried.any():
-                e = table[nearest(table, e, untried, 1)[0]].clone()
-        if untried.any():
-            yield from nearest(table, e, untried, int(untried.sum())).split(ROWS)
-
-    def _rate(self, taken: int, window: int) -> float:
-        return self.step_size * (1 - 0.99 * taken / max(window - 1, 1))
+            if not untried.any():
+                return
+        yield from nearest(table, e, untried, int(untried.sum())).split(ROWS)
 
 
 def clipped_gradient(
-    step: OneStepMap, e: Float[Tensor, " d_model"], observed: Float[Tensor, " d_model"], norm: float = 1.0
+    step: OneStepMap, e: Float[Tensor, " d_model"], observed: Float[Tensor, " d_model"], *, mean: bool = False
 ) -> Float[Tensor, " d_model"]:
-    """∇_e of the mean squared error between F(e) and the observed state, its norm clipped (Algorithm 3)."""
+    """∇_e ½‖F(e) − ĥ_t‖² (Algorithm 3), or that of the mean squared error, its norm clipped at 1."""
     with torch.enable_grad():
         e = e.detach().clone().requires_grad_()
-        loss = torch.nn.functional.mse_loss(step.embedding(e[None])[0], observed)
-        gradient = torch.autograd.grad(loss, e)[0]
-    return gradient * (norm / gradient.norm().clamp(min=norm))
+        error = (step.embedding(e[None])[0] - observed).square()
+        gradient = torch.autograd.grad(error.mean() if mean else error.sum() / 2, e)[0]
+    return gradient / gradient.norm().clamp(min=1.0)
 
 
 def nearest(

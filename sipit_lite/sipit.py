@@ -74,7 +74,7 @@ class _Row(NamedTuple):
 
 
 def invert(
-    states: Float[Tensor, "pos d_model"],
+    states: Tensor,
     model: LanguageModel,
     layer: int,
     *,

