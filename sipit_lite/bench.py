@@ -27,11 +27,12 @@ from sipit_lite.models import LanguageModel
 from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Gradient
 from sipit_lite.prompts import prompts
-from sipit_lite.sipit import NotVerified, every_token, invert
+from sipit_lite.sipit import CHALLENGERS, NotVerified, every_token, invert
 from sipit_lite.verify import Observation
 
 Better = Literal["higher", "lower"]
-TARGETS: dict[str, tuple[float, Better]] = {
+Number = float | int
+TARGETS: dict[str, tuple[Number, Better]] = {
     "exact, all": (1.0, "higher"),
     "silent errors": (0, "lower"),
     "exact, full context": (1.0, "higher"),
@@ -57,13 +58,13 @@ class Check:
     """
 
     name: str
-    value: float
-    target: float
+    value: Number
+    target: Number
     better: Better
     ok: bool
 
     @classmethod
-    def of(cls, name: str, value: float) -> "Check":
+    def of(cls, name: str, value: Number) -> "Check":
         """Compare a measured value with the target of that name."""
         target, better = TARGETS[name]
         return cls(name, value, target, better, value >= target if better == "higher" else value <= target)
@@ -167,7 +168,7 @@ def candidate_counts(runs: list[dict]) -> dict[str, float]:
     """
     tested = np.array([n for run in runs for n in run["tested"]])
     policy = Gradient()
-    reach = policy.proposals_per_step * policy.max_steps
+    reach = policy.proposals_per_step * policy.max_steps + CHALLENGERS
     return {
         "median": float(np.median(tested)),
         "99th percentile": float(np.percentile(tested, 99)),

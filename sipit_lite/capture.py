@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,9 +20,12 @@ FORMAT = "sipit-lite states 1"
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """What a file of states holds: the states, the name of their model, their layer, the text where it was kept."""
+    """What a file of states holds: the states, the name of their model, their layer, the text where it was kept.
 
-    states: Float[Tensor, "pos d_model"]
+    ``states`` has shape (T, d_model) where ``write_states`` wrote it; ``invert`` checks what comes from elsewhere.
+    """
+
+    states: Tensor
     model: str
     layer: int
     text: str | None = None

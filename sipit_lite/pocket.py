@@ -186,7 +186,7 @@ def sample(model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, start: str, len
     return bpe.decode(written[0])
 
 
-def held_out_passages(longest: int = 1500, shortest: int = 400, most: int = 160) -> dict[str, list[dict[str, str]]]:
+def held_out_passages(longest: int = 1500, shortest: int = 300, most: int = 160) -> dict[str, list[dict[str, str]]]:
     """Held-out passages of the standard library, spread evenly over its files."""
     found = {}
     for kind in ("prose", "code"):

@@ -143,7 +143,7 @@ def try_candidates(
         distance[batch] = observed.distance(t, step.tokens(batch))
         if bool((distance[batch] <= observed.radius[t]).any()):
             break
-    found = int(distance.nan_to_num(nan=torch.inf).argmin())
+    found = int(distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin())
     rivals = nearest(table, table[found], distance.isnan(), CHALLENGERS)
     if len(rivals):
         distance[rivals] = observed.distance(t, step.tokens(rivals))
@@ -152,7 +152,7 @@ def try_candidates(
 
 def _accept(distance: Float[Tensor, " vocab"], radius: float, prefix: Recovery, model: LanguageModel) -> _Row:
     """The one token that verifies; refuse where there is none, or more than one."""
-    best = distance.nan_to_num(nan=torch.inf).topk(min(2, len(distance)), largest=False)
+    best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).topk(min(2, len(distance)), largest=False)
     row = _Row(
         int(best.indices[0]), float(best.values[0]), float(best.values[-1]), radius, int((~distance.isnan()).sum())
     )

@@ -83,7 +83,7 @@ def distance_to_stored(
     0.0
     """
     beyond = ((candidates - observed).abs() - half_width).clamp(min=0)
-    return torch.linalg.vector_norm(beyond.float(), dim=1).nan_to_num(nan=torch.inf)
+    return torch.linalg.vector_norm(beyond.float(), dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def check_states(states: object, model: LanguageModel) -> Float[Tensor, "pos d_model"]:

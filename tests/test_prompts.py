@@ -24,7 +24,7 @@ def test_windows_do_not_overlap(pocket: LanguageModel) -> None:
     texts = bundled("prose")
     found = list(prompts(pocket.tokenizer, "prose", 20))
     whole = sum(len(pocket.encode(text)) // 20 for text in texts)
-    assert len(found) == whole > 1000
+    assert len(found) == whole > 600
 
 
 def test_kinds_are_what_they_say() -> None:
@@ -38,8 +38,8 @@ def test_kinds_are_what_they_say() -> None:
 
 def test_installed_splits_are_disjoint() -> None:
     """No paragraph of the first training documents stands in the held-out ones."""
-    held_out = {p.strip() for text in installed("prose", "held-out") for p in paragraphs(text)}
-    train = [p.strip() for text in islice(installed("prose", "train"), 200) for p in paragraphs(text)]
+    held_out = {p.strip() for text in installed("code", "held-out") for p in paragraphs(text)}
+    train = [p.strip() for text in islice(installed("code", "train"), 200) for p in paragraphs(text)]
     assert len(held_out) > 100 and len(train) > 100
     assert held_out.isdisjoint(train)
 
@@ -50,9 +50,9 @@ def test_installed_prompts(pocket: LanguageModel) -> None:
     assert len({tuple(ids.tolist()) for ids in some}) > 250
 
 
-@pytest.mark.parametrize("bad", [{"kind": "verse"}, {"length": 0}, {"source": "hub"}])
+@pytest.mark.parametrize("bad", [{"kind": "verse"}, {"length": 0}, {"source": "hub"}, {"split": "test"}])
 def test_bad_requests_are_refused(pocket: LanguageModel, bad: dict[str, object]) -> None:
     """What was received is quoted."""
-    asked = {"kind": "prose", "length": 5, "source": "bundled"} | bad
+    asked = {"kind": "prose", "length": 5} | bad
     with pytest.raises(ValueError, match=f"got .*{next(iter(bad.values()))}"):
-        next(prompts(pocket.tokenizer, asked["kind"], asked["length"], source=asked["source"]))
+        next(prompts(pocket.tokenizer, **asked))
