@@ -81,8 +81,8 @@ def read_states(path: str | Path) -> Captured:
                     f"tensor 'states' and metadata 'format' ({FORMAT!r}), 'model', 'layer'"
                 )
             layer = metadata["layer"]
-            if not layer.isdecimal():
-                raise StatesError(f"got layer {layer!r} in {str(path)!r}; expected a whole number")
+            if not layer.isdecimal() or len(layer) > 6:
+                raise StatesError(f"got layer {layer[:20]!r} in {str(path)!r}; expected a whole number")
             return Captured(stored.get_tensor("states"), metadata["model"], int(layer), metadata.get("text"))
     except (SafetensorError, OSError) as error:
         raise StatesError(f"got {str(path)!r}, which is not a whole safetensors file ({error})") from error

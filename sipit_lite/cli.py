@@ -1,9 +1,11 @@
 """The command line: ``sipit-lite demo · capture · invert · bench``."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -33,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     options = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character still gets the rest
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if abs(options.seed) >= 2**62:
+            raise ModelError(f"got seed {options.seed}; expected a whole number below 2**62")
         return options.run(options)
     except (ModelError, StatesError, NotVerified) as error:
         print(f"sipit-lite {options.command}: {error}", file=sys.stderr)
@@ -55,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--layer", type=int, help="0 (embeddings) to L; the demo takes all, the others the last")
     shared.add_argument("--policy", choices=POLICIES, default="gradient", help="the order in which tokens are tried")
     shared.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, ...")
-    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--seed", type=int, default=0, help="below 2**62")
     shared.add_argument("--json", action="store_true", help="one JSON object instead of text")
     top = argparse.ArgumentParser(prog="sipit-lite", description="Hidden states that give back the prompt.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -88,6 +94,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> int:
     """Invert English, Python, other scripts and random tokens at every layer; 1 unless all come back exactly."""
+    if options.figure and (Path(options.figure).suffix != ".png" or not Path(options.figure).parent.is_dir()):
+        raise StatesError(
+            f"got the figure {options.figure!r}; expected a name that ends in .png in a folder that exists"
+        )
     model = _model(options)
     layers = range(model.n_layers + 1) if options.layer is None else [options.layer]
     rows, found = [], {}
@@ -144,7 +154,7 @@ def run_invert(options: argparse.Namespace) -> int:
     """Print the prompt whose hidden states are in a file, or of a text just captured."""
     if options.text is None:
         stored = read_states(options.file)
-        options.model = options.model or stored.model
+        options.model = stored.model if options.model is None else options.model
         model, layer, states = _model(options), stored.layer if options.layer is None else options.layer, stored.states
     else:
         model = _model(options)
@@ -157,7 +167,7 @@ def run_invert(options: argparse.Namespace) -> int:
         policy=POLICIES[options.policy],
         seed=options.seed,
         epsilon=options.epsilon,
-        certify=options.certify or None,
+        certify=options.certify,
         progress=True,
     )
     print(json.dumps(as_json(recovery) | {"model": model.name, "layer": layer}) if options.json else recovery.text)
@@ -167,6 +177,8 @@ def run_invert(options: argparse.Namespace) -> int:
 def run_bench(options: argparse.Namespace) -> int:
     """Run one bench and print its table of checks, or its JSON object."""
     model = _model(options)
+    if model.tokenizer is None:
+        raise ModelError(f"got {model.name} without a readable tokenizer; the benches need one for their prompts")
     checks, data = bench.BENCHES[options.bench](model, quick=options.quick, seed=options.seed, progress=True)
     print(json.dumps(bench.report(options.bench, model, checks, data)) if options.json else bench.table(checks))
     return 0

@@ -7,9 +7,11 @@ States are taken after block ``layer`` and before the final norm, as in the pape
 import copy
 import os
 import socket
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -86,7 +88,9 @@ class LanguageModel:
         'hidden states'
         """
         if self.tokenizer is None:
-            raise ModelError(f"{self.name} came without a tokenizer: got text, expected token ids")
+            raise ModelError(f"{self.name} came without a readable tokenizer: got text, expected token ids")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ModelError(f"got the text {text!r} with lone surrogates; expected text that UTF-8 can write")
         ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
         if ids.numel() == 0:
             raise ModelError(f"got the text {text!r} of 0 tokens; a prompt has at least one")
@@ -100,7 +104,7 @@ class LanguageModel:
 
     def check_layer(self, layer: int) -> None:
         """Raise ``ModelError`` unless 0 ≤ layer ≤ L."""
-        if layer not in range(self.n_layers + 1):
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer <= self.n_layers:
             raise ModelError(f"got layer {layer!r}; {self.name} has layers 0 (embeddings) to {self.n_layers}")
 
     def check_ids(self, ids: Tensor) -> None:
@@ -165,24 +169,24 @@ def load(
     >>> load(device="cpu").name
     'pocket-gpt2'
     """
-    name = str(name or os.environ.get("SIPIT_LITE_MODEL", POCKET))
+    name = str(name if name is not None else os.environ.get("SIPIT_LITE_MODEL") or POCKET)
     place = str(files("sipit_lite") / "pocket_gpt2") if name == POCKET else name
     target, local = pick_device(device), os.path.isdir(place) or not _hub_in_reach()
     try:
         with _quiet():
-            if random_init:
-                decoder = _at_random(name, place, seed, local).to(dtype)
-            else:
-                decoder = AutoModel.from_pretrained(place, dtype=dtype, local_files_only=local)
-            tokenizer = _tokenizer(place, local)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+            decoder = _at_random(name, place, seed, local).to(dtype) if random_init else _stored(place, dtype, local)
+            decoder, tokenizer = decoder.get_decoder().eval().requires_grad_(False), _tokenizer(place, local)
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(
             f"got model {name!r}; expected {POCKET!r}, a folder with config.json and weights, or a model of the "
             f"Hugging Face hub that is downloaded or in reach ({reason})"
         ) from error
-    decoder = decoder.get_decoder().eval().requires_grad_(False).to(target)
     _landmarks(decoder)
+    decoder = decoder.to(target)
+    name += f" at random initialisation, seed {seed}" if random_init else ""
     return LanguageModel(name, decoder, tokenizer, _embedding_rows(decoder))
 
 
@@ -198,9 +202,11 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"got device {str(device)!r}; expected 'auto', 'cpu', or a CUDA device in reach") from error
+    if torch.device(device).type == "mps":
+        warnings.warn("MPS has computed wrong GPT-2 states elsewhere: compare with the CPU", stacklevel=2)
     return torch.device(device)
 
 
@@ -221,11 +227,20 @@ def _at_random(name: str, place: str, seed: int, local: bool) -> PreTrainedModel
         return AutoModel.from_config(config)
 
 
+def _stored(place: str, dtype: torch.dtype, local: bool) -> PreTrainedModel:
+    decoder, told = AutoModel.from_pretrained(place, dtype=dtype, local_files_only=local, output_loading_info=True)
+    if told["missing_keys"]:  # transformers would draw these at random and go on
+        missing = sorted(told["missing_keys"])
+        raise ModelError(f"got {place!r} without {len(missing)} of its weights, among them {missing[0]!r}")
+    return decoder
+
+
 def _tokenizer(place: str, local: bool) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=local)
+        found = AutoTokenizer.from_pretrained(place, local_files_only=local)
     except (OSError, ValueError):
         return None  # ids still work; a text is then refused with its own message
+    return found if len(found) else None  # a folder without tokenizer files gives an empty one
 
 
 def _embedding_rows(decoder: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:
@@ -238,24 +253,20 @@ def _embedding_rows(decoder: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:
 
 def _landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
     """Names of the list of blocks and of the final norm, found by structure."""
-    children = list(decoder.named_children())
-    blocks = [
-        i
-        for i, (_, child) in enumerate(children)
-        if isinstance(child, nn.ModuleList) and len(child) == decoder.config.num_hidden_layers
-    ]
-    norms = [n for n, child in children[blocks[0] + 1 :] if _is_norm(child, decoder)] if len(blocks) == 1 else []
-    if len(norms) != 1:
+    config, children = decoder.config, dict(decoder.named_children())
+    depth, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    blocks = [name for name, child in children.items() if isinstance(child, nn.ModuleList) and len(child) == depth]
+    norms = [name for name, child in children.items() if _is_norm(child, width)]
+    if len(blocks) != 1 or not norms or not hasattr(config, "max_position_embeddings"):
         raise ModelError(
-            f"got {type(decoder).__name__} with children {[n for n, _ in children]}; expected a decoder with one list "
-            f"of {decoder.config.num_hidden_layers} blocks followed by one final norm"
+            f"got {type(decoder).__name__} with parts {list(children)}; expected a decoder with one list of "
+            "num_hidden_layers blocks, a final norm, and max_position_embeddings in its configuration"
         )
-    return children[blocks[0]][0], norms[0]
+    return blocks[0], norms[-1]  # a norm of the embeddings comes first, the final norm last
 
 
-def _is_norm(child: nn.Module, decoder: PreTrainedModel) -> bool:
-    shapes = {tuple(p.shape) for p in child.parameters()}
-    return shapes == {(decoder.config.hidden_size,)} and not list(child.children())
+def _is_norm(child: nn.Module, width: int | None) -> bool:
+    return {tuple(p.shape) for p in child.parameters()} == {(width,)} and not list(child.children())
 
 
 @contextmanager

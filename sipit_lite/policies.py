@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sipit_lite.onestep import ROWS, OneStepMap
 
+HUGE = torch.finfo(torch.float32).max
+
 
 @runtime_checkable
 class Policy(Protocol):
@@ -106,7 +108,9 @@ def nearest(
     >>> nearest(torch.eye(3), torch.tensor([0.9, 0.5, 0.0]), torch.tensor([False, True, True]), 2).tolist()
     [1, 2]
     """
-    distance = torch.linalg.vector_norm(table - e, dim=1).masked_fill(~allowed, torch.inf)
+    # A proxy that ran off to NaN must not end the enumeration: its distances are huge, those of the tried infinite.
+    distance = torch.linalg.vector_norm((table - e).float(), dim=1).nan_to_num(nan=HUGE, posinf=HUGE)
+    distance = distance.masked_fill(~allowed, torch.inf)
     return distance.topk(min(count, int(allowed.sum())), largest=False).indices
 
 

@@ -19,6 +19,8 @@ from sipit_lite.onestep import OneStepMap
 from sipit_lite.policies import Gradient, Policy, nearest
 from sipit_lite.verify import Observation
 
+SALT = 2510_15511  # a prompt drawn with the same seed must not be the stream of starts: they would be the answers
+CLEAR = 0.25  # a token further out than this share of the radius is accepted only after the whole vocabulary was tested
 CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each token found
 
 
@@ -81,7 +83,7 @@ def invert(
     policy: Policy | None = None,
     seed: int = 0,
     epsilon: float | None = None,
-    certify: bool | None = None,
+    certify: bool = False,
     progress: bool = False,
 ) -> Recovery:
     """Recover the exact prompt from the hidden states of all its positions at one layer (Algorithm 1).
@@ -89,8 +91,9 @@ def invert(
     ``states`` has shape (T, d_model), 1 ≤ T ≤ K, in any floating-point format; the last layer means before the final
     norm. ``policy`` orders the candidates (``Gradient()`` by default). ``epsilon`` bounds noise ‖ĥ_t − h_t‖₂ that
     was added on purpose; without it, ε_t is the measured noise floor alone. ``certify=True`` tests the whole
-    vocabulary at each position, so that acceptance means this token and no other; it is the default where the states
-    are coarser than the model's own format or an ``epsilon`` is given, since there two tokens could fit.
+    vocabulary at each position, so that acceptance means this token and no other; it is always on where the states
+    are coarser than the model's own format, the model computes in 16 bits, or an ``epsilon`` is given, since there two
+    tokens could fit. Elsewhere ``radius`` is float noise, and a rival would have to agree within it to be mistaken.
 
     Raises ``StatesError`` for states that no prompt has, ``ModelError`` for a layer outside 0..L, ``NotVerified``
     where no token verifies, ``Ambiguous`` where several do, ``Interrupted`` on Ctrl-C; the last three carry the
@@ -102,9 +105,8 @@ def invert(
     'hidden states'
     """
     observed = Observation.of(states, model, layer, epsilon)
-    if certify is None:
-        certify = epsilon is not None or not observed.exact
-    policy, generator, begun = policy or Gradient(), torch.Generator().manual_seed(seed), time.perf_counter()
+    certify = certify or epsilon is not None or not observed.exact or torch.finfo(model.dtype).bits <= 16
+    policy, generator, begun = policy or Gradient(), torch.Generator().manual_seed(seed + SALT), time.perf_counter()
     step, rows = OneStepMap.after(model, layer), []
     try:
         for t in tqdm(range(len(observed)), "inverting", disable=None if progress else True):
@@ -127,8 +129,8 @@ def try_candidates(
 ) -> Float[Tensor, " vocab"]:
     """Test batches of candidates until one verifies; the distance of every token tested, NaN for the untested.
 
-    The token found is then challenged by the untested tokens whose embeddings are nearest to its own:
-    the likeliest to produce the same state, twins among the embeddings first of all.
+    The token found is then challenged by the untested tokens whose embeddings are nearest to its own, the likeliest
+    to produce the same state: twins among the embeddings first of all. If it verified only just, by all of them.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -144,7 +146,8 @@ def try_candidates(
         if bool((distance[batch] <= observed.radius[t]).any()):
             break
     found = int(distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin())
-    rivals = nearest(table, table[found], distance.isnan(), CHALLENGERS)
+    clear = bool(distance[found] <= CLEAR * observed.radius[t])
+    rivals = nearest(table, table[found], distance.isnan(), CHALLENGERS if clear else len(table))
     if len(rivals):
         distance[rivals] = observed.distance(t, step.tokens(rivals))
     return distance
@@ -153,9 +156,8 @@ def try_candidates(
 def _accept(distance: Float[Tensor, " vocab"], radius: float, prefix: Recovery, model: LanguageModel) -> _Row:
     """The one token that verifies; refuse where there is none, or more than one."""
     best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).topk(min(2, len(distance)), largest=False)
-    row = _Row(
-        int(best.indices[0]), float(best.values[0]), float(best.values[-1]), radius, int((~distance.isnan()).sum())
-    )
+    runner_up = float(best.values[1]) if len(distance) > 1 else float("inf")
+    row = _Row(int(best.indices[0]), float(best.values[0]), runner_up, radius, int((~distance.isnan()).sum()))
     verified = (distance <= radius).nonzero()[:, 0]
     if len(verified) == 1:
         return row

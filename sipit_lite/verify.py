@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sipit_lite.models import LanguageModel
+from sipit_lite.models import LanguageModel, ModelError
 from sipit_lite.onestep import EXACT, ROWS, OneStepMap
 
 SAFETY = 16  # the noise is measured on a few positions; other prompts and machines stay within this factor
-PROBES = (0, 1, 3, 7, 15, 31)  # positions where it is measured; position 0 of trained models is unlike the rest
+PROBES = (0, 1, 3, 7, 15, 31, 63, 127, 255)  # where it is measured: it grows with the prefix, and position 0 is special
 _MEASURED: WeakKeyDictionary[LanguageModel, dict[int, float]] = WeakKeyDictionary()
 
 
@@ -51,6 +51,10 @@ class Observation:
             raise StatesError(f"got epsilon={epsilon}; a bound on the noise is finite and not negative")
         values = check_states(states, model)
         radius = noise_floor(model, layer) * torch.linalg.vector_norm(values, dim=1) + (epsilon or 0.0)
+        if not torch.isfinite(radius).all():
+            raise StatesError(
+                f"got states of norm {float(values.double().norm(dim=1).max()):.1e}; {model.dtype} overflows"
+            )
         return cls(values, rounding_half_width(states, model), radius)
 
     def __len__(self) -> int:
@@ -104,10 +108,16 @@ def check_states(states: object, model: LanguageModel) -> Float[Tensor, "pos d_m
             f"got states of shape {tuple(states.shape)}; {model.name} has shape (T, {model.d_model}) "
             f"with T from 1 to {model.n_positions}"
         )
-    bad = (~torch.isfinite(states.to(model.dtype))).any(1).nonzero()
+    try:
+        values = states.detach().to(model.device, model.dtype)
+        bad = (~torch.isfinite(values)).any(1).nonzero()
+    except (NotImplementedError, RuntimeError) as error:
+        raise StatesError(f"got states of {states.dtype}, {states.layout}; not convertible to {model.dtype}") from error
     if len(bad):
-        raise StatesError(f"got NaN or Inf in the state at position {int(bad[0])}; expected finite numbers")
-    return states.to(model.device, model.dtype)
+        raise StatesError(
+            f"got NaN or Inf in the state at position {int(bad[0])}; expected finite {model.dtype} numbers"
+        )
+    return values
 
 
 def rounding_half_width(states: Float[Tensor, "pos d_model"], model: LanguageModel) -> Float[Tensor, "pos d_model"]:
@@ -132,7 +142,9 @@ def noise_floor(model: LanguageModel, layer: int) -> float:
 
     The routes are one pass over the whole prompt, one cached step, and a cached step inside a full batch. The
     figure is the largest distance between two of them over the norm of the state, at several positions of a
-    random prompt, never below eight units of rounding, times ``SAFETY``. Measured once for a model and layer.
+    random prompt, never below half a unit of rounding, times ``SAFETY``. Measured once for a model and layer.
+    Raises ``ModelError`` where the routes differ by more than half the digits of the model's format: that is no
+    rounding, but a model whose states depend on later tokens or on how they are computed.
 
     >>> from sipit_lite import load
     >>> 0 < noise_floor(load(device="cpu"), 3) < 1e-3
@@ -144,8 +156,14 @@ def noise_floor(model: LanguageModel, layer: int) -> float:
         length = min(max(PROBES) + 1, model.n_positions)
         ids = torch.randint(model.vocab_size, (length,), generator=generator).to(model.device)
         whole = model.states(ids, layer)
-        spread = [_disagreement(model, layer, ids, whole, t) for t in PROBES if t < length]
-        known[layer] = SAFETY * max(8 * torch.finfo(model.dtype).eps, *spread)
+        spread = max(_disagreement(model, layer, ids, whole, t) for t in PROBES if t < length)
+        unit = torch.finfo(model.dtype).eps
+        if not spread <= unit**0.5:
+            raise ModelError(
+                f"got {model.name}, whose states at layer {layer} differ by {spread:.1e} of their norm between one "
+                f"whole pass and cached steps; expected rounding alone, under {unit**0.5:.1e} (is it causal?)"
+            )
+        known[layer] = SAFETY * max(unit / 2, spread)
     return known[layer]
 
 

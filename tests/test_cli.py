@@ -79,6 +79,10 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "unwritable": (["capture", "x", "-o", str(folder / "none" / "i")], "no file can be written"),
         "epsilon": (["invert", "--text", "x", "--epsilon", "-1"], "epsilon=-1.0"),
         "device": (["invert", "--text", "x", "--device", "abacus"], "device 'abacus'"),
+        "no text": (["capture", "abc\udcff", "-o", str(folder / "j")], "lone surrogates"),
+        "figure": (["demo", "--figure", str(folder / "none" / "k.png")], "expected a name that ends in .png"),
+        "seed": (["invert", "--text", "x", "--seed", str(2**70)], "got seed 1180591620717411303424"),
+        "no name": (["invert", "--text", "x", "--model", ""], "got model ''"),
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel, T5Config, T5Model
 
 from sipit_lite import LanguageModel, ModelError, load
 from sipit_lite.models import POCKET, pick_device
@@ -89,7 +89,7 @@ def test_gpt2_at_initialisation_needs_no_file() -> None:
     assert (model.n_layers, model.d_model, model.vocab_size, model.n_positions) == (12, 768, 50257, 1024)
     if model.tokenizer is None:
         assert model.decode(torch.tensor([5, 7])) == "5 7"
-        with pytest.raises(ModelError, match=r"without a tokenizer: got text, expected token ids"):
+        with pytest.raises(ModelError, match=r"without a readable tokenizer: got text, expected token ids"):
             model.encode("text")
 
 
@@ -116,7 +116,32 @@ def test_environment_variable_names_the_default(monkeypatch: pytest.MonkeyPatch)
     assert load(POCKET).name == POCKET
 
 
-@pytest.mark.parametrize("layer", [-1, 7])
+def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
+    """A configuration with more blocks than the file has weights for."""
+    source = Path(__file__).parent.parent / "sipit_lite" / "pocket_gpt2"
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text((source / "config.json").read_text().replace('"n_layer": 6', '"n_layer": 8'))
+    with pytest.raises(ModelError, match=r"without 24 of its weights, among them 'h\.6\."):
+        load(tmp_path)
+
+
+def test_other_structures_are_refused(tmp_path: Path) -> None:
+    """An encoder-decoder is no decoder with one list of blocks."""
+    T5Model(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="expected"):
+        load(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_takes_ids(tmp_path: Path) -> None:
+    """States of ids work; a text is refused."""
+    GPT2Model(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=5)).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert model.states(torch.tensor([1, 2]), 1).shape == (2, 8) and model.decode(torch.tensor([1, 2])) == "1 2"
+    with pytest.raises(ModelError, match="without a readable tokenizer"):
+        model.encode("text")
+
+
+@pytest.mark.parametrize("layer", [-1, 7, True])
 def test_layers_out_of_range_are_refused(pocket: LanguageModel, layer: int) -> None:
     """The message has the layer received and the range expected."""
     with pytest.raises(ModelError, match=re.escape(f"got layer {layer!r}; pocket-gpt2 has layers 0 (embeddings) to 6")):
@@ -143,5 +168,8 @@ def test_empty_text_and_unknown_device_are_refused(pocket: LanguageModel) -> Non
     """No prompt has zero tokens; a device out of reach is named."""
     with pytest.raises(ModelError, match="got the text '' of 0 tokens"):
         pocket.encode("")
-    with pytest.raises(ModelError, match="got device 'abacus'"):
-        pick_device("abacus")
+    with pytest.raises(ModelError, match="lone surrogates"):
+        pocket.encode("abc\udcff")
+    for device in ("abacus", "meta"):
+        with pytest.raises(ModelError, match=f"got device '{device}'"):
+            pick_device(device)

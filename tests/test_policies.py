@@ -27,6 +27,15 @@ def test_every_token_is_proposed_exactly_once(policy: Policy, family: Family, pr
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_enumeration_survives_a_proxy_that_overflows(policy: Policy, family: Family, prompt: Tensor) -> None:
+    """Observed states so large that the gradient is NaN: still every token exactly once."""
+    step = OneStepMap.after(family[1], 2, prompt[:2])
+    absurd = torch.full((family[1].d_model,), 3e38, device=prompt.device)
+    found = torch.cat(list(policy.proposals(step, absurd, torch.Generator())))
+    assert sorted(found.tolist()) == list(range(family[1].vocab_size))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_seeds_decide(policy: Policy, family: Family, prompt: Tensor) -> None:
     """The same seed gives the same order, another seed another."""
     one, two, other = (all_proposals(policy, family[1], prompt[:3], 2, seed) for seed in (0, 0, 1))

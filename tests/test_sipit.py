@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2Model, PreTrainedModel
 
 from sipit_lite import (
     Ambiguous,
@@ -59,6 +59,25 @@ def test_text_comes_back(pocket: LanguageModel, text: str) -> None:
         assert invert(pocket.states(text, layer), pocket, layer).text == text
 
 
+@dataclasses.dataclass(frozen=True)
+class Spy:
+    """The vocabulary in order, keeping the random numbers that a policy would have drawn."""
+
+    drawn: list[int]
+
+    def proposals(self, step: OneStepMap, observed: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        """All tokens at once."""
+        self.drawn.append(int(torch.randint(step.model.vocab_size, (), generator=generator)))
+        yield torch.arange(step.model.vocab_size, device=step.model.device)
+
+
+def test_random_starts_are_not_the_answers(pocket: LanguageModel) -> None:
+    """A prompt drawn with the seed of the inversion would be found at once, by a leak and not by the search."""
+    ids, spy = next(prompts(pocket.tokenizer, "random", 12, seed=5)), Spy([])
+    invert(pocket.states(ids, 1), pocket, 1, policy=spy, seed=5)
+    assert len(spy.drawn) == 12 and not set(spy.drawn) & set(ids.tolist())
+
+
 def test_edge_prompts(pocket: LanguageModel) -> None:
     """One token, the end-of-text token, one token repeated, and the full context."""
     end = pocket.tokenizer.eos_token_id
@@ -103,20 +122,41 @@ def tiny(seed: int, spread: float) -> LanguageModel:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([1e-1, 1e-3, 3e-5, 1e-6]), layer=st.sampled_from([0, 1, 6]),
-       dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]))  # fmt: skip
-def test_no_silent_error(seed: int, spread: float, layer: int, dtype: torch.dtype) -> None:
+       dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]),
+       policy=st.sampled_from([Gradient(), Gradient(4, 3), Random(), Random(3)]))  # fmt: skip
+def test_no_silent_error(seed: int, spread: float, layer: int, dtype: torch.dtype, policy: Gradient | Random) -> None:
     """However coarse the format and however close the tokens: exact, or a named refusal with a true prefix."""
     model = TINY[seed % len(TINY)] if spread == 1e-1 else tiny(seed, spread)
     ids = torch.randint(12, (3,), generator=torch.Generator().manual_seed(seed))
     states = model.states(ids, layer).to(dtype)
     try:
-        assert torch.equal(invert(states, model, layer, seed=seed).tokens, ids)
+        assert torch.equal(invert(states, model, layer, seed=seed, policy=policy).tokens, ids)
     except NotVerified as refusal:
         assert torch.equal(refusal.recovered.tokens, ids[: refusal.position])
-        assert refusal.position < len(ids) and len(refusal.recovered.text) >= 0
+        assert refusal.position < len(ids) and refusal.distance >= 0
 
 
 TINY = [tiny(seed, 1e-1) for seed in range(2)]
+
+
+@pytest.mark.parametrize("policy", [Gradient(1), Random(16), Random()], ids=repr)
+def test_no_silent_error_beside_a_massive_dimension(policy: Gradient | Random) -> None:
+    """Real GPT-2 has states of norm 3000 at position 0: the radius grows with it until other tokens fit inside.
+
+    Whichever token is tested first, the answer is the prompt or a refusal; and some prompts are refused.
+    """
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=4, n_positions=16)
+    decoder = GPT2Model(config).eval().requires_grad_(False)
+    decoder.wpe.weight[:, 0] += 60_000
+    model, refused = LanguageModel("massive", decoder, None, decoder.wte.weight), 0
+    for seed in range(20):
+        ids = torch.randint(500, (2,), generator=torch.Generator().manual_seed(seed))
+        try:
+            assert torch.equal(invert(model.states(ids, 0), model, 0, policy=policy, seed=seed).tokens, ids)
+        except NotVerified:
+            refused += 1
+    assert refused > 0
 
 
 def test_coarse_formats_are_refused_where_tokens_collide() -> None:

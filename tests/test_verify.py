@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
+from transformers import ModernBertConfig, ModernBertModel
 
 from sipit_lite import LanguageModel, ModelError, Observation, StatesError, load, noise_floor
 from sipit_lite.verify import distance_to_stored, rounding_half_width
@@ -75,12 +76,24 @@ def test_noise_floor_holds_for_other_prompts(pocket: LanguageModel) -> None:
     """Measured on one random prompt, it bounds the difference of routes on prose, at every layer and position."""
     from sipit_lite import OneStepMap
 
-    ids = pocket.encode("The noise floor was measured on random tokens; this prompt is prose, and longer. " * 3)
+    ids = pocket.encode("The noise floor was measured on random tokens; this prompt is prose, and longer. " * 20)[:256]
+    assert len(ids) == pocket.n_positions
     for layer in range(pocket.n_layers + 1):
         whole = pocket.states(ids, layer)
-        for t in range(0, len(ids), 9):
+        assert noise_floor(pocket, layer) < 1e-4
+        for t in range(0, len(ids), 15):
             found = OneStepMap.after(pocket, layer, ids[:t]).tokens(ids[t : t + 1])[0]
             assert (found - whole[t]).norm() <= noise_floor(pocket, layer) * whole[t].norm() / 4, (layer, t)
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    """Its one-step map is no map of the prefix: the routes differ by far more than rounding."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    decoder = ModernBertModel(ModernBertConfig(**sizes, num_attention_heads=4, max_position_embeddings=40)).eval()
+    model = LanguageModel("both ways", decoder, None, decoder.get_input_embeddings().weight.detach())
+    with pytest.raises(ModelError, match=r"got both ways, whose states at layer 2 differ by .* \(is it causal\?\)"):
+        noise_floor(model, 2)
 
 
 BAD_STATES = {
@@ -91,6 +104,8 @@ BAD_STATES = {
     "integers": (torch.zeros(3, 256, dtype=torch.int64), "states of torch.int64; expected a floating-point format"),
     "NaN": (torch.full((2, 256), torch.nan), "NaN or Inf in the state at position 0"),
     "Inf": (torch.cat([torch.zeros(4, 256), torch.full((1, 256), torch.inf)]), "NaN or Inf in the state at position 4"),
+    "overflow": (torch.full((2, 256), 1e38), "got states of norm 1.6e+39; torch.float32 overflows"),
+    "sparse": (torch.zeros(2, 256).to_sparse(), "torch.sparse_coo; not convertible to torch.float32"),
     "no tensor": ([[0.0] * 256], "states of type list; expected a torch.Tensor"),
 }
 
