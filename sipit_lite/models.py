@@ -240,7 +240,8 @@ def _tokenizer(place: str, local: bool) -> PreTrainedTokenizerBase | None:
         found = AutoTokenizer.from_pretrained(place, local_files_only=local)
     except (OSError, ValueError):
         return None  # ids still work; a text is then refused with its own message
-    return found if len(found) else None  # a folder without tokenizer files gives an empty one
+    # A folder without tokenizer files gives a tokenizer of special tokens alone.
+    return found if len(found) > len(found.all_special_ids) else None
 
 
 def _embedding_rows(decoder: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:

@@ -173,5 +173,5 @@ def _disagreement(
     step = OneStepMap.after(model, layer, ids[:t])
     crowd = torch.arange(min(ROWS, model.vocab_size), device=ids.device)
     crowd[-1] = ids[t]
-    routes = torch.stack([whole[t], step.tokens(ids[t : t + 1])[0], step.tokens(crowd)[-1]]).float()
+    routes = torch.stack([whole[t], step.tokens(ids[t : t + 1])[0], step.tokens(crowd)[-1]]).cpu().double()
     return float(torch.cdist(routes, routes, compute_mode=EXACT).max() / routes[0].norm())

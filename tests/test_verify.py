@@ -90,6 +90,7 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     """Its one-step map is no map of the prefix: the routes differ by far more than rounding."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
     decoder = ModernBertModel(ModernBertConfig(**sizes, num_attention_heads=4, max_position_embeddings=40)).eval()
     model = LanguageModel("both ways", decoder, None, decoder.get_input_embeddings().weight.detach())
     with pytest.raises(ModelError, match=r"got both ways, whose states at layer 2 differ by .* \(is it causal\?\)"):
