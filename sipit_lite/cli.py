@@ -180,7 +180,10 @@ def run_bench(options: argparse.Namespace) -> int:
     if model.tokenizer is None:
         raise ModelError(f"got {model.name} without a readable tokenizer; the benches need one for their prompts")
     checks, data = bench.BENCHES[options.bench](model, quick=options.quick, seed=options.seed, progress=True)
-    print(json.dumps(bench.report(options.bench, model, checks, data)) if options.json else bench.table(checks))
+    if options.json:
+        print(json.dumps(bench.report(options.bench, model, checks, data)))
+    else:
+        print(bench.table(checks), *(f"{name}: {value:.4g}" for name, value in data["reported"].items()), sep="\n")
     return 0
 
 

@@ -56,7 +56,10 @@ class NotVerified(ValueError):
 
 
 class Ambiguous(NotVerified):
-    """Several tokens lie in the acceptance region: the noise is too large, or the model maps them to one state."""
+    """Several tokens lie in the acceptance region: the noise is too large, or they share one state.
+
+    Exact twins among the embeddings share every state; in a coarse format two tokens may round to the same numbers.
+    """
 
 
 class Interrupted(KeyboardInterrupt):

@@ -24,6 +24,15 @@ def test_quick_run_keeps_the_contract(name: str, capsys: pytest.CaptureFixture[s
         assert all(check["ok"] for check in told["checks"]), told["checks"]
 
 
+def test_counts_are_printed_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """What has no target is reported all the same."""
+    assert main(["bench", "scan", "--quick", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["check", "value", "target", "verdict"] and lines[-1].startswith(
+        "plain forward, seconds:"
+    )
+
+
 def test_silent_errors_are_counted(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong prompt without a refusal is a silent error; a refusal is not."""
     ids = torch.tensor([5, 6, 7], device=pocket.device)
@@ -49,4 +58,8 @@ def test_nothing_measured_is_no_success() -> None:
 def test_candidate_counts_against_a_hand_count() -> None:
     """40 steps of 32 are 1280 proposals: what needed more went on to the scan."""
     found = candidate_counts([{"tested": [40, 1281, 2000]}, {"tested": [1288]}])
-    assert (found["positions"], found["median"], found["share of positions that needed the scan"]) == (4, 1284.5, 0.25)
+    assert (
+        found["positions"],
+        found["candidates per token, median"],
+        found["share of positions that needed the scan"],
+    ) == (4, 1284.5, 0.25)
