@@ -102,7 +102,8 @@ def rate(step: int, steps: int) -> float:
     >>> rate(0, 1000) < rate(WARMUP, 1000) == PEAK_RATE > rate(999, 1000) > 0
     True
     """
-    return PEAK_RATE * min((step + 1) / (WARMUP + 1), (steps - step) / (steps - WARMUP))
+    warm = min(WARMUP, steps // 10)
+    return PEAK_RATE * min((step + 1) / (warm + 1), (steps - step) / (steps - warm))
 
 
 def loss_of(model: GPT2LMHeadModel, rows: Int[Tensor, "row pos"]) -> Tensor:
