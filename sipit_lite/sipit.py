@@ -1,6 +1,6 @@
 """SipIt (Algorithm 1): read the exact prompt back, one position at a time, from the hidden states of one layer.
 
-A token is accepted only when it is verified, and only when no rival verifies too.
+A token is accepted only when it is verified, and only when no other token that was tested verifies too.
 What cannot be verified is an error that carries what was recovered so far, never a guess.
 """
 
@@ -117,9 +117,9 @@ def invert(
             batches = [every_token(model)] if certify else policy.proposals(step, observed.states[t], generator)
             distance = try_candidates(step, observed, t, batches)
             rows.append(_accept(distance, float(observed.radius[t]), _recovery(rows, model, begun), model))
+        return _check_whole(_recovery(rows, model, begun), observed, model, layer)
     except KeyboardInterrupt:
         raise Interrupted(_recovery(rows, model, begun)) from None
-    return _check_whole(_recovery(rows, model, begun), observed, model, layer)
 
 
 def every_token(model: LanguageModel) -> Int[Tensor, " vocab"]:

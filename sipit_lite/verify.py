@@ -142,7 +142,8 @@ def noise_floor(model: LanguageModel, layer: int) -> float:
 
     The routes are one pass over the whole prompt, one cached step, and a cached step inside a full batch. The
     figure is the largest distance between two of them over the norm of the state, at several positions of a
-    random prompt, never below half a unit of rounding, times ``SAFETY``. Measured once for a model and layer.
+    random prompt, never below half a unit of rounding, times ``SAFETY``. Measured once for a model and layer: load
+    the model anew after changing its weights.
     Raises ``ModelError`` where the routes differ by more than half the digits of the model's format: that is no
     rounding, but a model whose states depend on later tokens or on how they are computed.
 

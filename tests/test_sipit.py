@@ -244,6 +244,21 @@ def test_ctrl_c_keeps_the_prefix(pocket: LanguageModel) -> None:
     assert torch.equal(stop.value.recovered.tokens, ids[:3].cpu())
 
 
+def test_ctrl_c_during_the_last_look_keeps_everything(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens are verified by then, so all come with the exception."""
+    ids = pocket.encode("nearly done")
+    states = pocket.states(ids, 2)
+    invert(states, pocket, 2)  # measures the noise floor, which reads states too
+
+    def pressed(self: LanguageModel, prompt: object, layer: int) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LanguageModel, "states", pressed)
+    with pytest.raises(Interrupted) as stop:
+        invert(states, pocket, 2)
+    assert torch.equal(stop.value.recovered.tokens, ids.cpu())
+
+
 def test_the_whole_prompt_is_read_once_more(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the one-step map were wrong, the pass over the whole prompt would show it."""
     ids = pocket.encode("one more look")
