@@ -1,6 +1,7 @@
 """Hidden states that give back the prompt: injectivity and SipIt, small enough to read."""
 
-from sipit_lite.capture import Captured, read_states, write_states
+from sipit_lite.capture import Captured, last_states, read_states, write_states
+from sipit_lite.collisions import CollisionReport, closest_pairs, continuations
 from sipit_lite.models import LanguageModel, ModelError, load
 from sipit_lite.onestep import OneStepMap
 from sipit_lite.policies import Gradient, Policy, Random
@@ -8,7 +9,7 @@ from sipit_lite.sipit import Ambiguous, Interrupted, NotVerified, Recovery, inve
 from sipit_lite.verify import Observation, StatesError, noise_floor
 
 __all__ = [
-    "Ambiguous", "Captured", "Gradient", "Interrupted", "LanguageModel", "ModelError", "NotVerified", "Observation",
-    "OneStepMap", "Policy", "Random", "Recovery", "StatesError", "invert", "load", "noise_floor", "read_states",
-    "write_states",
+    "Ambiguous", "Captured", "CollisionReport", "Gradient", "Interrupted", "LanguageModel", "ModelError", "NotVerified",
+    "Observation", "OneStepMap", "Policy", "Random", "Recovery", "StatesError", "closest_pairs", "continuations",
+    "invert", "last_states", "load", "noise_floor", "read_states", "write_states",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: ``sipit-lite demo · capture · invert · bench``."""
+"""The command line: ``sipit-lite demo · capture · invert · collisions · bench``."""
 
 import argparse
 import io
@@ -6,18 +6,26 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from sipit_lite import bench
-from sipit_lite.capture import read_states, write_states
+from sipit_lite.bench_collisions import collisions
+from sipit_lite.capture import last_states, read_states, write_states
+from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs, continuations
 from sipit_lite.models import LanguageModel, ModelError, load
 from sipit_lite.policies import Gradient, Policy, Random
-from sipit_lite.prompts import prompts
+from sipit_lite.prompts import KINDS, SOURCES, distinct, prompts
 from sipit_lite.sipit import Interrupted, NotVerified, Recovery, invert
 from sipit_lite.verify import StatesError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 POLICIES: dict[str, Policy] = {"gradient": Gradient(), "published": Gradient(1), "random": Random()}
+BENCHES = {"exactness": bench.exactness, "scan": bench.scan, "collisions": collisions}
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt can be read back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
@@ -85,8 +93,20 @@ def parser() -> argparse.ArgumentParser:
     back.add_argument("--certify", action="store_true", help="test the whole vocabulary at each position")
     back.set_defaults(run=run_invert)
 
+    search = commands.add_parser("collisions", parents=[shared], help="the closest pairs among many prompts' states")
+    search.add_argument("-n", "--prompts", type=int, default=2000, help="distinct prompts, the kinds in turn")
+    search.add_argument("--length", type=int, default=24, help="tokens of each prompt")
+    search.add_argument("--kinds", nargs="+", choices=KINDS, default=["prose", "code"])
+    search.add_argument("--source", choices=SOURCES, default="bundled", help="installed text holds far more prompts")
+    search.add_argument("--layers", type=int, nargs="+", help="the default is all of them, from 1")
+    search.add_argument("--closest", type=int, default=10, help="how many pairs to report")
+    search.add_argument("--exhaustive", type=int, default=0, metavar="M", help="each token after M of the closest")
+    search.add_argument("--shards", help="a folder that keeps the states, so that an interrupted run goes on")
+    search.add_argument("--figure", default="", help="a .png of nearest-neighbour distances by layer")
+    search.set_defaults(run=run_collisions)
+
     measure = commands.add_parser("bench", parents=[shared], help="measurements, side by side in one run")
-    measure.add_argument("bench", choices=bench.BENCHES)
+    measure.add_argument("bench", choices=BENCHES)
     measure.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
     measure.set_defaults(run=run_bench)
     return top
@@ -94,10 +114,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> int:
     """Invert English, Python, other scripts and random tokens at every layer; 1 unless all come back exactly."""
-    if options.figure and (Path(options.figure).suffix != ".png" or not Path(options.figure).parent.is_dir()):
-        raise StatesError(
-            f"got the figure {options.figure!r}; expected a name that ends in .png in a folder that exists"
-        )
+    if options.figure:
+        _check_figure(options.figure)
     model = _model(options)
     layers = range(model.n_layers + 1) if options.layer is None else [options.layer]
     rows, found = [], {}
@@ -174,12 +192,94 @@ def run_invert(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_collisions(options: argparse.Namespace) -> int:
+    """Compare all pairs of many prompts at the layers asked for; with ``--exhaustive``, all continuations of some."""
+    if options.figure:
+        _check_figure(options.figure)
+    model = _model(options)
+    if model.tokenizer is None:
+        raise ModelError(f"got {model.name} without a readable tokenizer; the prompts need one")
+    layers = options.layers or list(range(1, model.n_layers + 1))
+    try:
+        asked = distinct(
+            model.tokenizer,
+            options.prompts,
+            options.length,
+            kinds=options.kinds,
+            seed=options.seed,
+            source=options.source,
+        )
+    except ValueError as error:
+        raise StatesError(str(error)) from error
+    states = last_states(model, asked, layers, folder=options.shards, progress=True)
+    reports = [
+        closest_pairs(x.to(model.device), options.closest, prompts=asked, nearest=bool(options.figure), progress=True)
+        for x in states
+    ]
+    rows = [_collision_row(model, layer, report, asked) for layer, report in zip(layers, reports, strict=True)]
+    chosen = [asked[row] for row in reports[-1].pairs.flatten().unique().tolist()[: options.exhaustive]]
+    exhaustive = [
+        {"layer": layer, "prompts": len(chosen), **_least(continuations(model, chosen, layer, progress=True))}
+        for layer in (layers if chosen else [])
+    ]
+    if options.figure:
+        collision_figure(layers, reports, options.figure)
+    summary = {"model": model.name, "device": str(model.device), "prompts": len(asked), "length": options.length}
+    summary |= {"layers": rows, "exhaustive": exhaustive, "figure": options.figure or None}
+    print(json.dumps(summary) if options.json else "\n".join(_collision_lines(summary)))
+    return 0
+
+
+def collision_figure(layers: Sequence[int], reports: Sequence[CollisionReport], path: str) -> None:
+    """Nearest-neighbour distances of all prompts at each layer, with the minimum and the collision threshold."""
+    plt, plots = _drawing()
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    plots.nearest_by_layer(layers, [report.nearest.numpy() for report in reports], COLLISION, ax)
+    _save(figure, path)
+
+
+def _collision_row(model: LanguageModel, layer: int, report: CollisionReport, asked: Sequence[torch.Tensor]) -> dict:
+    closest = [
+        {"distance": distance, "texts": [model.decode(asked[row]) for row in pair]}
+        for distance, pair in zip(report.distances.tolist(), report.pairs.tolist(), strict=True)
+    ]
+    counts = {name: getattr(report, name) for name in ("compared", "recomputed", "collisions", "practical", "seconds")}
+    return {"layer": layer, "minimum": report.minimum, **counts, "closest": closest}
+
+
+def _least(reports: Iterator[CollisionReport]) -> dict:
+    """What the reports of several prompts say together."""
+    found = list(reports)
+    return {
+        "minimum": min(report.minimum for report in found),
+        "compared": sum(report.compared for report in found),
+        "collisions": sum(report.collisions for report in found),
+        "practical": sum(report.practical for report in found),
+    }
+
+
+def _collision_lines(summary: dict) -> Iterator[str]:
+    for title, rows in (("last-token states", summary["layers"]), ("one-token continuations", summary["exhaustive"])):
+        if rows:
+            yield f"{title:<24}{'layer':>6}{'pairs':>14}{'minimum':>12}{'collisions':>12}{'practical':>11}"
+            for row in rows:
+                counts = f"{row['collisions']:>12}{row['practical']:>11}"
+                yield f"{'':<24}{row['layer']:>6}{row['compared']:>14}{row['minimum']:>12.3e}{counts}"
+    last = summary["layers"][-1]
+    yield f"closest at layer {last['layer']}:"
+    for pair in last["closest"][:3]:
+        yield f"{pair['distance']:.4f}  " + "  |  ".join(json.dumps(text, ensure_ascii=False) for text in pair["texts"])
+    yield "collisions: ℓ2 distance below 1e-6; practical: torch.allclose (rtol 1e-5, atol 1e-8)"
+    if summary["figure"]:
+        yield f"figure {summary['figure']}"
+
+
 def run_bench(options: argparse.Namespace) -> int:
     """Run one bench and print its table of checks, or its JSON object."""
     model = _model(options)
     if model.tokenizer is None:
         raise ModelError(f"got {model.name} without a readable tokenizer; the benches need one for their prompts")
-    checks, data = bench.BENCHES[options.bench](model, quick=options.quick, seed=options.seed, progress=True)
+    checks, data = BENCHES[options.bench](model, quick=options.quick, seed=options.seed, progress=True)
     if options.json:
         print(json.dumps(bench.report(options.bench, model, checks, data)))
     else:
@@ -202,13 +302,7 @@ def demo_prompts(model: LanguageModel, seed: int) -> Iterator[tuple[str, torch.T
 
 def demo_figure(found: dict[str, Recovery], layer: int, vocab_size: int, path: str) -> None:
     """Candidates tested per position, and accepted distance against runner-up, at one layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from sipit_lite import plots
-
+    plt, plots = _drawing()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     plots.candidates([r.tested.tolist() for r in found.values()], list(found), vocab_size, left)
     joined = {
@@ -216,12 +310,7 @@ def demo_figure(found: dict[str, Recovery], layer: int, vocab_size: int, path: s
     }
     plots.distances(joined["distance"], joined["runner_up"], joined["radius"], right)
     right.set_xlabel(f"position, all prompts in a row, layer {layer}")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise StatesError(f"got the path {path!r}, where no figure can be written ({error})") from error
-    finally:
-        plt.close(figure)
+    _save(figure, path)
 
 
 def as_json(recovery: Recovery) -> dict:
@@ -244,6 +333,32 @@ def peak_memory() -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _check_figure(path: str) -> None:
+    if Path(path).suffix != ".png" or not Path(path).parent.is_dir():
+        raise StatesError(f"got the figure {path!r}; expected a name that ends in .png in a folder that exists")
+
+
+def _drawing() -> tuple[ModuleType, ModuleType]:
+    """Matplotlib without a display, loaded only by commands that draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from sipit_lite import plots
+
+    return plt, plots
+
+
+def _save(figure: "Figure", path: str) -> None:
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise StatesError(f"got the path {path!r}, where no figure can be written ({error})") from error
+    finally:
+        figure.clear()
 
 
 def _model(options: argparse.Namespace) -> LanguageModel:

@@ -8,8 +8,10 @@ import copy
 import os
 import socket
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.resources import files
 from numbers import Integral
 from pathlib import Path
@@ -77,6 +79,20 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         """The floating-point format the model computes in."""
         return self.embeddings.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over name, shape and up to 1024 evenly spread numbers of every weight: which model this is.
+
+        >>> load(device="cpu").fingerprint == load(device="cpu").fingerprint
+        True
+        """
+        digest = sha256()
+        for name, weight in self.decoder.named_parameters():
+            spread = torch.linspace(0, weight.numel() - 1, min(weight.numel(), 1024), dtype=torch.float64).long()
+            some = weight.detach().flatten()[spread.to(weight.device)].double().cpu()
+            digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + some.numpy().tobytes())
+        return digest.hexdigest()
 
     def encode(self, text: str) -> Int[Tensor, " pos"]:
         """Token ids of a text, special tokens included where the tokenizer adds them.
@@ -150,6 +166,41 @@ class LanguageModel:
         setattr(shortened, norm, nn.Identity())
         return shortened
 
+    @contextmanager
+    def tapped(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+        """Keep the states of several layers while the decoder or a cut of it runs: layer → its latest states.
+
+        The option ``output_hidden_states`` of ``transformers`` is not for this: it leaves hooks in the blocks, which
+        all cuts share, so from the second cut on it returns some layers twice.
+
+        >>> model = load(device="cpu")
+        >>> with torch.no_grad(), model.tapped([0, 2]) as states:
+        ...     _ = model.cut(2)(inputs_embeds=model.embeddings[None, :3])
+        >>> {layer: kept.shape[1] for layer, kept in states.items()}
+        {0: 3, 2: 3}
+        """
+        blocks, states = getattr(self.decoder, _landmarks(self.decoder)[0]), {}
+
+        def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            states[0] = args[0] if args else kwargs["hidden_states"]
+
+        def after(layer: int) -> Callable:
+            def keep(block: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+                states[layer] = output if isinstance(output, Tensor) else output[0]
+
+            return keep
+
+        handles = [
+            blocks[0].register_forward_pre_hook(before, with_kwargs=True) if layer == 0
+            else blocks[layer - 1].register_forward_hook(after(layer))
+            for layer in set(layers)
+        ]  # fmt: skip
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
 
 def load(
     name: str | Path | None = None,
@@ -187,7 +238,7 @@ def load(
     _landmarks(decoder)
     decoder = decoder.to(target)
     name += f" at random initialisation, seed {seed}" if random_init else ""
-    return LanguageModel(name, decoder, tokenizer, _embedding_rows(decoder))
+    return LanguageModel(name, decoder, tokenizer, embedding_rows(decoder))
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -244,11 +295,12 @@ def _tokenizer(place: str, local: bool) -> PreTrainedTokenizerBase | None:
     return found if len(found) > len(found.all_special_ids) else None
 
 
-def _embedding_rows(decoder: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:
+def embedding_rows(decoder: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:
+    """The rows E_v as the first block sees them, shape (vocab_size, d_model), any embedding scale included."""
     table = decoder.get_input_embeddings()
     if type(table) is nn.Embedding:
         return table.weight
-    with torch.no_grad():  # some families scale their embeddings (Gemma): take the rows as the first block sees them
+    with torch.no_grad():  # some families scale their embeddings (Gemma)
         return table(torch.arange(table.weight.shape[0], device=table.weight.device))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 ACCEPTED, RUNNER_UP, RADIUS = "tab:blue", "tab:orange", "tab:gray"
 
@@ -40,6 +41,224 @@ def candidates(tested: Sequence[Sequence[int]], labels: Sequence[str], vocab_siz
         ax.plot(counts, ".-", label=label)
     ax.axhline(vocab_size, color=RADIUS, linestyle="--", label="whole vocabulary")
     ax.set(yscale="log", xlabel="position", ylabel="candidates tested")
+    _legend_above(ax)
+    return ax
+
+
+def states_in_plane(points: ArrayLike, groups: Sequence[str], ax: Axes | None = None) -> Axes:
+    """Points of a two-dimensional projection, one colour and one marker for each group.
+
+    >>> len(states_in_plane([[0, 0], [1, 1], [2, 0]], ["a", "b", "a"]).get_legend().get_texts())
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    xy, markers = np.asarray(points), "os^Dv*PX<>"
+    for i, group in enumerate(dict.fromkeys(groups)):
+        rows = [j for j, found in enumerate(groups) if found == group]
+        ax.plot(*xy[rows].T, markers[i % len(markers)], color=f"C{i}", alpha=0.8, markersize=6, label=group)
+    ax.set(xlabel="first principal axis", ylabel="second principal axis")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize="small")
+    return ax
+
+
+def partial_sums(x: ArrayLike, f: ArrayLike, sums: dict[int, ArrayLike], radius: float, ax: Axes | None = None) -> Axes:
+    """A function and partial sums of its power series at 0, by degree; dashed lines where convergence ends.
+
+    >>> len(partial_sums([-1, 0, 1], [1, 1, 1], {1: [0, 1, 2]}, 0.5).lines)
+    4
+    """
+    ax = ax or plt.subplots()[1]
+    for degree, values in sums.items():
+        ax.plot(x, values, linewidth=1.2, label=f"degree {degree}")
+    ax.plot(x, f, color="black", linewidth=2.2, label="function")
+    for edge in (-radius, radius):
+        ax.axvline(edge, color=RADIUS, linestyle="--", linewidth=1)
+    low, reach = np.min(f), np.ptp(f) or 1.0
+    ax.set(xlabel="x", ylabel="value", ylim=(low - 0.5 * reach, low + 1.5 * reach))
+    _legend_above(ax)
+    return ax
+
+
+def radius_estimates(tests: dict[str, dict[int, float]], exact: float, ax: Axes | None = None) -> Axes:
+    """Estimates of one radius of convergence, one series of points a test, over the degree; the exact radius dashed.
+
+    >>> radius_estimates({"root test": {1: 2.0, 2: 1.5}}, 1.4).get_xlabel()
+    'degree k'
+    """
+    ax = ax or plt.subplots()[1]
+    for (label, found), marker in zip(tests.items(), "o^sD", strict=False):
+        ax.plot(list(found), list(found.values()), marker, markersize=4, label=label)
+    ax.axhline(exact, color=RADIUS, linestyle="--", label="exact")
+    ax.set(xlabel="degree k", ylabel="estimated radius")
+    _legend_above(ax)
+    return ax
+
+
+def share_curves(
+    strength: ArrayLike,
+    predicted: Sequence[ArrayLike],
+    measured: Sequence[ArrayLike],
+    labels: Sequence[str],
+    ax: Axes | None = None,
+) -> Axes:
+    """Differences of attention shares over the strength of a head: predicted as lines, measured as points.
+
+    >>> len(share_curves([0, 1], [[0.2, 0.3]], [[0.2, 0.3]], ["pair"]).lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (line, points, label) in enumerate(zip(predicted, measured, labels, strict=True)):
+        ax.plot(strength, line, color=f"C{i}", label=label)
+        ax.plot(strength, points, "os^Dv"[i % 5], color=f"C{i}", markersize=5)
+    ax.set(xlabel="strength of the head", ylabel="difference of the shares", ylim=(0, None))
+    _legend_above(ax)
+    return ax
+
+
+def distance_counts(distances: dict[str, ArrayLike], threshold: float, ax: Axes | None = None) -> Axes:
+    """Numbers of pairs by distance, both on logarithmic scales, one line a model, and the threshold of a collision.
+
+    A distance under 1e-17, zero included, is counted there.
+
+    >>> distance_counts({"model": [0.0, 1.0, 2.0]}, 1e-6).get_ylabel()
+    'pairs'
+    """
+    ax = ax or plt.subplots()[1]
+    edges = np.logspace(-17.5, 3.5, 43)
+    for i, (label, found) in enumerate(distances.items()):
+        ax.hist(np.maximum(found, 1e-17), edges, histtype="step", linewidth=1.8, color=f"C{i}", label=label)
+    ax.axvline(threshold, color=RADIUS, linestyle="--", label="threshold")
+    ax.set(xscale="log", yscale="log", xlabel="distance of two last-token states", ylabel="pairs", ylim=(0.5, None))
+    _legend_above(ax)
+    return ax
+
+
+def zero_set(box: ArrayLike, values: ArrayLike, curves: Sequence[ArrayLike], ax: Axes | None = None) -> Axes:
+    """A function on a grid over a box of the plane, coloured by sign and size, and its zero contours in black.
+
+    ``values[i, j]`` is the value at the i-th y and the j-th x.
+
+    >>> len(zero_set([(0, 1), (0, 1)], [[-1, 1], [-1, 1]], [[(0.5, 0), (0.5, 1)]]).lines)
+    1
+    """
+    ax, reach = ax or plt.subplots()[1], np.abs(values).max()
+    extent = np.ravel(box)
+    ax.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, origin="lower", extent=extent, alpha=0.7)
+    for curve in curves:
+        ax.plot(*np.transpose(curve), color="black", linewidth=1.6)
+    ax.set(xlabel="x", ylabel="y", xlim=extent[:2], ylim=extent[2:])
+    return ax
+
+
+def sublevels(box: ArrayLike, values: ArrayLike, widths: Sequence[float], ax: Axes | None = None) -> Axes:
+    """The nested sets |f| < ε of a function on a grid over a box of the plane, darker for a smaller ε.
+
+    >>> sublevels([(0, 1), (0, 1)], [[0.0, 1.0], [0.0, 1.0]], [0.1, 0.5]).get_ylabel()
+    'y'
+    """
+    ax, extent = ax or plt.subplots()[1], np.ravel(box)
+    shades = plt.get_cmap("Blues")(np.linspace(1.0, 0.3, len(widths)))
+    ax.contourf(np.abs(values), levels=[0, *sorted(widths)], colors=shades, extent=extent)
+    ax.set(xlabel="x", ylabel="y", xlim=extent[:2], ylim=extent[2:], aspect="equal")
+    ax.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=shade) for shade in shades], [f"ε = {w:g}" for w in sorted(widths)],
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small", handlelength=1,
+    )  # fmt: skip
+    return ax
+
+
+def tube_areas(
+    series: dict[str, tuple[ArrayLike, ArrayLike, ArrayLike]], reference: float, ax: Axes | None = None
+) -> Axes:
+    """Areas over widths on logarithmic scales, each series (widths, areas, standard errors); dashed, a slope of 1.
+
+    The dashed line passes through ``reference`` at the largest width of the first series.
+
+    >>> tube_areas({"circle": ([0.1, 1.0], [1.2, 12.0], [0.1, 0.1])}, 12.0).get_xscale()
+    'log'
+    """
+    ax, widths = ax or plt.subplots()[1], np.asarray(next(iter(series.values()))[0])
+    for (label, (x, area, error)), marker in zip(series.items(), "os^Dv", strict=False):
+        ax.errorbar(x, area, error, marker=marker, markersize=4, linewidth=1.2, label=label)
+    ax.plot(widths, reference * widths / widths.max(), "--", color=RADIUS, label="slope 1")
+    ax.set(xscale="log", yscale="log", xlabel="width ε", ylabel="area")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small")
+    return ax
+
+
+def pushed_density(
+    theta: ArrayLike,
+    phi: ArrayLike,
+    critical: Sequence[float],
+    y: ArrayLike,
+    density: ArrayLike,
+    sample: ArrayLike,
+    axes: Sequence[Axes] | None = None,
+) -> Sequence[Axes]:
+    """A map of one variable with its critical points, and below it the density of its values: formula and sample.
+
+    >>> len(pushed_density([0, 1, 2], [0, 1, 0], [1.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]))
+    2
+    """
+    axes = list(plt.subplots(2, layout="constrained")[1]) if axes is None else axes
+    axes[0].plot(theta, phi, label="one step")
+    axes[0].plot(critical, np.interp(critical, theta, phi), "o", color=RUNNER_UP, label="derivative 0")
+    axes[0].set(xlabel="parameter before", ylabel="parameter after")
+    axes[1].hist(sample, bins=np.linspace(min(y), max(y), 61), density=True, color=RADIUS, alpha=0.6, label="sample")
+    axes[1].plot(y, density, color=ACCEPTED, label="formula")
+    axes[1].set(xlabel="parameter after", ylabel="density", ylim=(0, 3 * np.median(density)))
+    for ax in axes:
+        _legend_above(ax)
+    return axes
+
+
+def critical_curves(curves: dict[str, Sequence[ArrayLike]], ax: Axes | None = None) -> Axes:
+    """Sets of polylines in the plane, one colour and one style of line for each label.
+
+    >>> len(critical_curves({"η = 1": [[[0, 0], [1, 1]], [[0, 1], [1, 2]]]}).lines)  # and the origin
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, lines) in enumerate(curves.items()):
+        for k, line in enumerate(lines):
+            style = ["-", "--", "-.", ":"][i % 4]
+            ax.plot(*np.transpose(line), style, color=f"C{i}", linewidth=2, label=None if k else label)
+    ax.plot(0, 0, "k+", markersize=10)
+    ax.set(xlabel="u", ylabel="b", aspect="equal")
+    _legend_above(ax)
+    return ax
+
+
+def training_distances(
+    loss: ArrayLike, closest: dict[str, ArrayLike], axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Loss over the steps, and below it the smallest distances of two states, one line a set, on a logarithmic scale.
+
+    >>> training_distances([2.0, 1.0], {"all prompts": [0.1, 0.2, 0.3]})[1].get_yscale()
+    'log'
+    """
+    axes = list(plt.subplots(2, sharex=True, layout="constrained")[1]) if axes is None else axes
+    axes[0].plot(loss, color=RUNNER_UP)
+    axes[0].set(ylabel="loss", ylim=(0, None))
+    for (label, found), color in zip(closest.items(), (ACCEPTED, RADIUS, "tab:green"), strict=False):
+        axes[1].plot(found, color=color, label=label)
+    axes[1].set(yscale="log", xlabel="step", ylabel="smallest distance")
+    _legend_above(axes[1])
+    return axes
+
+
+def nearest_by_layer(
+    layers: Sequence[int], nearest: Sequence[ArrayLike], threshold: float, ax: Axes | None = None
+) -> Axes:
+    """Boxes of nearest-neighbour distances at each layer (whiskers from the smallest to the largest), and a threshold.
+
+    >>> nearest_by_layer([1, 2], [[1.0, 2.0], [2.0, 3.0]], 1e-6).get_yscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    ax.boxplot([np.maximum(some, threshold / 10) for some in nearest], tick_labels=list(layers), whis=(0, 100))
+    ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
+    ax.set(yscale="log", xlabel="layer", ylabel="distance to the nearest neighbour")
     _legend_above(ax)
     return ax
 

@@ -11,10 +11,10 @@ import json
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -67,6 +67,35 @@ def prompts(
     for passage in passages:
         ids = tokenizer(passage, return_tensors="pt", verbose=False)["input_ids"][0]
         yield from ids[: len(ids) // length * length].split(length) if len(ids) >= length else ()
+
+
+def distinct(
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    *,
+    kinds: Sequence[str] = ("prose", "code"),
+    seed: int = 0,
+    source: str = "installed",
+    split: str = "train",
+) -> list[Int[Tensor, " pos"]]:
+    """``count`` different prompts of ``length`` tokens, the kinds in turn; where one ends, the others go on.
+
+    Raises ``ValueError`` where the text does not hold so many, and for what ``prompts`` refuses.
+
+    >>> from sipit_lite import load
+    >>> len({tuple(ids.tolist()) for ids in distinct(load().tokenizer, 50, 8, source="bundled")})
+    50
+    """
+    streams = [prompts(tokenizer, kind, length, seed=seed, source=source, split=split) for kind in kinds]
+    found: dict[tuple[int, ...], Tensor] = {}
+    for some in zip_longest(*streams):
+        found |= {tuple(ids.tolist()): ids for ids in some if ids is not None}
+        if len(found) >= count:
+            return list(found.values())[:count]
+    raise ValueError(
+        f"got count={count}; the {source} {' and '.join(kinds)} hold {len(found)} prompts of {length} tokens"
+    )
 
 
 @cache

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sipit_lite import cli
+from sipit_lite import cli, closest_pairs, last_states, load
 from sipit_lite.cli import main
+from sipit_lite.prompts import distinct
 
 CPU = ["--device", "cpu"]
 
@@ -82,6 +83,11 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "no text": (["capture", "abc\udcff", "-o", str(folder / "j")], "lone surrogates"),
         "figure": (["demo", "--figure", str(folder / "none" / "k.png")], "expected a name that ends in .png"),
         "seed": (["invert", "--text", "x", "--seed", str(2**70)], "got seed 1180591620717411303424"),
+        "too many prompts": (["collisions", "-n", "9999999"], "got count=9999999"),
+        "prompt too long": (["collisions", "-n", "2", "--length", "257"], "a prompt has 1 to 256 tokens"),
+        "layer to compare": (["collisions", "-n", "4", "--layers", "9"], "got layer 9"),
+        "pairs": (["collisions", "-n", "4", "--layers", "1", "--closest", "7"], "got k=7"),
+        "unwritable shards": (["collisions", "-n", "4", "--shards", str(folder / "text" / "l")], "cannot be made"),
         "no name": (["invert", "--text", "x", "--model", ""], "got model ''"),
     }
 
@@ -110,3 +116,21 @@ def test_unknown_options_end_with_code_2() -> None:
         with pytest.raises(SystemExit) as stop:
             main(command)
         assert stop.value.code == 2
+
+
+def test_collisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command finds what the function finds, says no collision where there is none, and draws."""
+    figure = tmp_path / "nearest.png"
+    command = ["collisions", "-n", "40", "--length", "8", "--layers", "2", "6", "--closest", "3", "--exhaustive", "1"]
+    assert main([*command, "--json", "--figure", str(figure), "--shards", str(tmp_path / "shards")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    model = load("pocket-gpt2")
+    asked = distinct(model.tokenizer, 40, 8, source="bundled")
+    for row, x in zip(told["layers"], last_states(model, asked, [2, 6]), strict=True):
+        assert row["minimum"] == pytest.approx(closest_pairs(x, 1).minimum, rel=1e-6)
+        assert (row["compared"], row["collisions"], row["practical"], len(row["closest"])) == (780, 0, 0, 3)
+    assert [row["layer"] for row in told["exhaustive"]] == [2, 6]
+    assert all(row["compared"] == 4096 * 4095 // 2 and row["collisions"] == 0 for row in told["exhaustive"])
+    assert figure.stat().st_size > 1000 and len(list((tmp_path / "shards").iterdir())) == 1
+    assert main([*command[:5], "--layers", "6"]) == 0
+    assert "collisions: ℓ2 distance below 1e-6" in capsys.readouterr().out
