@@ -12,7 +12,7 @@ from sipit_lite.onestep import EXACT
 from sipit_lite.verify import StatesError
 
 
-def birthday_minimum(n: int, dimension: float, radius: float = 1.0) -> float:
+def birthday_minimum(n: int, dimension: float | int, radius: float | int = 1.0) -> float:
     """Median of the smallest distance among n points drawn uniformly from a sphere of that dimension and radius.
 
     Two points are within r with probability p(r) = ½·I(dimension/2, ½; sin²φ), r = 2·radius·sin(φ/2): the share of a
