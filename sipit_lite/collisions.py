@@ -2,9 +2,9 @@
 
 A cheap float32 lower bound decides which pairs deserve an exact distance (chapter 6). States are projected onto their
 leading principal axes, and the norm of what is left becomes one more coordinate: distances there never exceed
-the true ones. Leaves of a k-d tree whose boxes lie too far apart are skipped whole; a pair is skipped where its lower
-bound, with everything that float32 can have lost given back, exceeds the best found so far; all others are
-recomputed in float64. So no skipped pair can be closer than the pairs reported.
+the true ones. The points are cut into the leaves of a k-d tree; leaves and points too far from a leaf's box are
+skipped; of the pairs that remain, those whose lower bound, with everything that float32 can have lost given back,
+exceeds the best found so far; all others are recomputed in float64. So no skipped pair is closer than those reported.
 """
 
 import time
@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import combinations, islice, product
 
 import torch
-from jaxtyping import Bool, Float32, Float64, Int
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,10 +25,11 @@ from sipit_lite.verify import StatesError
 
 COLLISION = 1e-6  # the paper's threshold on the ℓ2 distance
 RTOL, ATOL = 1e-5, 1e-8  # the paper's practical collision: torch.allclose
-AXES = 32  # principal axes of the lower bound: more prune better and cost more
-LEAF = 512  # rows of a leaf of the k-d tree
+AXES = 16  # principal axes of the lower bound: more prune better and cost more
+LEAF = 1024  # rows of a leaf of the k-d tree
+SAMPLE = 2048  # rows that the axes are taken from, and rows projected at once: they stay in cache
 CHUNK = 2**22  # float64 numbers held at once while distances are recomputed: 32 MiB
-COLUMNS = 8192  # columns of one matrix of lower bounds: with 512 rows, 16 MiB
+COLUMNS = 8192  # columns of one matrix of lower bounds: with 1024 rows, 32 MiB
 CROWDED = 256  # one candidate in so many pairs, and the whole width as a filter is cheaper than recomputing
 U = 2.0**-24  # unit roundoff of float32
 ETA = 2.0**-23  # relative error of a projected point: float32 rounding, and everything float64 did before it
@@ -70,7 +71,7 @@ class CollisionReport:
 
 
 def closest_pairs(
-    states: Tensor,
+    states: object,
     k: int = 10,
     *,
     prompts: Sequence[Tensor] | Tensor | None = None,
@@ -92,7 +93,7 @@ def closest_pairs(
     ([[1, 2], [0, 1]], [0.5, 5.0])
     """
     begun = time.perf_counter()
-    _check_rows(states)
+    states = _check_rows(states)
     kept = torch.arange(len(states)) if prompts is None else _first_occurrences(prompts, len(states))
     n, possible = len(kept), len(kept) * (len(kept) - 1) // 2
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= possible:
@@ -186,14 +187,14 @@ class _Search:
         self.order = torch.cat(self.leaves)
         self.coarse = _Filter.of(points[self.order])
         self.weights = weights[self.order]
-        norms = torch.cat([torch.linalg.vector_norm(rows.double(), dim=1) for rows in x.split(COLUMNS)])
         # torch.allclose(a, b) implies ‖a − b‖ ≤ √d·atol + rtol·‖b‖: pairs that close must be looked at.
-        self.floor = (x.shape[1] ** 0.5 * ATOL + RTOL * norms[self.order]).mul_(1 + 2**-20).clamp_min_(COLLISION)
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))[self.order]
+        self.floor = (x.shape[1] ** 0.5 * ATOL + RTOL * norms.double() * (1 + 2**-10)).clamp_min_(COLLISION)
         self.pairs = torch.zeros(0, 2, dtype=torch.long, device=x.device)
         self.distances = torch.zeros(0, dtype=torch.float64, device=x.device)
-        self.kth, self.near = 0.0, None
         self.bounded = self.recomputed = self.collisions = self.practical = 0
         self._first_bounds(nearest)
+        self._set_limits()
 
     @cached_property
     def full(self) -> _Filter:
@@ -213,9 +214,11 @@ class _Search:
             self._visit(span, span)
         boxes = _Boxes.of(self.coarse.points, spans)
         for i, span in enumerate(tqdm(spans, "closest pairs", disable=None if progress else True)):
-            close = boxes.closer(i, self._limits(), self.scale)
+            close = boxes.close_boxes(i, self.limits * self.scale)
             if close:
-                for columns in torch.cat([spans[j] for j in close]).split(COLUMNS):
+                parts = torch.cat([spans[j] for j in close]).split(COLUMNS)
+                inside = [boxes.close_points(i, self.coarse.points, part, self.limits * self.scale) for part in parts]
+                for columns in torch.cat(inside).split(COLUMNS):
                     self._visit(span, columns)
         return self
 
@@ -224,42 +227,38 @@ class _Search:
         return torch.empty_like(self.near).index_copy_(0, self.order, self.near)
 
     def _first_bounds(self, nearest: bool) -> None:
-        # No two rows are farther apart than this; k neighbours in the order of the tree give a better bound.
-        self.kth = 2 * TOP / self.scale * (1 + 2**-40)
-        rows = torch.arange(self.n, device=self.x.device)
-        beside = self._exact(rows[:-1], rows[1:])
+        # No two rows are farther apart than this; some neighbours in the order of the tree give a better bound.
+        self.kth, self.near = 2 * TOP / self.scale * (1 + 2**-40), None
+        rows = torch.arange(self.n - 1 if nearest else min(self.n - 1, max(self.k, COLUMNS)), device=self.x.device)
+        beside = self._exact(rows, rows + 1)
         if nearest:
             end = beside.new_full((1,), self.kth)
             self.near = torch.minimum(torch.cat([beside, end]), torch.cat([end, beside]))
         if len(beside) >= self.k:
             self.kth = float(beside.kthvalue(self.k).values) * (1 + 2**-40)
 
-    def _limits(self) -> Float64[Tensor, " n"]:
-        """Up to which distance a row's pairs matter, for each row."""
+    def _set_limits(self) -> None:
+        """Up to which distance a row's pairs matter; and the same squared and scaled, rounded upwards, finite."""
         limits = self.floor.clamp_min(self.kth)
-        return limits if self.near is None else torch.maximum(limits, self.near)
-
-    def _thresholds(self, rows: Int[Tensor, " rows"]) -> Float32[Tensor, " rows"]:
-        """The same, squared and scaled, rounded upwards; finite, unlike the mark of pairs that do not count."""
-        limits = self.floor[rows].clamp_min(self.kth)
-        limits = limits if self.near is None else torch.maximum(limits, self.near[rows])
-        return ((limits * self.scale).square() * (1 + 2**-20) + 2.0**-100).clamp_max_(4 * TOP**2).float()
+        self.limits = limits if self.near is None else torch.maximum(limits, self.near)
+        squares = (self.limits * self.scale).square() * (1 + 2**-20) + 2.0**-100
+        self.thresholds = squares.clamp_max(4 * TOP**2).float()
 
     def _visit(self, a: Int[Tensor, " rows"], b: Int[Tensor, " cols"]) -> None:
         """Recompute all pairs of two sets of rows that the filters let through."""
+        self.bounded += len(a) * len(b) if a is not b else len(a) * (len(a) - 1) // 2
         low = self._bounds(self.coarse, a, b)
-        self.bounded += low.numel() if a is not b else len(a) * (len(a) - 1) // 2
-        if low.numel() == 0 or low.min() > max(self._thresholds(a).max(), self._thresholds(b).max()):
+        if low.numel() == 0 or low.min() > max(self.thresholds[a].max(), self.thresholds[b].max()):
             return
         kept = self._kept(low, a, b)
         if self.coarse.points.shape[1] < self.x.shape[1] and int(kept.sum()) * CROWDED > low.numel():
             low = self._bounds(self.full, a, b)
             kept = self._kept(low, a, b)
         values, (i, j) = low[kept], kept.nonzero(as_tuple=True)
-        by_bound = values.argsort()
-        for part in by_bound.split(max(1, CHUNK // self.x.shape[1])):
-            still = values[part] <= torch.maximum(self._thresholds(a[i[part]]), self._thresholds(b[j[part]]))
-            self._recompute(a[i[part][still]], b[j[part][still]])
+        for part in values.argsort().split(max(1, CHUNK // self.x.shape[1])):
+            rows, columns = a[i[part]], b[j[part]]
+            still = values[part] <= torch.maximum(self.thresholds[rows], self.thresholds[columns])
+            self._recompute(rows[still], columns[still])
 
     def _bounds(self, chosen: _Filter, a: Tensor, b: Tensor) -> Float32[Tensor, "rows cols"]:
         low = chosen.bounds(a, b)
@@ -271,10 +270,11 @@ class _Search:
         if self.near is not None:  # the best-looking partner of each row first: it lowers the row's own limit
             self._recompute_near(a, b[low.argmin(1)], low.amin(1))
             self._recompute_near(b, a[low.argmin(0)], low.amin(0))
-        return low <= torch.maximum(self._thresholds(a)[:, None], self._thresholds(b)[None])
+            self._set_limits()
+        return low <= torch.maximum(self.thresholds[a][:, None], self.thresholds[b][None])
 
     def _recompute_near(self, rows: Tensor, partners: Tensor, low: Float32[Tensor, " rows"]) -> None:
-        worth = low <= self._thresholds(rows)
+        worth = low <= self.thresholds[rows]
         rows, partners = rows[worth], partners[worth]
         found = self._exact(rows, partners)
         self.recomputed += len(found)
@@ -305,6 +305,7 @@ class _Search:
         self.pairs, self.distances = self.pairs[best], self.distances[best]
         if len(best) == self.k:
             self.kth = min(self.kth, float(self.distances[-1]))
+        self._set_limits()
 
     def _count(self, i: Tensor, j: Tensor, found: Float64[Tensor, " m"]) -> None:
         weights = self.weights[i] * self.weights[j]
@@ -318,7 +319,7 @@ class _Search:
 
 @dataclass(frozen=True, eq=False)
 class _Boxes:
-    """The boxes of the leaves: points of two boxes are at least as far apart as the boxes."""
+    """The boxes of the leaves: what lies in a box is at least as far away as the box."""
 
     low: Float64[Tensor, "leaves axes"]
     high: Float64[Tensor, "leaves axes"]
@@ -333,34 +334,51 @@ class _Boxes:
         norm = torch.linalg.vector_norm(torch.maximum(low.abs(), high.abs()), dim=1)
         return cls(low, high, norm, torch.arange(len(spans), device=points.device).repeat_interleave(sizes))
 
-    def closer(self, i: int, limits: Float64[Tensor, " n"], scale: float) -> list[int]:
-        """Later leaves that may hold a partner within the limits of a row of leaf i, the nearest box first."""
-        limit = torch.zeros_like(self.norm).scatter_reduce_(0, self.leaf, limits * scale, "amax")
-        gap = torch.linalg.vector_norm(
-            (self.low - self.high[i]).clamp_min(0) + (self.low[i] - self.high).clamp_min(0), dim=1
-        )
-        reach = torch.maximum(limit, limit[i]) * (1 + 2**-20) + 2 * ETA * (self.norm + self.norm[i]) + 2.0**-50
-        later = (gap <= reach)[i + 1 :].nonzero()[:, 0] + i + 1
-        return later[gap[later].argsort()].tolist()
+    def close_boxes(self, i: int, limits: Float64[Tensor, " n"]) -> list[int]:
+        """Later boxes that may hold a partner within the limit of either row, the nearest box first."""
+        limit = torch.zeros_like(self.norm).scatter_reduce_(0, self.leaf, limits, "amax")
+        apart = (self.low - self.high[i]).clamp_min(0) + (self.low[i] - self.high).clamp_min(0)
+        gap = torch.linalg.vector_norm(apart, dim=1)
+        later = (gap <= self._reach(torch.maximum(limit, limit[i]), self.norm + self.norm[i]))[i + 1 :].nonzero()[:, 0]
+        return (later[gap[i + 1 :][later].argsort()] + i + 1).tolist()
+
+    def close_points(
+        self, i: int, points: Float32[Tensor, "n axes"], rows: Int[Tensor, " rows"], limits: Float64[Tensor, " n"]
+    ) -> Int[Tensor, " some"]:
+        """Those of the rows whose distance to box i is within the limit of either side."""
+        some = points[rows]
+        outside = some - torch.clamp(some, self.low[i].float(), self.high[i].float())
+        limit = torch.maximum(limits[rows], limits[self.leaf == i].max())
+        norms = self.norm[self.leaf[rows]] + self.norm[i]
+        return rows[torch.linalg.vector_norm(outside, dim=1) <= self._reach(limit, norms)]
+
+    def _reach(self, limit: Float64[Tensor, " m"], norms: Float64[Tensor, " m"]) -> Float64[Tensor, " m"]:
+        # The points are off by η of their norms, their differences by a few units in the last place.
+        return limit * (1 + 2**-16) + 2 * ETA * norms + 2.0**-50
 
 
 def _centre_and_scale(x: Tensor) -> tuple[Float64[Tensor, " d_model"], float]:
-    centre = sum(rows.double().sum(0) for rows in x.split(COLUMNS)) / len(x)
-    largest = max(float(torch.linalg.vector_norm(rows.double() - centre, dim=1).max()) for rows in x.split(COLUMNS))
+    """Any centre is valid, so that of a sample will do; the scale keeps the norms of all rows below ``TOP``."""
+    centre = _sample(x).mean(0)
+    widest = torch.maximum(x.amax(0).double() - centre, centre - x.amin(0).double())
+    largest = float(torch.linalg.vector_norm(widest))
     return centre, TOP / largest if largest > 0 else 1.0
+
+
+def _sample(x: Tensor) -> Float64[Tensor, "some d_model"]:
+    spread = torch.linspace(0, len(x) - 1, min(len(x), SAMPLE), device=x.device, dtype=torch.float64).long()
+    return x[spread].double()
 
 
 def _project(x: Tensor, centre: Float64[Tensor, " d_model"], scale: float) -> Float32[Tensor, "n axes"]:
     """The leading principal axes of a sample of rows, and the norm of the rest as one more coordinate."""
-    width, spread = x.shape[1], torch.linspace(0, len(x) - 1, min(len(x), COLUMNS), device=x.device).long()
-    if width <= AXES + 1:
-        return torch.cat([((rows.double() - centre) * scale).float() for rows in x.split(COLUMNS)])
+    if x.shape[1] <= AXES + 1:
+        return torch.cat([((rows.double() - centre) * scale).float() for rows in x.split(SAMPLE)])
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
         torch.manual_seed(0)  # any axes are valid, so the draw decides about speed alone
-        axes = torch.svd_lowrank((x[spread].double() - centre) * scale, AXES)[2]
-    axes = torch.linalg.qr(axes).Q
+        axes = torch.linalg.qr(torch.svd_lowrank((_sample(x) - centre) * scale, AXES)[2]).Q
     found = []
-    for rows in x.split(COLUMNS):
+    for rows in x.split(SAMPLE):
         centred = (rows.double() - centre) * scale
         projected = centred @ axes
         rest = torch.linalg.vector_norm(centred - projected @ axes.T, dim=1, keepdim=True)
@@ -438,7 +456,7 @@ def _hash(x: Tensor) -> Int[Tensor, " n"]:
     return torch.cat([(rows * odd.to(x.device)).sum(1) for rows in bits])
 
 
-def _check_rows(states: Tensor) -> None:
+def _check_rows(states: object) -> Float[Tensor, "n d_model"]:
     if not isinstance(states, Tensor) or not states.is_floating_point() or states.ndim != 2:
         got = f"{states.dtype} of shape {tuple(states.shape)}" if isinstance(states, Tensor) else type(states).__name__
         raise StatesError(f"got {got}; expected a floating-point tensor of shape (N, d_model)")
@@ -450,6 +468,7 @@ def _check_rows(states: Tensor) -> None:
         raise StatesError(f"got NaN or Inf in {len(bad)} of {len(states)} rows ({named}); expected finite states")
     if states.dtype == torch.float64 and float(states.abs().max()) > 1e150:
         raise StatesError(f"got numbers up to {float(states.abs().max()):.1e}; their squares overflow above 1e150")
+    return states
 
 
 def _first_occurrences(prompts: Sequence[Tensor] | Tensor, rows: int) -> Int[Tensor, " n"]:
