@@ -23,7 +23,7 @@ notebooks: .venv
 
 book: .venv
 	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going
-	test -s _build/html/intro.html -a -s _build/html/sipit_in_ten_minutes.html
+	for page in book/*.ipynb book/*.md; do test -s _build/html/$$(basename $${page%.*}).html || exit 1; done
 
 lab: .venv
 	$(BIN)/jupyter lab book

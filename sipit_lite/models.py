@@ -213,7 +213,7 @@ def load(
     """Load pocket-gpt2 (no name), a model of the Hugging Face hub, or one in a local folder.
 
     The environment variable ``SIPIT_LITE_MODEL`` replaces the default. ``random_init`` draws the weights from
-    the architecture's own initialisation instead (Theorem 2.2 is about exactly this object); ``"gpt2"`` then needs
+    the architecture's own initialisation instead (the object of Theorem 2.2, chapter 4); ``"gpt2"`` then needs
     no download, and comes without a tokenizer where none is at hand. ``device="auto"`` takes CUDA where there is one.
     Raises ``ModelError`` where no such model is in reach or its structure is not that of a decoder.
 

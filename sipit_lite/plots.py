@@ -204,7 +204,9 @@ def pushed_density(
     axes[0].plot(theta, phi, label="one step")
     axes[0].plot(critical, np.interp(critical, theta, phi), "o", color=RUNNER_UP, label="derivative 0")
     axes[0].set(xlabel="parameter before", ylabel="parameter after")
-    axes[1].hist(sample, bins=np.linspace(min(y), max(y), 61), density=True, color=RADIUS, alpha=0.6, label="sample")
+    bins = np.linspace(min(y), max(y), 61)  # what falls outside counts in the weights, so the two agree
+    weights = np.full(len(sample), 1 / (len(sample) * (bins[1] - bins[0])))
+    axes[1].hist(sample, bins, weights=weights, color=RADIUS, alpha=0.6, label="sample")
     axes[1].plot(y, density, color=ACCEPTED, label="formula")
     axes[1].set(xlabel="parameter after", ylabel="density", ylim=(0, 3 * np.median(density)))
     for ax in axes:
@@ -260,6 +262,147 @@ def nearest_by_layer(
     ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
     ax.set(yscale="log", xlabel="layer", ylabel="distance to the nearest neighbour")
     _legend_above(ax)
+    return ax
+
+
+def component_zeros(
+    box: ArrayLike, components: Sequence[Sequence[ArrayLike]], meetings: ArrayLike, ax: Axes | None = None
+) -> Axes:
+    """Zero contours of each component of a difference over a box of the plane, and points where all of them vanish.
+
+    ``components`` holds one list of polylines a component; ``meetings`` has the shape (points, 2), or is empty.
+
+    >>> len(component_zeros([(0, 1), (0, 1)], [[[(0, 0), (1, 1)]], [[(0, 1), (1, 0)]]], [(0.5, 0.5)]).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for i, curves in enumerate(components):
+        for k, curve in enumerate(curves):
+            style = {"color": f"C{i}", "linestyle": ["-", (0, (4, 3))][i % 2], "linewidth": [3.2, 2.0][i % 2]}
+            ax.plot(*np.transpose(curve), label=None if k else f"component {i + 1} is zero", **style)
+    if len(meetings):
+        ax.plot(*np.transpose(meetings), "o", color="black", markersize=7, label="collision")
+    (left, right), (low, high) = np.asarray(box, dtype=float)
+    ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")
+    _legend_above(ax)
+    return ax
+
+
+def minima_by_layer(tests: dict[str, tuple[ArrayLike, ArrayLike]], threshold: float, ax: Axes | None = None) -> Axes:
+    """Smallest distances over the layer, each test (layers, minima) one line, and the threshold of a collision.
+
+    >>> minima_by_layer({"windows": ([1, 2], [0.1, 0.2])}, 1e-6).get_yscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    for (label, (layers, minima)), marker in zip(tests.items(), "o^sDv", strict=False):
+        ax.plot(layers, minima, marker=marker, label=label)
+    ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
+    ax.set(yscale="log", xlabel="layer", ylabel="smallest distance")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small")
+    return ax
+
+
+def shifted_twins(
+    sizes: ArrayLike, bands: dict[str, tuple[ArrayLike, ArrayLike]], threshold: float, ax: Axes | None = None
+) -> Axes:
+    """Distances of planted pairs over the size of the shift that parts them: from the smallest to the largest.
+
+    A distance of zero is drawn at a thousandth of the threshold.
+
+    >>> shifted_twins([1e-8, 1e-6], {"float64": ([0.0, 1e-6], [1e-7, 1e-5])}, 1e-6).get_xscale()
+    'log'
+    """
+    ax, floor = ax or plt.subplots()[1], threshold * 1e-3
+    for (label, (low, high)), color in zip(bands.items(), (ACCEPTED, RUNNER_UP, "tab:green"), strict=False):
+        low, high = np.maximum(low, floor), np.maximum(high, floor)
+        ax.fill_between(sizes, low, high, color=color, alpha=0.25)
+        ax.plot(sizes, low, ".-", color=color, label=label)
+        ax.plot(sizes, high, ".-", color=color)
+    ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
+    ax.set(xscale="log", yscale="log", xlabel="size of the shift", ylabel="distance of the planted pairs")
+    _legend_above(ax)
+    return ax
+
+
+def equal_pairs(
+    sizes: ArrayLike, counts: dict[str, ArrayLike], expected: dict[str, ArrayLike], ax: Axes | None = None
+) -> Axes:
+    """Equal pairs among the first N rounded states, one format a colour; dashed, the expected number.
+
+    Counts of zero are not drawn.
+
+    >>> len(equal_pairs([10, 20], {"int4": [0, 3]}, {"int4": [0.5, 2.0]}).lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, found) in enumerate(counts.items()):
+        ax.plot(sizes, np.where(np.asarray(found) > 0, found, np.nan), "os^Dv"[i % 5], color=f"C{i}", label=label)
+        ax.plot(sizes, expected[label], "--", color=f"C{i}", linewidth=1.2)
+    ax.set(xscale="log", yscale="log", xlabel="number of prompts N", ylabel="equal pairs", ylim=(0.3, None))
+    _legend_above(ax)
+    return ax
+
+
+def layer_profile(layers: ArrayLike, profiles: dict[str, ArrayLike], axes: Sequence[Axes] | None = None) -> Sequence:
+    """Several quantities over the layer, one panel below the other; the keys are the labels.
+
+    >>> len(layer_profile([1, 2], {"margin": [1.0, 2.0], "anisotropy": [0.1, 0.2]}))
+    2
+    """
+    if axes is None:
+        axes = plt.subplots(len(profiles), sharex=True, layout="constrained", squeeze=False)[1][:, 0]
+    for i, (ax, (label, values)) in enumerate(zip(axes, profiles.items(), strict=True)):
+        ax.plot(layers, values, "o-", color=f"C{i}")
+        ax.set(ylabel=label, ylim=(0, None))
+    axes[-1].set(xlabel="layer", xticks=list(layers))
+    return axes
+
+
+def computed_distances(true: ArrayLike, computed: dict[str, ArrayLike], ax: Axes | None = None) -> Axes:
+    """What formulas compute against the true distance, both on logarithmic scales, and the diagonal.
+
+    A computed distance of zero is drawn at the bottom.
+
+    >>> computed_distances([0.1, 1.0], {"product": [0.0, 1.0]}).get_xscale()
+    'log'
+    """
+    ax, true = ax or plt.subplots()[1], np.asarray(true)
+    floor, reach = true.min() / 2, true.max()
+    ax.plot([floor, reach], [floor, reach], color=RADIUS, linewidth=1)
+    for (label, found), color, marker in zip(computed.items(), (RUNNER_UP, ACCEPTED), "^.", strict=False):
+        ax.plot(true, np.maximum(found, floor), marker, color=color, markersize=5, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="true distance", ylabel="computed distance")
+    _legend_above(ax)
+    return ax
+
+
+def lower_bounds(true: ArrayLike, bound: ArrayLike, limit: float, ax: Axes | None = None) -> Axes:
+    """Lower bounds of distances against the distances, the diagonal, and the limit above which pairs are skipped.
+
+    >>> len(lower_bounds([1.0, 2.0], [0.5, 1.5], 1.0).get_legend().get_texts())
+    3
+    """
+    ax, reach = ax or plt.subplots()[1], np.asarray(true).max()
+    ax.plot(true, bound, ".", color=ACCEPTED, markersize=2, alpha=0.5, label="pair of states")
+    ax.plot([0, reach], [0, reach], color="black", linewidth=1.2, label="bound = distance")
+    ax.axhline(limit, color=RUNNER_UP, linestyle="--", linewidth=1.8, label="smallest distance")
+    ax.set(xlabel="true distance", ylabel="lower bound", xlim=(0, None), ylim=(0, None))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small", markerscale=5)
+    return ax
+
+
+def pairs_left(layers: Sequence[int], stages: dict[str, ArrayLike], ax: Axes | None = None) -> Axes:
+    """Numbers of pairs that each stage of a search left over, one line a stage over the layers, on a logarithmic scale.
+
+    >>> pairs_left([1, 2], {"all": [10, 10], "recomputed": [1, 2]}).get_yscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    for (label, counts), marker in zip(stages.items(), "os^Dv", strict=False):
+        ax.plot(layers, counts, marker=marker, markersize=5, label=label)
+    ax.set(yscale="log", xlabel="layer", ylabel="pairs", xticks=list(layers))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize="small")
     return ax
 
 
