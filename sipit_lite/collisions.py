@@ -160,8 +160,8 @@ class _Filter:
 
     def bounds(self, a: Int[Tensor, " rows"], b: Int[Tensor, " cols"]) -> Float32[Tensor, "rows cols"]:
         """Lower bounds of the squared distances between two sets of points, by one matrix product."""
-        found = torch.addmm(self.lowered[b][None], self.points[a], self.points[b].T, alpha=-2)
-        return found.add_(self.lowered[a][:, None])
+        # The norms are added after the product: a sum that started from them (addmm may) could lose twice the slack.
+        return (self.points[a] * -2 @ self.points[b].T).add_(self.lowered[b]).add_(self.lowered[a][:, None])
 
 
 def float32_slack(axes: int) -> float:
@@ -211,8 +211,9 @@ class _Search:
         """Look at every pair of leaves whose boxes are close enough; each leaf by itself first, for a good bound."""
         spans = list(torch.arange(self.n, device=self.x.device).split([len(leaf) for leaf in self.leaves]))
         for span in spans:
+            self.filter = self.coarse
             self._visit(span, span)
-        boxes = _Boxes.of(self.coarse.points, spans)
+        self.filter, boxes = self.coarse, _Boxes.of(self.coarse.points, spans)
         for i, span in enumerate(tqdm(spans, "closest pairs", disable=None if progress else True)):
             close = boxes.close_boxes(i, self.limits * self.scale)
             if close:
@@ -247,12 +248,13 @@ class _Search:
     def _visit(self, a: Int[Tensor, " rows"], b: Int[Tensor, " cols"]) -> None:
         """Recompute all pairs of two sets of rows that the filters let through."""
         self.bounded += len(a) * len(b) if a is not b else len(a) * (len(a) - 1) // 2
-        low = self._bounds(self.coarse, a, b)
+        low = self._bounds(a, b)
         if low.numel() == 0 or low.min() > max(self.thresholds[a].max(), self.thresholds[b].max()):
             return
         kept = self._kept(low, a, b)
-        if self.coarse.points.shape[1] < self.x.shape[1] and int(kept.sum()) * CROWDED > low.numel():
-            low = self._bounds(self.full, a, b)
+        if self.filter.points.shape[1] < self.x.shape[1] and int(kept.sum()) * CROWDED > low.numel():
+            self.filter = self.full  # and stays it: where the axes do not separate one leaf, they seldom do the next
+            low = self._bounds(a, b)
             kept = self._kept(low, a, b)
         values, (i, j) = low[kept], kept.nonzero(as_tuple=True)
         for part in values.argsort().split(max(1, CHUNK // self.x.shape[1])):
@@ -260,8 +262,8 @@ class _Search:
             still = values[part] <= torch.maximum(self.thresholds[rows], self.thresholds[columns])
             self._recompute(rows[still], columns[still])
 
-    def _bounds(self, chosen: _Filter, a: Tensor, b: Tensor) -> Float32[Tensor, "rows cols"]:
-        low = chosen.bounds(a, b)
+    def _bounds(self, a: Tensor, b: Tensor) -> Float32[Tensor, "rows cols"]:
+        low = self.filter.bounds(a, b)
         if a is b:
             low.masked_fill_(torch.ones_like(low, dtype=torch.bool).tril(), torch.inf)
         return low

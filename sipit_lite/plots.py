@@ -265,6 +265,44 @@ def nearest_by_layer(
     return ax
 
 
+def distances_by_length(runs: dict[str, Sequence[ArrayLike]], ax: Axes | None = None) -> Axes:
+    """Smallest, mean and largest distance against the length of the prompts, each run one colour.
+
+    A run is (lengths, smallest, mean, largest).
+
+    >>> len(distances_by_length({"windows": ([1, 2], [1, 2], [3, 4], [5, 6])}).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, (lengths, low, mean, high)) in enumerate(runs.items()):
+        ax.plot(lengths, high, "^--", color=f"C{i}", markersize=4, label=f"{label}, largest")
+        ax.plot(lengths, mean, "o-", color=f"C{i}", markersize=5, label=f"{label}, mean")
+        ax.plot(lengths, low, "v:", color=f"C{i}", markersize=4, label=f"{label}, smallest")
+    ax.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="distance between states")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small")
+    return ax
+
+
+def minima_by_size(
+    measured: dict[str, tuple[ArrayLike, ArrayLike]],
+    expected: dict[str, tuple[ArrayLike, ArrayLike]],
+    ax: Axes | None = None,
+) -> Axes:
+    """Smallest distance against the number of prompts: measured as markers, expected as dashed lines, in pairs.
+
+    >>> len(minima_by_size({"layer 1": ([9, 99], [2, 1])}, {"sphere": ([9, 99], [2, 1])}).lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, (sizes, minima)) in enumerate(measured.items()):
+        ax.plot(sizes, minima, "o^sDv"[i % 5], color=f"C{i}", markersize=7, label=label)
+    for i, (label, (sizes, minima)) in enumerate(expected.items()):
+        ax.plot(sizes, minima, "--", color=f"C{i}", linewidth=2, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="number of prompts", ylabel="smallest distance")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small")
+    return ax
+
+
 def component_zeros(
     box: ArrayLike, components: Sequence[Sequence[ArrayLike]], meetings: ArrayLike, ax: Axes | None = None
 ) -> Axes:
@@ -308,12 +346,12 @@ def shifted_twins(
 ) -> Axes:
     """Distances of planted pairs over the size of the shift that parts them: from the smallest to the largest.
 
-    A distance of zero is drawn at a thousandth of the threshold.
+    A distance of zero is drawn at the bottom, at 1e-4 of the threshold.
 
     >>> shifted_twins([1e-8, 1e-6], {"float64": ([0.0, 1e-6], [1e-7, 1e-5])}, 1e-6).get_xscale()
     'log'
     """
-    ax, floor = ax or plt.subplots()[1], threshold * 1e-3
+    ax, floor = ax or plt.subplots()[1], threshold * 1e-4
     for (label, (low, high)), color in zip(bands.items(), (ACCEPTED, RUNNER_UP, "tab:green"), strict=False):
         low, high = np.maximum(low, floor), np.maximum(high, floor)
         ax.fill_between(sizes, low, high, color=color, alpha=0.25)
@@ -354,7 +392,7 @@ def layer_profile(layers: ArrayLike, profiles: dict[str, ArrayLike], axes: Seque
         axes = plt.subplots(len(profiles), sharex=True, layout="constrained", squeeze=False)[1][:, 0]
     for i, (ax, (label, values)) in enumerate(zip(axes, profiles.items(), strict=True)):
         ax.plot(layers, values, "o-", color=f"C{i}")
-        ax.set(ylabel=label, ylim=(0, None))
+        ax.set(ylabel=label, ylim=(0, 1.15 * np.max(values)))
     axes[-1].set(xlabel="layer", xticks=list(layers))
     return axes
 

@@ -51,7 +51,7 @@ def test_survey_counts_duplicates_and_equals_brute_force(pocket: LanguageModel) 
 
 def test_survey_reports_a_collision_that_is_there(pocket: LanguageModel) -> None:
     """Layer 0 of the last token knows nothing of the tokens before it."""
-    row = survey(pocket, [torch.tensor([1, 5]), torch.tensor([2, 5]), torch.tensor([3, 6])], layers=[0])["layers"][0]
+    row = survey(pocket, [torch.tensor([1, 5]), torch.tensor([2, 5]), torch.tensor([3, 6])], layers=[0, 1])["layers"][0]
     assert (row["collisions"], row["minimum"], row["dimension"]) == (1, 0.0, None)
 
 
