@@ -167,8 +167,8 @@ class _Filter:
 def float32_slack(axes: int) -> float:
     """What ‖a‖² + ‖b‖² − 2a·b can lose in float32, relative to ‖a‖² + ‖b‖², for a, b of so many coordinates.
 
-    The rounding of the sums (Higham's γ for ``axes`` + 6 operations, in any order) and of the points themselves.
-    Chapter 6 proves it.
+    The rounding of the product (Higham's γ for ``axes`` + 6 operations, its terms added in any order) and of the points
+    themselves, for norms that were computed in float64 and are added after the product. Chapter 6 proves it.
 
     >>> float32_slack(33) < 1e-5
     True

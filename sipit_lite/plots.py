@@ -389,7 +389,7 @@ def layer_profile(layers: ArrayLike, profiles: dict[str, ArrayLike], axes: Seque
     2
     """
     if axes is None:
-        axes = plt.subplots(len(profiles), sharex=True, layout="constrained", squeeze=False)[1][:, 0]
+        axes = list(plt.subplots(len(profiles), sharex=True, layout="constrained", squeeze=False)[1][:, 0])
     for i, (ax, (label, values)) in enumerate(zip(axes, profiles.items(), strict=True)):
         ax.plot(layers, values, "o-", color=f"C{i}")
         ax.set(ylabel=label, ylim=(0, 1.15 * np.max(values)))

@@ -137,7 +137,8 @@ def test_slack_covers_what_float32_loses(axes: int, seed: int, size: float, apar
     generator = torch.Generator().manual_seed(seed)
     a = size * torch.randn(50, axes, generator=generator)
     b = a + apart * size * torch.randn(50, axes, generator=generator)
-    computed = (torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2) + a.square().sum(1)[:, None]).double()
+    s, t = (rows.double().square().sum(1).float() for rows in (a, b))
+    computed = (a * -2 @ b.T + t + s[:, None]).double()
     a, b = a.double(), b.double()
     true = (a[:, None] - b[None]).square().sum(2)
     norms = a.square().sum(1)[:, None] + b.square().sum(1)[None]
