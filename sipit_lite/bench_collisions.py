@@ -4,6 +4,7 @@ import resource
 import statistics
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sipit_lite.bench import Check, clock, in_a_process
-from sipit_lite.capture import last_states
+from sipit_lite.capture import SHARD, last_states
 from sipit_lite.collisions import closest_pairs
 from sipit_lite.models import LanguageModel
 from sipit_lite.onestep import EXACT
@@ -23,26 +24,35 @@ REPEATS = 3
 
 
 def collisions(
-    model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
+    model: LanguageModel,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+    folder: str | Path | None = None,
 ) -> tuple[list[Check], dict]:
     """Closest pairs of 100 000 distinct prompts at every layer: ours, blocked float32 products, exact cdist, float64.
 
-    Then normal data without structure, peak memory, growth with N, and the rate of the forward passes.
+    Then normal data without structure, peak memory, growth with N, and the rate of the forward passes, measured on one
+    shard of prompts. ``folder`` keeps the states, so that a run that was stopped goes on.
     """
     n, source = (2000, "bundled") if quick else (100_000, "installed")
     asked = distinct(model.tokenizer, n, LENGTH, seed=seed, source=source)
     layers = list(range(1, model.n_layers + 1))
-    begun = time.perf_counter()
-    states = last_states(model, asked, layers, progress=progress)
-    seconds = time.perf_counter() - begun
-    rate = float(np.mean([gemm_rate(model.device) for _ in range(REPEATS)]))
-    share = forward_flops(model, n * LENGTH, LENGTH) / seconds / rate
+    some = asked[:SHARD]
+    rates = [gemm_rate(model.device)]
+    seconds = clock(lambda: last_states(model, some, layers), model.device)
+    rates.append(gemm_rate(model.device))
+    rate = statistics.mean(rates)
+    share = forward_flops(model, len(some) * LENGTH, LENGTH) / seconds / rate
+    states = last_states(model, asked, layers, folder=folder, progress=progress)
     rows = [compare(x.to(model.device), layer, quick) for layer, x in zip(layers, states, strict=True)]
     flat = torch.randn(n // (1 if quick else 4), model.d_model, generator=torch.Generator().manual_seed(seed))
     flat_ratio = isotropic_ratio(flat.to(model.device))
     memory = in_a_process("sipit_lite.bench_collisions", "memory_above_the_states", n, model.d_model)
     more = distinct(model.tokenizer, n, LENGTH // 2, seed=seed, source=source)
-    grown = torch.cat([states[-1], last_states(model, more, layers[-1:], progress=progress)[0]])
+    place = folder and Path(folder) / "more"
+    grown = torch.cat([states[-1], last_states(model, more, layers[-1:], folder=place, progress=progress)[0]])
     sizes = [n // 4, n // 2, n, 2 * n]
     times = growth(grown.to(model.device), sizes)
     checks = [
@@ -56,7 +66,7 @@ def collisions(
     reported = {
         "pairs a layer": rows[0]["pairs"],
         "minimum error of gemm against float64, largest": max(row["gemm error"] for row in rows),
-        "states, seconds": seconds,
+        "states, prompts a second": len(some) / seconds,
         "forward GFLOP/s": share * rate / 1e9,
         "gemm GFLOP/s": rate / 1e9,
         "growth exponent of time with N": float(np.polyfit(np.log(sizes), np.log(times), 1)[0]),

@@ -146,7 +146,7 @@ def _last_states(
     model: LanguageModel, prompts: Sequence[Tensor], layers: Sequence[int]
 ) -> Float[Tensor, "layers prompts d_model"]:
     """The states of prompts sorted by length."""
-    cut, found = model.cut(max(layers)), []
+    cut, found = model.cut(max(*layers, 1)), []  # layer 0 is what enters the first block, so that one has to run
     for length, group in groupby(prompts, key=len):
         for ids in torch.stack(list(group)).split(max(1, TOKENS // length)):
             with torch.inference_mode(), model.tapped(layers) as states:

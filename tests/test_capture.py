@@ -111,6 +111,7 @@ def test_last_states_of_every_family(family: tuple, monkeypatch: pytest.MonkeyPa
     _, model = family
     monkeypatch.setattr(capture, "SHARD", 5)
     prompts, layers = ragged(model), [3, 0, 1, 2]
+    assert torch.equal(last_states(model, prompts, [0]), one_by_one(model, prompts, [0]))
     found = last_states(model, prompts, layers)
     torch.testing.assert_close(found, one_by_one(model, prompts, layers), rtol=1e-4, atol=1e-5)
 
