@@ -156,7 +156,7 @@ def gemm_rate(device: torch.device, size: int = 2048) -> float:
     return 2 * size**3 / min(clock(lambda: a @ b, device) for _ in range(2))
 
 
-def forward_flops(model: LanguageModel, tokens: int, length: int) -> float:
+def forward_flops(model: LanguageModel, tokens: int, length: int) -> int:
     """Operations that the matrix products of the blocks need: two for each weight and token, and attention's own."""
     blocks = sum(p.numel() for name, p in model.decoder.named_parameters() if p.ndim == 2) - sum(
         e.weight.numel() for e in model.decoder.modules() if isinstance(e, torch.nn.Embedding)
