@@ -68,6 +68,21 @@ class OneStepMap:
         cache = self._cache(len(e))
         return self._run(e[:, None], cache)[:, 0]
 
+    def jacobian(self, e: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model d_model"]:
+        """∂F/∂e at one embedding, rows by number of the state, by one batched reverse pass over the prefix cache.
+
+        Raises ``ModelError`` where the prefix already fills the context.
+
+        >>> from sipit_lite import load
+        >>> model = load(device="cpu")
+        >>> OneStepMap.after(model, 0).jacobian(model.embeddings[5]).equal(torch.eye(256))
+        True
+        """
+        with torch.enable_grad():
+            e = e.detach().clone().requires_grad_()  # a view of the table would drag the whole table along
+            state = self.embedding(e[None])[0]
+            return torch.autograd.grad(state, e, torch.eye(len(e)).to(state), is_grads_batched=True)[0]
+
     def margin(self) -> float:
         """Δ_{π,t}: the smallest distance between the states of two different tokens, in float64 (paper §3).
 

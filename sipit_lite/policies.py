@@ -6,15 +6,19 @@ at most T·|V| verifier tests, holds for each of them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sipit_lite.lens import Lens
 from sipit_lite.onestep import ROWS, OneStepMap
 
 HUGE = torch.finfo(torch.float32).max
+TRIALS = 4  # dampings tried with one Jacobian
+SMALLEST_DAMPING = 1e-4
 
 
 @runtime_checkable
@@ -87,6 +91,81 @@ class Gradient:
             if not untried.any():
                 return
         yield from nearest(table, e, untried, int(untried.sum())).split(ROWS)
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Levenberg–Marquardt on the one-step map, then the untried tokens nearest to where it arrives (chapter 12).
+
+    Each step solves (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀ(ĥ_t − F(e)) with the full Jacobian J of F at e; λ starts at
+    ``damping``, shrinks after a step that lowered the residual and grows until one does. It starts from the mean
+    embedding, or, with a ``lens``, from the embedding that the lens predicts, after the lens's own first candidates
+    were tried. Training-free without a lens. Raises ``ValueError`` for a setting below one or a damping not above 0.
+    """
+
+    proposals_per_step: int = 8
+    max_steps: int = 12
+    damping: float = 0.1
+    lens: Lens | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("proposals_per_step", "max_steps"):
+            _at_least_one(name, getattr(self, name))
+        if not self.damping > 0:
+            raise ValueError(f"got damping={self.damping}; expected a number above 0")
+
+    def proposals(
+        self, step: OneStepMap, observed: Float[Tensor, " d_model"], generator: torch.Generator
+    ) -> Iterator[Int[Tensor, " cand"]]:
+        """Yield the lens's first candidates, the nearest untried tokens after each step, the rest of the vocabulary."""
+        table = step.model.embeddings
+        untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
+        if self.lens is not None:
+            first = next(self.lens.proposals(step, observed, generator))
+            untried[first] = False
+            yield first
+        start = table.mean(0) if self.lens is None else self.lens.embeddings(observed).to(table)
+        for e in islice(self.path(step, start, observed), 1, self.max_steps + 1):
+            batch = nearest(table, e, untried, self.proposals_per_step)
+            if len(batch) == 0:
+                return
+            untried[batch] = False
+            yield batch
+        yield from nearest(table, e, untried, int(untried.sum())).split(ROWS)
+
+    def path(
+        self, step: OneStepMap, e: Float[Tensor, " d_model"], observed: Float[Tensor, " d_model"]
+    ) -> Iterator[Float[Tensor, " d_model"]]:
+        """Yield the iterates for ever, the start first; the residual ‖F(e) − ĥ_t‖ never grows along them."""
+        damping, residual = self.damping, observed - _value(step, e)
+        while True:
+            yield e
+            jacobian = step.jacobian(e)
+            for _ in range(TRIALS):
+                trial = e + damped_step(jacobian, residual, damping)
+                left = observed - _value(step, trial)
+                if left.norm() < residual.norm():
+                    e, residual, damping = trial, left, max(damping / 5, SMALLEST_DAMPING)
+                    break
+                damping *= 5
+
+
+def damped_step(
+    jacobian: Float[Tensor, "d_model d_model"], residual: Float[Tensor, " d_model"], damping: float
+) -> Float[Tensor, " d_model"]:
+    """δ with (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀr, the step of Levenberg and Marquardt; zero where J is zero.
+
+    >>> damped_step(2 * torch.eye(2), torch.tensor([4.0, 0.0]), 1.0).tolist()
+    [1.0, 0.0]
+    """
+    normal, right = (jacobian.T @ jacobian).double(), (jacobian.T @ residual).double()
+    scale = normal.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.linalg.solve(normal + damping * torch.diag(scale), right).to(residual)
+
+
+def _value(step: OneStepMap, e: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    with torch.no_grad():
+        return step.embedding(e[None])[0]
 
 
 def clipped_gradient(

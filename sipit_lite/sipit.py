@@ -1,26 +1,30 @@
 """SipIt (Algorithm 1): read the exact prompt back, one position at a time, from the hidden states of one layer.
 
 A token is accepted only when it is verified, and only when no other token that was tested verifies too.
-What cannot be verified is an error that carries what was recovered so far, never a guess.
+What cannot be verified is an error that carries what was recovered so far, never a guess. With a lens, whole prompts
+are drafted and verified in a few passes (``speculation``), and only what the drafts miss is searched for.
 """
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from sipit_lite.collisions import closest_pairs
+from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel
 from sipit_lite.onestep import OneStepMap
-from sipit_lite.policies import Gradient, Policy, nearest
-from sipit_lite.verify import Observation
+from sipit_lite.policies import Gradient, Newton, Policy, nearest
+from sipit_lite.speculation import CLEAR, Draft, draft, speculate
+from sipit_lite.verify import Observation, StatesError, separated
 
 SALT = 2510_15511  # a prompt drawn with the same seed must not be the stream of starts: they would be the answers
-CLEAR = 0.25  # a token further out than this share of the radius is accepted only after the whole vocabulary was tested
+RELATED = 0.1  # embeddings nearer to each other than this share of their distance from the mean embedding are related
 CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each token found
 
 
@@ -29,9 +33,10 @@ class Recovery:
     """What SipIt recovered, and how clearly: one entry a position, tensors on the CPU.
 
     ``distance`` is that of the accepted token, ‖F(v) − ĥ_t‖₂ (beyond the rounding, for states stored in a coarser
-    format); ``runner_up`` the smallest among the other tokens tested; ``radius`` the ε_t that ``distance`` had to
-    meet; ``tested`` the number of candidates, the challengers of the accepted one included; ``seconds`` the wall-clock
-    time of the whole inversion.
+    format); ``runner_up`` the smallest among the other tokens tested (infinite where none was); ``radius`` the ε_t that
+    ``distance`` had to meet; ``tested`` the number of candidates, the challengers of the accepted one included;
+    ``seconds`` the wall-clock time of the whole inversion. ``verified`` is False only where ``on_fail="nearest"`` kept
+    a token that no test accepted. ``margin`` holds Δ_{π,t} where ``certify=True`` measured it, else NaN.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -40,7 +45,19 @@ class Recovery:
     runner_up: Float[Tensor, " pos"]
     radius: Float[Tensor, " pos"]
     tested: Int[Tensor, " pos"]
+    verified: Bool[Tensor, " pos"]
+    margin: Float[Tensor, " pos"]
     seconds: float
+
+    @property
+    def tolerance(self) -> Float[Tensor, " pos"]:
+        """Noise that each state could bear on top of its residual: Δ_{π,t}/2 − ``distance`` (Theorem 3.2)."""
+        return self.margin / 2 - self.distance
+
+    @property
+    def certified(self) -> bool:
+        """Whether Theorem 3.2's hypothesis was measured to hold: residuals below Δ_{π,t}/2 at every position."""
+        return bool((self.tolerance > 0).all())
 
 
 class NotVerified(ValueError):
@@ -62,12 +79,18 @@ class Ambiguous(NotVerified):
     """
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during an inversion; ``recovered`` holds the verified prefix."""
+Outcome = Recovery | StatesError | NotVerified
 
-    def __init__(self, recovered: Recovery):
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during an inversion; ``recovered`` holds the verified prefix.
+
+    Where several prompts were inverted, ``outcomes`` has what is known of each: finished, failed, or a verified prefix.
+    """
+
+    def __init__(self, recovered: Recovery, outcomes: Sequence[Outcome] = ()):
         super().__init__(f"interrupted after {len(recovered.tokens)} verified tokens: {recovered.text!r}")
-        self.recovered = recovered
+        self.recovered, self.outcomes = recovered, list(outcomes)
 
 
 class _Row(NamedTuple):
@@ -76,6 +99,8 @@ class _Row(NamedTuple):
     runner_up: float
     radius: float
     tested: int
+    verified: bool = True
+    margin: float = float("nan")
 
 
 def invert(
@@ -83,43 +108,150 @@ def invert(
     model: LanguageModel,
     layer: int,
     *,
-    policy: Policy | None = None,
+    policy: Policy | Literal["auto"] = "auto",
+    lens: Lens | None = None,
     seed: int = 0,
-    epsilon: float | None = None,
+    epsilon: float | Tensor | None = None,
     certify: bool = False,
+    on_fail: Literal["raise", "nearest"] = "raise",
     progress: bool = False,
 ) -> Recovery:
     """Recover the exact prompt from the hidden states of all its positions at one layer (Algorithm 1).
 
     ``states`` has shape (T, d_model), 1 ≤ T ≤ K, in any floating-point format; the last layer means before the final
-    norm. ``policy`` orders the candidates (``Gradient()`` by default). ``epsilon`` bounds noise ‖ĥ_t − h_t‖₂ that
-    was added on purpose; without it, ε_t is the measured noise floor alone. ``certify=True`` tests the whole
-    vocabulary at each position, so that acceptance means this token and no other; it is always on where the states
-    are coarser than the model's own format, the model computes in 16 bits, or an ``epsilon`` is given, since there two
-    tokens could fit. Elsewhere ``radius`` is float noise, and a rival would have to agree within it to be mistaken.
+    norm. ``policy`` orders the candidates: ``"auto"`` drafts the prompt with ``lens`` and searches with ``Newton`` for
+    what the draft misses, or is ``Gradient()`` without a lens. ``epsilon`` bounds noise ‖ĥ_t − h_t‖₂ that was added on
+    purpose, one number or one a position; without it, ε_t is the measured noise floor alone. ``certify=True`` tests the
+    whole vocabulary at each position and measures the margin Δ_{π,t}, so that acceptance means this token and no other.
+    The whole vocabulary is always tested where the states are coarser than the model's own format, the model computes
+    in 16 bits, or an ``epsilon`` is given, since there two tokens could fit. Elsewhere ``radius`` is float noise, and
+    a rival would have to agree within it to be mistaken. ``on_fail="nearest"`` keeps the nearest token where none or
+    several verify, marks the position as not ``verified``, and goes on.
 
-    Raises ``StatesError`` for states that no prompt has, ``ModelError`` for a layer outside 0..L, ``NotVerified``
-    where no token verifies, ``Ambiguous`` where several do, ``Interrupted`` on Ctrl-C; the last three carry the
-    verified prefix.
+    Raises ``StatesError`` for states that no prompt has, ``ModelError`` for a layer outside 0..L, ``LensError`` for
+    a lens of another model or layer, ``NotVerified`` where no token verifies, ``Ambiguous`` where several do,
+    ``Interrupted`` on Ctrl-C; the last three carry the verified prefix.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
     >>> invert(model.states("hidden states", 3), model, 3).text
     'hidden states'
     """
-    observed = Observation.of(states, model, layer, epsilon)
-    certify = certify or epsilon is not None or not observed.exact or torch.finfo(model.dtype).bits <= 16
-    policy, generator, begun = policy or Gradient(), torch.Generator().manual_seed(seed + SALT), time.perf_counter()
-    step, rows = OneStepMap.after(model, layer), []
+    if on_fail not in ("raise", "nearest") or (isinstance(policy, str) and policy != "auto"):
+        raise StatesError(
+            f"got policy={policy!r}, on_fail={on_fail!r}; expected 'auto' or a policy, 'raise' or 'nearest'"
+        )
+    if lens is not None:
+        lens.check(model, layer)
+    observed, begun = Observation.of(states, model, layer, epsilon), time.perf_counter()
+    whole = certify or epsilon is not None or on_fail == "nearest" or _coarse(observed, model)
+    if policy == "auto" and lens is not None and not whole and separated(model, layer):
+        found = _by_speculation([observed], model, layer, lens, seed, begun, progress)[0]
+        if isinstance(found, NotVerified):
+            raise found
+        return found
+    policy = (Newton(lens=lens) if lens else Gradient()) if policy == "auto" else policy
+    generator, step, rows = torch.Generator().manual_seed(seed + SALT), OneStepMap.after(model, layer), []
     try:
         for t in tqdm(range(len(observed)), "inverting", disable=None if progress else True):
             step = step.extend(rows[-1].token) if rows else step
-            batches = [every_token(model)] if certify else policy.proposals(step, observed.states[t], generator)
-            distance = try_candidates(step, observed, t, batches)
-            rows.append(_accept(distance, float(observed.radius[t]), _recovery(rows, model, begun), model))
+            if whole:
+                distance, margin = _whole_vocabulary(step, observed, t, certify)
+            else:
+                batches = policy.proposals(step, observed.states[t], generator)
+                distance, margin = try_candidates(step, observed, t, batches), float("nan")
+            prefix = _recovery(rows, model, begun)
+            row = _accept(distance, float(observed.radius[t]), prefix, model, on_fail == "nearest")
+            rows.append(row._replace(margin=margin))
         return _check_whole(_recovery(rows, model, begun), observed, model, layer)
     except KeyboardInterrupt:
         raise Interrupted(_recovery(rows, model, begun)) from None
+
+
+def invert_many(
+    states: Sequence[Tensor],
+    model: LanguageModel,
+    layer: int,
+    *,
+    lens: Lens | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Outcome]:
+    """Recover many prompts, of any lengths, from the states of each: one outcome a prompt, in their order.
+
+    A prompt that cannot be recovered does not stop the others: its outcome is the error that ``invert`` would raise.
+    With a ``lens`` the prompts share their passes. ``seconds`` counts from the start of the whole call.
+    Raises ``ModelError`` for a bad layer, ``LensError`` for a wrong lens, ``Interrupted`` on Ctrl-C.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> lens = Lens.fit(model, 1, tokens=4000, features=0)
+    >>> texts = ["hidden states", "give back", "the prompt"]
+    >>> [found.text for found in invert_many([model.states(text, 1) for text in texts], model, 1, lens=lens)]
+    ['hidden states', 'give back', 'the prompt']
+    """
+    model.check_layer(layer)
+    if lens is not None:
+        lens.check(model, layer)
+    begun, outcomes = time.perf_counter(), {}
+    for i, x in enumerate(states):
+        try:
+            outcomes[i] = Observation.of(x, model, layer)
+        except StatesError as error:
+            outcomes[i] = error
+    fast = [i for i, o in outcomes.items() if isinstance(o, Observation) and lens and not _coarse(o, model)]
+    fast = fast if fast and separated(model, layer) else []
+    try:
+        together = (
+            _by_speculation([outcomes[i] for i in fast], model, layer, lens, seed, begun, progress) if fast else []
+        )
+        outcomes |= dict(zip(fast, together, strict=True))
+        for i in [i for i, o in outcomes.items() if isinstance(o, Observation)]:
+            try:
+                outcomes[i] = invert(states[i], model, layer, lens=lens, seed=seed)
+            except NotVerified as error:
+                outcomes[i] = error
+    except Interrupted as stop:
+        done = outcomes | dict(zip(fast, stop.outcomes, strict=False))
+        empty = _recovery([], model, begun)
+        raise Interrupted(stop.recovered, [empty if isinstance(o, Observation) else o for o in done.values()]) from None
+    return list(outcomes.values())
+
+
+def _by_speculation(
+    observed: Sequence[Observation],
+    model: LanguageModel,
+    layer: int,
+    lens: Lens,
+    seed: int,
+    begun: float,
+    progress: bool,
+) -> list[Recovery | NotVerified]:
+    """Drafts, advanced together; where one is stuck, a search for its next token alone, then together again."""
+    drafts, failed = draft(observed, lens), {}
+    policy, generator = Newton(lens=lens), torch.Generator().manual_seed(seed + SALT)
+    bar = tqdm(total=len(drafts), desc="inverting", disable=None if progress else True)
+    try:
+        left = set(range(len(drafts)))
+        while left:
+            speculate([drafts[i] for i in sorted(left)], model, layer, lens)
+            for i in sorted(left):
+                finished = drafts[i].done
+                try:
+                    if finished:
+                        _confirm(drafts[i], model, layer, begun)
+                    else:
+                        _search(drafts[i], model, layer, policy, generator, begun)
+                except NotVerified as error:
+                    failed[i] = error
+                if finished or i in failed:
+                    left.discard(i)
+                    bar.update()
+        bar.close()
+    except KeyboardInterrupt:
+        known = [failed.get(i) or _recovery(_rows(d), model, begun) for i, d in enumerate(drafts)]
+        raise Interrupted(_recovery(_rows(drafts[min(left, default=0)]), model, begun), known) from None
+    return [failed.get(i) or _recovery(_rows(d), model, begun) for i, d in enumerate(drafts)]
 
 
 def every_token(model: LanguageModel) -> Int[Tensor, " vocab"]:
@@ -156,14 +288,67 @@ def try_candidates(
     return distance
 
 
-def _accept(distance: Float[Tensor, " vocab"], radius: float, prefix: Recovery, model: LanguageModel) -> _Row:
-    """The one token that verifies; refuse where there is none, or more than one."""
+def _coarse(observed: Observation, model: LanguageModel) -> bool:
+    """Whether two tokens could fit one stored state, so that only the whole vocabulary can tell."""
+    return not observed.exact or torch.finfo(model.dtype).bits <= 16
+
+
+def _whole_vocabulary(
+    step: OneStepMap, observed: Observation, t: int, certify: bool
+) -> tuple[Float[Tensor, " vocab"], float]:
+    """Distances of all tokens, and the margin Δ_{π,t} where it is asked for."""
+    states = step.tokens(every_token(step.model))
+    return observed.distance(t, states), closest_pairs(states, 1).minimum if certify else float("nan")
+
+
+def _search(
+    d: Draft, model: LanguageModel, layer: int, policy: Policy, generator: torch.Generator, begun: float
+) -> None:
+    """Find the next token of a draft by a search of its own."""
+    t = d.verified
+    step = OneStepMap.after(model, layer, d.tokens[:t])
+    distance = try_candidates(step, d.observed, t, policy.proposals(step, d.observed.states[t], generator))
+    row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d), model, begun), model)
+    d.settle(row.token, row.distance, row.runner_up, row.tested)
+
+
+def _confirm(d: Draft, model: LanguageModel, layer: int, begun: float) -> None:
+    """Test the nearest embeddings against each token of a finished draft that has a near relative among them.
+
+    And read the prompt once more in one pass, where a search of its own found one of its tokens.
+    """
+    table = model.embeddings.float()
+    centred = table - table.mean(0)
+    own = centred[d.tokens]
+    apart = own.square().sum(1)[:, None] + centred.square().sum(1) - 2 * own @ centred.T
+    apart.scatter_(1, d.tokens[:, None], torch.inf)
+    for t in (apart.amin(1) < RELATED**2 * own.square().sum(1)).nonzero()[:, 0].tolist():
+        step = OneStepMap.after(model, layer, d.tokens[:t])
+        distance = try_candidates(step, d.observed, t, [d.tokens[t : t + 1]])
+        row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d)[:t], model, begun), model)
+        d.runner_up[t], d.tested[t] = min(row.runner_up, float(d.runner_up[t])), d.tested[t] + row.tested - 1
+    if d.settled:
+        _check_whole(_recovery(_rows(d), model, begun), d.observed, model, layer)
+
+
+def _rows(d: Draft) -> list[_Row]:
+    columns = (getattr(d, name)[: d.verified].tolist() for name in ("tokens", "distance", "runner_up", "tested"))
+    radii = d.observed.radius.tolist()
+    return [_Row(v, x, r, radius, n) for (v, x, r, n), radius in zip(zip(*columns, strict=True), radii, strict=False)]
+
+
+def _accept(
+    distance: Float[Tensor, " vocab"], radius: float, prefix: Recovery, model: LanguageModel, keep: bool = False
+) -> _Row:
+    """The one token that verifies; where there is none, or more than one, refuse, or ``keep`` the nearest, marked."""
     best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).topk(min(2, len(distance)), largest=False)
     runner_up = float(best.values[1]) if len(distance) > 1 else float("inf")
     row = _Row(int(best.indices[0]), float(best.values[0]), runner_up, radius, int((~distance.isnan()).sum()))
     verified = (distance <= radius).nonzero()[:, 0]
     if len(verified) == 1:
         return row
+    if keep:
+        return row._replace(verified=False)
     seen = f"nearest of {row.tested} tested is {_quote(row.token, model)} at distance {row.distance:.3g}"
     kind, what = (
         (Ambiguous, f"{len(verified)} tokens verify, among them {_quote(int(verified[-1]), model)}")
@@ -183,7 +368,7 @@ def _accept(distance: Float[Tensor, " vocab"], radius: float, prefix: Recovery, 
 def _check_whole(recovery: Recovery, observed: Observation, model: LanguageModel, layer: int) -> Recovery:
     """Re-encode the whole prompt in one pass and compare every row once more."""
     again = model.states(recovery.tokens, layer)
-    for t in range(len(observed)):
+    for t in recovery.verified.nonzero()[:, 0].tolist():
         distance, radius = float(observed.distance(t, again[t : t + 1])), float(observed.radius[t])
         if not distance <= radius:
             prefix = _first(recovery, t, model)
@@ -199,7 +384,7 @@ def _check_whole(recovery: Recovery, observed: Observation, model: LanguageModel
 
 
 def _recovery(rows: list[_Row], model: LanguageModel, begun: float) -> Recovery:
-    columns = _Row(*zip(*rows, strict=True)) if rows else _Row([], [], [], [], [])
+    columns = _Row(*zip(*rows, strict=True)) if rows else _Row(*[[]] * len(_Row._fields))
     tokens = torch.tensor(columns.token, dtype=torch.int64)
     return Recovery(
         tokens=tokens,
@@ -208,13 +393,15 @@ def _recovery(rows: list[_Row], model: LanguageModel, begun: float) -> Recovery:
         runner_up=torch.tensor(columns.runner_up, dtype=torch.float32),
         radius=torch.tensor(columns.radius, dtype=torch.float32),
         tested=torch.tensor(columns.tested, dtype=torch.int64),
+        verified=torch.tensor(columns.verified, dtype=torch.bool),
+        margin=torch.tensor(columns.margin, dtype=torch.float32),
         seconds=time.perf_counter() - begun,
     )
 
 
 def _first(recovery: Recovery, count: int, model: LanguageModel) -> Recovery:
-    cut = {name: getattr(recovery, name)[:count] for name in ("tokens", "distance", "runner_up", "radius", "tested")}
-    return Recovery(text=model.decode(cut["tokens"]), seconds=recovery.seconds, **cut)
+    columns = {name: value[:count] for name, value in vars(recovery).items() if isinstance(value, Tensor)}
+    return replace(recovery, text=model.decode(columns["tokens"]), **columns)
 
 
 def _quote(token: int, model: LanguageModel) -> str:

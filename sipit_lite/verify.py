@@ -16,7 +16,9 @@ from sipit_lite.onestep import EXACT, ROWS, OneStepMap
 
 SAFETY = 16  # the noise is measured on a few positions; other prompts and machines stay within this factor
 PROBES = (0, 1, 3, 7, 15, 31, 63, 127, 255)  # where it is measured: it grows with the prefix, and position 0 is special
+APART = 64  # radii that different tokens must be apart for a draft to be trusted without rivals being tested
 _MEASURED: WeakKeyDictionary[LanguageModel, dict[int, float]] = WeakKeyDictionary()
+_SEPARATED: WeakKeyDictionary[LanguageModel, dict[int, bool]] = WeakKeyDictionary()
 
 
 class StatesError(ValueError):
@@ -41,16 +43,20 @@ class Observation:
     radius: Float[Tensor, " pos"]
 
     @classmethod
-    def of(cls, states: object, model: LanguageModel, layer: int, epsilon: float | None = None) -> "Observation":
+    def of(
+        cls, states: object, model: LanguageModel, layer: int, epsilon: float | Tensor | None = None
+    ) -> "Observation":
         """Check the states and work out their acceptance regions; ``epsilon`` bounds noise added on purpose.
 
-        Raises ``StatesError`` for states that no prompt has or a bad ``epsilon``, ``ModelError`` for a bad layer.
+        It is one number, or one for each position. Raises ``StatesError`` for states that no prompt has or a bad
+        ``epsilon``, ``ModelError`` for a bad layer.
         """
         model.check_layer(layer)
-        if epsilon is not None and not 0 <= epsilon < float("inf"):
-            raise StatesError(f"got epsilon={epsilon}; a bound on the noise is finite and not negative")
         values = check_states(states, model)
-        radius = noise_floor(model, layer) * torch.linalg.vector_norm(values, dim=1) + (epsilon or 0.0)
+        bound = torch.as_tensor(0.0 if epsilon is None else epsilon, device=model.device)
+        if bound.shape not in ((), (len(values),)) or not bool(((bound >= 0) & bound.isfinite()).all()):
+            raise StatesError(f"got epsilon={epsilon}; a bound on the noise is finite and not negative")
+        radius = noise_floor(model, layer) * torch.linalg.vector_norm(values, dim=1) + bound.to(values)
         if not torch.isfinite(radius).all():
             raise StatesError(
                 f"got states of norm {float(values.double().norm(dim=1).max()):.1e}; {model.dtype} overflows"
@@ -166,6 +172,41 @@ def noise_floor(model: LanguageModel, layer: int) -> float:
             )
         known[layer] = SAFETY * max(unit / 2, spread)
     return known[layer]
+
+
+def separated(model: LanguageModel, layer: int) -> bool:
+    """Whether states of different tokens are far apart on the scale of the float noise, as measured once.
+
+    At the positions where the noise was measured, ``ROWS`` random tokens, among them pairs whose embeddings are
+    nearest neighbours, must be at least ``APART`` radii from each other. Where they are not, say because one huge
+    dimension makes all norms and so all radii large, a token is not accepted before its rivals were tested.
+
+    >>> from sipit_lite import load
+    >>> separated(load(device="cpu"), 3)
+    True
+    """
+    known = _SEPARATED.setdefault(model, {})
+    if layer not in known:
+        generator = torch.Generator().manual_seed(1)
+        length = min(max(PROBES) + 1, model.n_positions)
+        ids = torch.randint(model.vocab_size, (length,), generator=generator).to(model.device)
+        some = torch.randperm(model.vocab_size, generator=generator)[: ROWS // 2].to(model.device)
+        apart = torch.cdist(model.embeddings[some].float(), model.embeddings.float())
+        crowd = torch.cat([some, apart.scatter(1, some[:, None], torch.inf).argmin(1)]).unique()
+        floor = noise_floor(model, layer)
+        known[layer] = all(
+            _least_gap(OneStepMap.after(model, layer, ids[:t]).tokens(crowd)) >= APART * floor
+            for t in PROBES
+            if t < length
+        )
+    return known[layer]
+
+
+def _least_gap(states: Float[Tensor, "rows d_model"]) -> float:
+    """The smallest distance between two rows over the largest norm."""
+    rows = states.double()
+    pairs = torch.cdist(rows, rows, compute_mode=EXACT).fill_diagonal_(torch.inf)
+    return float(pairs.min() / rows.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _disagreement(

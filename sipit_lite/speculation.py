@@ -1,0 +1,129 @@
+"""Speculation: draft whole prompts with a lens, read them in one pass, and repair what the pass refutes.
+
+A position is verified when its state, and the states of all positions before it, agree with the observed ones; one
+pass over a draft therefore verifies everything up to the first mismatch. Later positions were read after a wrong token
+and prove nothing, but their residuals still tell good candidates from bad ones, so all of them are repaired at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sipit_lite.lens import Lens
+from sipit_lite.models import LanguageModel
+from sipit_lite.verify import Observation
+
+CLEAR = 0.25  # a token further out than this share of the radius is accepted only after the whole vocabulary was tested
+WIDE = 7  # further candidates a position that are read side by side
+ROUNDS = 3  # times that further candidates are read before a position gets a search of its own
+PASS = 4096  # tokens in a pass
+
+
+@dataclass(eq=False)
+class Draft:
+    """One prompt on its way: ``tokens`` are the best known, of which the first ``verified`` are verified.
+
+    ``distance`` is each token's ‖F(v) − ĥ_t‖ when it was last read, ``runner_up`` the smallest of another token tested
+    after the verified prefix, ``tested`` how many were; ``settled`` positions were accepted by a search of their own.
+    """
+
+    observed: Observation
+    tokens: Int[Tensor, " pos"]
+    verified: int = 0
+    settled: int = 0
+    distance: Float[Tensor, " pos"] = field(init=False)
+    runner_up: Float[Tensor, " pos"] = field(init=False)
+    tested: Int[Tensor, " pos"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.distance = torch.full_like(self.observed.radius, torch.inf)
+        self.runner_up, self.tested = self.distance.clone(), torch.ones_like(self.tokens)
+
+    @property
+    def done(self) -> bool:
+        """Whether the whole prompt is verified."""
+        return self.verified == len(self.tokens)
+
+    def settle(self, token: int, distance: float, runner_up: float, tested: int) -> None:
+        """Accept a token at the first position that is not verified: it was found by a search of its own."""
+        t = self.verified
+        self.tokens[t], self.distance[t], self.runner_up[t], self.tested[t] = token, distance, runner_up, tested
+        self.verified = self.settled = t + 1
+
+
+def draft(observed: Sequence[Observation], lens: Lens) -> list[Draft]:
+    """What the lens reads off the states alone, all prompts at once; nothing is verified yet."""
+    tokens = lens.draft(torch.cat([o.states for o in observed])).split([len(o) for o in observed])
+    return [Draft(o, ids.clone()) for o, ids in zip(observed, tokens, strict=True)]
+
+
+def speculate(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens) -> None:
+    """Advance drafts, in place, as far as the lens's first candidates reach.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> seen = Observation.of(model.states("hidden states", 1), model, 1)
+    >>> lens = Lens.fit(model, 1, tokens=4000, features=0)
+    >>> drafts = draft([seen], lens)
+    >>> speculate(drafts, model, 1, lens)
+    >>> drafts[0].done, model.decode(drafts[0].tokens)
+    (True, 'hidden states')
+    """
+    left = [d for d in drafts if not d.done]
+    _verify(left, model, layer)
+    for once_more in range(ROUNDS):
+        left = [d for d in left if not d.done]
+        _widen(left, model, layer, lens, 1 + WIDE * once_more)
+        _verify(left, model, layer)
+
+
+def _verify(drafts: Sequence[Draft], model: LanguageModel, layer: int) -> None:
+    """Read each draft as it is, and count how far it is verified."""
+    for d, states in zip(drafts, _read([d.tokens for d in drafts], model, layer), strict=True):
+        d.distance = _distance(d, states)
+        agrees = d.distance <= CLEAR * d.observed.radius
+        agrees[: d.settled] = True
+        d.verified = int(agrees.cumprod(0).sum())
+        if not d.done:
+            d.runner_up[d.verified] = torch.minimum(d.runner_up[d.verified], d.distance[d.verified])
+
+
+def _widen(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens, first: int) -> None:
+    """Read the lens's next candidates at all positions that do not agree, side by side; keep the best of each."""
+    variants = [_variants(d, lens, first) for d in drafts]
+    states = iter(_read([ids for rows in variants for ids in rows], model, layer))
+    for d, rows in zip(drafts, variants, strict=True):
+        tokens = torch.cat([d.tokens[None], rows])
+        distance = torch.stack([d.distance, *(_distance(d, next(states)) for _ in rows)])
+        best = distance[:, d.verified :].argmin(0)
+        d.tokens[d.verified :] = tokens[:, d.verified :].gather(0, best[None])[0]
+        others = distance[:, d.verified].clone()
+        others[best[0]] = torch.inf
+        d.runner_up[d.verified] = torch.minimum(d.runner_up[d.verified], others.min())
+        d.tested[d.verified] += len(rows)
+
+
+def _variants(d: Draft, lens: Lens, first: int) -> Int[Tensor, "rows pos"]:
+    count = min(first + WIDE, len(lens.table))
+    ranked = lens.rank(d.observed.states, count)[:, first:].T
+    return torch.where(d.distance > CLEAR * d.observed.radius, ranked, d.tokens)
+
+
+def _distance(d: Draft, states: Float[Tensor, "pos d_model"]) -> Float[Tensor, " pos"]:
+    apart = torch.linalg.vector_norm((states - d.observed.states).float(), dim=1)
+    return apart.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _read(prompts: Sequence[Tensor], model: LanguageModel, layer: int) -> list[Float[Tensor, "pos d_model"]]:
+    """States of prompts of any lengths: the shorter ones of a pass are padded behind, where no position looks."""
+    order, found = sorted(range(len(prompts)), key=lambda row: len(prompts[row])), {}
+    while order:
+        longest = len(prompts[order[-1]])
+        rows, order = order[-max(1, PASS // longest) :], order[: -max(1, PASS // longest)]
+        states = model.states(pad_sequence([prompts[row] for row in rows], batch_first=True), layer)
+        found |= {row: kept[: len(prompts[row])] for row, kept in zip(rows, states, strict=True)}
+    return [found[row] for row in range(len(prompts))]
