@@ -82,8 +82,8 @@ def hard_prompts(
         ids = torch.cdist(proxy.detach(), table).argmin(1)
         hard = table[ids].clone().requires_grad_()
         error = (_whole_model(model, hard, layer) - observed.states).square().sum()
-        if float(error) < least:
-            best, least = ids, float(error)
+        if error.item() < least:
+            best, least = ids, error.item()
         proxy.grad = torch.autograd.grad(error, hard)[0]
         optimiser.step()
         if time.perf_counter() - begun > limit:

@@ -27,6 +27,7 @@ FORMAT = "sipit-lite lens 1"
 LENGTH = 64  # tokens of a prompt that the lens is fitted on
 PASS = 2048  # tokens in a pass
 RIDGE = 1e-5  # relative to each feature's own sum of squares
+FLOOR = 1e-6  # smallest variance of a residual, relative to that of the embeddings
 FIRST = 64  # candidates in the first batch of the policy
 
 
@@ -230,7 +231,8 @@ class _Moments:
         weight = torch.linalg.solve(damped, self.xy)
         cross = weight.T @ self.xy
         residual = (self.yy - cross - cross.T + weight.T @ self.xx @ weight) / self.count
-        jitter = 1e-6 * residual.diagonal().mean() + torch.finfo(torch.float32).tiny
-        residual = (residual + residual.T) / 2 + jitter * torch.eye(len(residual)).to(residual)
-        whiten = torch.linalg.cholesky(torch.linalg.inv(residual))
+        values, vectors = torch.linalg.eigh((residual + residual.T) / 2)
+        # A direction without any residual would outweigh all others, and below this it is rounding.
+        values = values.clamp(min=FLOOR * self.yy.diagonal().mean() / self.count)
+        whiten = vectors / values.sqrt()
         return weight[:-1].float(), weight[-1].float(), whiten.float()

@@ -8,7 +8,7 @@ are drafted and verified in a few passes (``speculation``), and only what the dr
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -108,12 +108,12 @@ def invert(
     model: LanguageModel,
     layer: int,
     *,
-    policy: Policy | Literal["auto"] = "auto",
+    policy: Policy | str = "auto",
     lens: Lens | None = None,
     seed: int = 0,
     epsilon: float | Tensor | None = None,
     certify: bool = False,
-    on_fail: Literal["raise", "nearest"] = "raise",
+    on_fail: str = "raise",
     progress: bool = False,
 ) -> Recovery:
     """Recover the exact prompt from the hidden states of all its positions at one layer (Algorithm 1).

@@ -19,7 +19,7 @@ from sipit_lite.verify import Observation
 
 CLEAR = 0.25  # a token further out than this share of the radius is accepted only after the whole vocabulary was tested
 WIDE = 7  # further candidates a position that are read side by side
-ROUNDS = 3  # times that further candidates are read before a position gets a search of its own
+ROUNDS = 3  # times that further candidates of a prompt are read, before its positions get searches of their own
 PASS = 4096  # tokens in a pass
 
 
@@ -28,13 +28,15 @@ class Draft:
     """One prompt on its way: ``tokens`` are the best known, of which the first ``verified`` are verified.
 
     ``distance`` is each token's ‖F(v) − ĥ_t‖ when it was last read, ``runner_up`` the smallest of another token tested
-    after the verified prefix, ``tested`` how many were; ``settled`` positions were accepted by a search of their own.
+    after the verified prefix, ``tested`` how many were; ``settled`` positions were accepted by a search of their own;
+    ``rounds`` counts how often further candidates of all positions were read side by side.
     """
 
     observed: Observation
     tokens: Int[Tensor, " pos"]
     verified: int = 0
     settled: int = 0
+    rounds: int = 0
     distance: Float[Tensor, " pos"] = field(init=False)
     runner_up: Float[Tensor, " pos"] = field(init=False)
     tested: Int[Tensor, " pos"] = field(init=False)
@@ -73,11 +75,9 @@ def speculate(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: L
     >>> drafts[0].done, model.decode(drafts[0].tokens)
     (True, 'hidden states')
     """
-    left = [d for d in drafts if not d.done]
-    _verify(left, model, layer)
-    for once_more in range(ROUNDS):
-        left = [d for d in left if not d.done]
-        _widen(left, model, layer, lens, 1 + WIDE * once_more)
+    _verify([d for d in drafts if not d.done], model, layer)
+    while left := [d for d in drafts if not d.done and d.rounds < ROUNDS]:
+        _widen(left, model, layer, lens)
         _verify(left, model, layer)
 
 
@@ -92,9 +92,9 @@ def _verify(drafts: Sequence[Draft], model: LanguageModel, layer: int) -> None:
             d.runner_up[d.verified] = torch.minimum(d.runner_up[d.verified], d.distance[d.verified])
 
 
-def _widen(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens, first: int) -> None:
+def _widen(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens) -> None:
     """Read the lens's next candidates at all positions that do not agree, side by side; keep the best of each."""
-    variants = [_variants(d, lens, first) for d in drafts]
+    variants = [_variants(d, lens) for d in drafts]
     states = iter(_read([ids for rows in variants for ids in rows], model, layer))
     for d, rows in zip(drafts, variants, strict=True):
         tokens = torch.cat([d.tokens[None], rows])
@@ -105,9 +105,11 @@ def _widen(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens
         others[best[0]] = torch.inf
         d.runner_up[d.verified] = torch.minimum(d.runner_up[d.verified], others.min())
         d.tested[d.verified] += len(rows)
+        d.rounds += 1
 
 
-def _variants(d: Draft, lens: Lens, first: int) -> Int[Tensor, "rows pos"]:
+def _variants(d: Draft, lens: Lens) -> Int[Tensor, "rows pos"]:
+    first = 1 + WIDE * d.rounds
     count = min(first + WIDE, len(lens.table))
     ranked = lens.rank(d.observed.states, count)[:, first:].T
     return torch.where(d.distance > CLEAR * d.observed.radius, ranked, d.tokens)

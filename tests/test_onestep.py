@@ -83,3 +83,15 @@ def test_the_context_has_an_end(family: Family) -> None:
     assert OneStepMap.after(model, 1, full[:-1]).tokens(full[:1]).shape == (1, model.d_model)
     with pytest.raises(ModelError, match=f"prefix of {model.n_positions} tokens"):
         OneStepMap.after(model, 1, full).tokens(full[:1])
+
+
+def test_jacobian_by_finite_differences(family: Family, prompt: Tensor) -> None:
+    """Central differences of the same map in float64, at an embedding that is no token's."""
+    model = family[1]
+    step = OneStepMap.after(model, 2, prompt[:5])
+    e = (model.embeddings[3] + model.embeddings[4]) / 2
+    found, size = step.jacobian(e), 1e-3
+    moved = size * torch.eye(len(e)).to(e)
+    with torch.no_grad():
+        expected = (step.embedding(e + moved) - step.embedding(e - moved)).T / (2 * size)
+    assert torch.allclose(found, expected, atol=5e-3 * float(expected.abs().max()))
