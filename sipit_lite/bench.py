@@ -52,6 +52,20 @@ TARGETS: dict[str, tuple[Number, Better]] = {
     "isotropic time over gemm": (2, "lower"),
     "peak memory GiB above the states": (1.0, "lower"),
     "forward rate over gemm rate": (0.5, "higher"),
+    "exact, auto": (1.0, "higher"),
+    "speed-up over published, prose, last layer": (200, "higher"),
+    "speed-up over published, random, last layer": (200, "higher"),
+    "speed-up over published, gpt2 at random initialisation": (50, "higher"),
+    "forward passes, prose, up to layer L/2": (3, "lower"),
+    "forward passes, prose, last layer": (10, "lower"),
+    "forward passes, random, up to layer L/2": (10, "lower"),
+    "forward passes, random, last layer": (40, "lower"),
+    "Newton steps, median": (4, "lower"),
+    "Newton steps, 99th percentile": (10, "lower"),
+    "growth exponent of time with T": (1.2, "lower"),
+    "batch speed-up for each prompt": (5, "higher"),
+    "recovered at 0.49 of the margin": (1.0, "higher"),
+    "rival at 0.51 of the margin": (1.0, "higher"),
 }
 
 

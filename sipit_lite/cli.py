@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 
 from sipit_lite import bench
 from sipit_lite.bench_collisions import collisions
+from sipit_lite.bench_inversion import inversion
 from sipit_lite.capture import last_states, read_states, write_states
 from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs, continuations
+from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel, ModelError, load
-from sipit_lite.policies import Gradient, Policy, Random
+from sipit_lite.policies import Gradient, Newton, Policy, Random
 from sipit_lite.prompts import KINDS, SOURCES, distinct, prompts
 from sipit_lite.sipit import Interrupted, NotVerified, Recovery, invert
 from sipit_lite.verify import StatesError
@@ -24,8 +27,14 @@ from sipit_lite.verify import StatesError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-POLICIES: dict[str, Policy] = {"gradient": Gradient(), "published": Gradient(1), "random": Random()}
-BENCHES = {"exactness": bench.exactness, "scan": bench.scan, "collisions": collisions}
+POLICIES: dict[str, Policy | str] = {
+    "auto": "auto",
+    "gradient": Gradient(),
+    "newton": Newton(),
+    "published": Gradient(1),
+    "random": Random(),
+}
+BENCHES = {"exactness": bench.exactness, "scan": bench.scan, "collisions": collisions, "inversion": inversion}
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt can be read back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
@@ -67,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "--random-init", action="store_true", help="weights as drawn at initialisation; for gpt2, no file"
     )
     shared.add_argument("--layer", type=int, help="0 (embeddings) to L; the demo takes all, the others the last")
-    shared.add_argument("--policy", choices=POLICIES, default="gradient", help="the order in which tokens are tried")
+    shared.add_argument("--policy", choices=POLICIES, default="auto", help="the order in which tokens are tried")
     shared.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, ...")
     shared.add_argument("--seed", type=int, default=0, help="below 2**62")
     shared.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -90,7 +99,11 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("file", nargs="?", help="a file that capture wrote; it names its model and layer")
     source.add_argument("--text", help="capture this text first, then invert")
     back.add_argument("--epsilon", type=float, help="bound on the noise that was added to each state")
-    back.add_argument("--certify", action="store_true", help="test the whole vocabulary at each position")
+    back.add_argument("--certify", action="store_true", help="test the whole vocabulary, measure the margins")
+    back.add_argument(
+        "--lens", help="a file with the lens of this model and layer; fitted and written if not there yet"
+    )
+    back.add_argument("--on-fail", choices=("raise", "nearest"), default="raise", help="nearest: guess, and mark it")
     back.set_defaults(run=run_invert)
 
     search = commands.add_parser("collisions", parents=[shared], help="the closest pairs among many prompts' states")
@@ -186,9 +199,14 @@ def run_invert(options: argparse.Namespace) -> int:
         seed=options.seed,
         epsilon=options.epsilon,
         certify=options.certify,
+        lens=_lens(options.lens, model, layer) if options.lens else None,
+        on_fail=options.on_fail,
         progress=True,
     )
     print(json.dumps(as_json(recovery) | {"model": model.name, "layer": layer}) if options.json else recovery.text)
+    if not recovery.verified.all():
+        guessed = (~recovery.verified).nonzero()[:, 0].tolist()
+        print(f"not verified, nearest tokens only: positions {', '.join(map(str, guessed))}", file=sys.stderr)
     return 0
 
 
@@ -316,13 +334,19 @@ def demo_figure(found: dict[str, Recovery], layer: int, vocab_size: int, path: s
 def as_json(recovery: Recovery) -> dict:
     """A recovery as plain numbers and lists.
 
-    >>> one = torch.ones(1)
-    >>> as_json(Recovery(torch.tensor([7]), "a", one, one, one, torch.tensor([3]), 0.5))["tokens"]
-    [7]
+    >>> one, none = torch.ones(1), torch.full((1,), torch.nan)
+    >>> told = as_json(Recovery(torch.tensor([7]), "a", one, one, one, torch.tensor([3]), one > 0, none, 0.5))
+    >>> told["tokens"], told["margin"]
+    ([7], [None])
     """
-    return {
-        name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(recovery).items()
-    }
+    return {name: _plain(value) for name, value in vars(recovery).items()}
+
+
+def _plain(value: object) -> object:
+    if not isinstance(value, torch.Tensor):
+        return value
+    # JSON knows neither NaN nor infinity: what was not measured is null.
+    return [x if not isinstance(x, float) or math.isfinite(x) else None for x in value.tolist()]
 
 
 def peak_memory() -> float | None:
@@ -363,6 +387,15 @@ def _save(figure: "Figure", path: str) -> None:
 
 def _model(options: argparse.Namespace) -> LanguageModel:
     return load(options.model, device=options.device, random_init=options.random_init, seed=options.seed)
+
+
+def _lens(path: str, model: LanguageModel, layer: int) -> Lens:
+    if Path(path).exists():
+        return Lens.load(path, model)
+    model.check_layer(layer)
+    lens = Lens.fit(model, layer, progress=True)
+    lens.save(path)
+    return lens
 
 
 def _layer(options: argparse.Namespace, model: LanguageModel) -> int:

@@ -28,7 +28,7 @@ LENGTH = 64  # tokens of a prompt that the lens is fitted on
 PASS = 2048  # tokens in a pass
 RIDGE = 1e-5  # relative to each feature's own sum of squares
 FLOOR = 1e-6  # smallest variance of a residual, relative to that of the embeddings
-FIRST = 64  # candidates in the first batch of the policy
+FIRST = (16, 48)  # candidates in the first batches of the policy
 
 
 class LensError(ModelError):
@@ -103,7 +103,7 @@ class Lens:
     def rank(self, states: Float[Tensor, "*rows d_model"], count: int) -> Int[Tensor, "*rows {count}"]:
         """The ``count`` likeliest tokens for each state, likeliest first."""
         table, squares = self._whitened
-        nearness = (self.embeddings(states) @ self.whiten) @ table.T - squares / 2
+        nearness = (self.embeddings(states) @ self.whiten) @ table.T - squares / 2  # −½ the square, up to a constant
         return nearness.topk(count).indices if count > 1 else nearness.argmax(-1, keepdim=True)
 
     def draft(self, states: Float[Tensor, "*rows d_model"]) -> Int[Tensor, "*rows"]:
@@ -115,9 +115,8 @@ class Lens:
     ) -> Iterator[Int[Tensor, " cand"]]:
         """Yield the whole vocabulary in the order of the lens. Raises ``LensError`` for another model or layer."""
         self.check(step.model, step.layer)
-        order = self.rank(observed, len(self.table))
-        yield order[:FIRST]
-        yield from order[FIRST:].split(ROWS)
+        few, more, rest = self.rank(observed, len(self.table)).tensor_split((FIRST[0], sum(FIRST)))
+        yield from (batch for batch in (few, more, *rest.split(ROWS)) if len(batch))
 
     def check(self, model: LanguageModel, layer: int) -> None:
         """Raise ``LensError`` unless the lens was fitted on this model and layer."""

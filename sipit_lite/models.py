@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from importlib.resources import files
 from numbers import Integral
@@ -94,6 +95,10 @@ class LanguageModel:
             digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + some.numpy().tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def _parts(self) -> tuple[str, str]:
+        return _landmarks(self.decoder)
+
     def encode(self, text: str) -> Int[Tensor, " pos"]:
         """Token ids of a text, special tokens included where the tokenizer adds them.
 
@@ -161,7 +166,7 @@ class LanguageModel:
         self.check_layer(layer)
         shortened = copy.copy(self.decoder)
         shortened._modules = dict(self.decoder._modules)  # a shallow copy: the model itself must stay whole
-        blocks, norm = _landmarks(self.decoder)
+        blocks, norm = self._parts
         setattr(shortened, blocks, getattr(self.decoder, blocks)[:layer])
         setattr(shortened, norm, nn.Identity())
         return shortened
@@ -179,7 +184,7 @@ class LanguageModel:
         >>> {layer: kept.shape[1] for layer, kept in states.items()}
         {0: 3, 2: 3}
         """
-        blocks, states = getattr(self.decoder, _landmarks(self.decoder)[0]), {}
+        blocks, states = getattr(self.decoder, self._parts[0]), {}
 
         def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
             states[0] = args[0] if args else kwargs["hidden_states"]

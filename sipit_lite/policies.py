@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sipit_lite.lens import Lens
+from sipit_lite.lens import FIRST, Lens
 from sipit_lite.onestep import ROWS, OneStepMap
 
 HUGE = torch.finfo(torch.float32).max
@@ -121,9 +121,9 @@ class Newton:
         table = step.model.embeddings
         untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
         if self.lens is not None:
-            first = next(self.lens.proposals(step, observed, generator))
-            untried[first] = False
-            yield first
+            for batch in islice(self.lens.proposals(step, observed, generator), len(FIRST)):
+                untried[batch] = False
+                yield batch
         start = table.mean(0) if self.lens is None else self.lens.embeddings(observed).to(table)
         for e in islice(self.path(step, start, observed), 1, self.max_steps + 1):
             batch = nearest(table, e, untried, self.proposals_per_step)

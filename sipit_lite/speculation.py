@@ -18,8 +18,7 @@ from sipit_lite.models import LanguageModel
 from sipit_lite.verify import Observation
 
 CLEAR = 0.25  # a token further out than this share of the radius is accepted only after the whole vocabulary was tested
-WIDE = 7  # further candidates a position that are read side by side
-ROUNDS = 3  # times that further candidates of a prompt are read, before its positions get searches of their own
+WIDE = 7  # further candidates a position that are read side by side, once for each prompt that needs them
 PASS = 4096  # tokens in a pass
 
 
@@ -29,14 +28,14 @@ class Draft:
 
     ``distance`` is each token's ‖F(v) − ĥ_t‖ when it was last read, ``runner_up`` the smallest of another token tested
     after the verified prefix, ``tested`` how many were; ``settled`` positions were accepted by a search of their own;
-    ``rounds`` counts how often further candidates of all positions were read side by side.
+    ``widened`` says whether further candidates of all positions were read side by side.
     """
 
     observed: Observation
     tokens: Int[Tensor, " pos"]
     verified: int = 0
     settled: int = 0
-    rounds: int = 0
+    widened: bool = False
     distance: Float[Tensor, " pos"] = field(init=False)
     runner_up: Float[Tensor, " pos"] = field(init=False)
     tested: Int[Tensor, " pos"] = field(init=False)
@@ -76,9 +75,9 @@ def speculate(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: L
     (True, 'hidden states')
     """
     _verify([d for d in drafts if not d.done], model, layer)
-    while left := [d for d in drafts if not d.done and d.rounds < ROUNDS]:
-        _widen(left, model, layer, lens)
-        _verify(left, model, layer)
+    left = [d for d in drafts if not d.done and not d.widened]
+    _widen(left, model, layer, lens)
+    _verify(left, model, layer)
 
 
 def _verify(drafts: Sequence[Draft], model: LanguageModel, layer: int) -> None:
@@ -105,13 +104,11 @@ def _widen(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens
         others[best[0]] = torch.inf
         d.runner_up[d.verified] = torch.minimum(d.runner_up[d.verified], others.min())
         d.tested[d.verified] += len(rows)
-        d.rounds += 1
+        d.widened = True
 
 
 def _variants(d: Draft, lens: Lens) -> Int[Tensor, "rows pos"]:
-    first = 1 + WIDE * d.rounds
-    count = min(first + WIDE, len(lens.table))
-    ranked = lens.rank(d.observed.states, count)[:, first:].T
+    ranked = lens.rank(d.observed.states, min(1 + WIDE, len(lens.table)))[:, 1:].T
     return torch.where(d.distance > CLEAR * d.observed.radius, ranked, d.tokens)
 
 

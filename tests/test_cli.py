@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, what it writes, how it refuses."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sipit_lite import cli, closest_pairs, last_states, load
+from sipit_lite import Lens, cli, closest_pairs, last_states, load
 from sipit_lite.cli import main
 from sipit_lite.prompts import distinct
 
@@ -105,7 +106,7 @@ def test_ctrl_c_prints_the_prefix(capsys: pytest.CaptureFixture[str], monkeypatc
     """Exit code 130 and what was verified."""
     import test_sipit
 
-    monkeypatch.setitem(cli.POLICIES, "gradient", test_sipit.StopsAt(1))
+    monkeypatch.setitem(cli.POLICIES, "auto", test_sipit.StopsAt(1))
     assert main(["invert", "--text", "hidden states", "--layer", "2", *CPU]) == 130
     assert "interrupted after 1 verified tokens: 'h" in capsys.readouterr().err
 
@@ -134,3 +135,31 @@ def test_collisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figure.stat().st_size > 1000 and len(list((tmp_path / "shards").iterdir())) == 1
     assert main([*command[:5], "--layers", "6"]) == 0
     assert "collisions: ℓ2 distance below 1e-6" in capsys.readouterr().out
+
+
+def test_a_lens_is_fitted_once_and_read_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file appears, the second run reads it, and another layer refuses it in one line."""
+    small = functools.partial(Lens.fit, tokens=4000, features=16)
+    monkeypatch.setattr(cli.Lens, "fit", lambda model, layer, progress: small(model, layer))
+    command, path = ["invert", "--text", "hidden states", "--lens", str(tmp_path / "lens.safetensors")], tmp_path
+    assert main([*command, "--layer", "2", *CPU]) == 0 and (path / "lens.safetensors").exists()
+    monkeypatch.setattr(cli.Lens, "fit", None)
+    assert main([*command, "--layer", "2", *CPU]) == 0
+    assert capsys.readouterr().out.splitlines() == ["hidden states"] * 2
+    assert main([*command, "--layer", "3", *CPU]) == 2
+    assert "got a lens for layer 2; expected one for layer 3" in capsys.readouterr().err
+
+
+def test_guesses_are_announced(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """States of another layer: without the option a refusal, with it the nearest tokens, all of them named."""
+    file = str(tmp_path / "states.safetensors")
+    assert main(["capture", "hidden", "--layer", "3", "-o", file, *CPU]) == 0
+    assert main(["invert", file, "--layer", "2", *CPU]) == 2
+    capsys.readouterr()
+    assert main(["invert", file, "--layer", "2", "--on-fail", "nearest", "--json", *CPU]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert found["verified"] == [False] * len(found["tokens"]) and found["margin"][0] is None
+    assert told.err.strip().endswith("positions " + ", ".join(map(str, range(len(found["tokens"])))))
