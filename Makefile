@@ -15,11 +15,12 @@ lint: .venv
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 
+# Two processes of one thread each: small models gain little from threads, and share caches badly.
 unit: .venv
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 notebooks: .venv
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts= --nbval --nbval-current-env book
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts= --nbval --nbval-current-env -n 2 --dist loadscope book
 
 book: .venv
 	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going

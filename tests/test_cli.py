@@ -141,7 +141,8 @@ def test_a_lens_is_fitted_once_and_read_again(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file appears, the second run reads it, and another layer refuses it in one line."""
-    small = functools.partial(Lens.fit, tokens=4000, features=16)
+    text = [torch.arange(first, first + 64) for first in range(0, 4032, 16)]
+    small = functools.partial(Lens.fit, prompts=text, features=16)
     monkeypatch.setattr(cli.Lens, "fit", lambda model, layer, progress: small(model, layer))
     command, path = ["invert", "--text", "hidden states", "--lens", str(tmp_path / "lens.safetensors")], tmp_path
     assert main([*command, "--layer", "2", *CPU]) == 0 and (path / "lens.safetensors").exists()
