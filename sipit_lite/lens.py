@@ -27,6 +27,7 @@ FORMAT = "sipit-lite lens 1"
 LENGTH = 64  # tokens of a prompt that the lens is fitted on
 PASS = 2048  # tokens in a pass
 RIDGE = 1e-5  # relative to each feature's own sum of squares
+HELD = 2**24  # numbers held at once while tokens are ranked: 64 MiB
 FLOOR = 1e-6  # smallest variance of a residual, relative to that of the embeddings
 FIRST = (16, 48)  # candidates in the first batches of the policy
 
@@ -103,8 +104,11 @@ class Lens:
     def rank(self, states: Float[Tensor, "*rows d_model"], count: int) -> Int[Tensor, "*rows {count}"]:
         """The ``count`` likeliest tokens for each state, likeliest first."""
         table, squares = self._whitened
-        nearness = (self.embeddings(states) @ self.whiten) @ table.T - squares / 2  # −½ the square, up to a constant
-        return nearness.topk(count).indices if count > 1 else nearness.argmax(-1, keepdim=True)
+        found = []
+        for rows in states.reshape(-1, states.shape[-1]).split(max(1, HELD // len(table))):
+            nearness = torch.addmm(-squares / 2, self.embeddings(rows) @ self.whiten, table.T)  # up to a constant
+            found.append(nearness.topk(count).indices if count > 1 else nearness.argmax(-1, keepdim=True))
+        return torch.cat(found).reshape(*states.shape[:-1], count)
 
     def draft(self, states: Float[Tensor, "*rows d_model"]) -> Int[Tensor, "*rows"]:
         """The likeliest token for each state, by itself: no prefix, no search, nothing verified."""
