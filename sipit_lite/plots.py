@@ -447,3 +447,21 @@ def pairs_left(layers: Sequence[int], stages: dict[str, ArrayLike], ax: Axes | N
 def _legend_above(ax: Axes) -> None:
     # Points fill these axes from top to bottom, so there is no best place inside them.
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
+
+
+def radius_sweep(own: ArrayLike, rival: ArrayLike, chosen: float, ax: Axes | None = None) -> Axes:
+    """Shares of true tokens refused and of wrong tokens accepted over the radius; the chosen radius dashed.
+
+    ``own`` and ``rival`` are the relative distances of the true token and of its nearest rival, one a position.
+
+    >>> len(radius_sweep([1e-7, 2e-7], [0.1, 0.2], 1e-5).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    radii = np.logspace(-8, 0.5, 400)
+    ax.plot(radii, (np.asarray(own)[:, None] > radii).mean(0), color=ACCEPTED, label="true token refused")
+    ax.plot(radii, (np.asarray(rival)[:, None] <= radii).mean(0), color=RUNNER_UP, label="wrong one accepted")
+    ax.axvline(chosen, color=RADIUS, linestyle="--", label="measured radius")
+    ax.set(xscale="log", xlabel="radius over the norm of the state", ylabel="share of positions")
+    _legend_above(ax)
+    return ax
