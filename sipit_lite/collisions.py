@@ -32,7 +32,7 @@ CHUNK = 2**22  # float64 numbers held at once while distances are recomputed: 32
 COLUMNS = 8192  # columns of one matrix of lower bounds: with 1024 rows, 32 MiB
 CROWDED = 256  # one candidate in so many pairs, and the whole width as a filter is cheaper than recomputing
 U = 2.0**-24  # unit roundoff of float32
-ETA = 2.0**-23  # relative error of a projected point: float32 rounding, and everything float64 did before it
+ETA = 2.0**-23  # 2u; a projected point is off by at most 3/4 of it, relatively: float32 rounding, and float64 before it
 TOP = 2.0**40  # largest norm after scaling: squares stay far from float32's overflow and underflow
 
 
