@@ -4,7 +4,7 @@ The prefix is read once into a key-value cache, so a candidate costs one token i
 and candidates go through the model together, as rows of one batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -45,11 +45,32 @@ class OneStepMap:
         if prefix is None or prefix.numel() == 0:
             return start
         model.check_ids(prefix)
-        return start._read(prefix.to(model.device))
+        return start.follow(prefix.to(model.device))[1]
 
     def extend(self, token: int) -> "OneStepMap":
         """The map one position further, with ``token`` appended to the prefix."""
-        return self._read(torch.tensor([token], device=self.model.device))
+        return self.follow(torch.tensor([token], device=self.model.device))[1]
+
+    def follow(self, ids: Int[Tensor, " pos"]) -> tuple[Float[Tensor, "pos d_model"], "OneStepMap"]:
+        """The states of further tokens in one pass over the cache, and the map after them.
+
+        >>> from sipit_lite import load
+        >>> model, ids = load(device="cpu"), torch.tensor([5, 6, 7, 8])
+        >>> states, step = OneStepMap.after(model, 3, ids[:1]).follow(ids[1:])
+        >>> torch.allclose(states, model.states(ids, 3)[1:], atol=1e-3), step.position
+        (True, 4)
+        """
+        cache = self._cache(1)
+        with torch.no_grad():
+            states = self._run(self.model.embeddings[ids][None], cache)[0]
+        past = tuple((stored.keys, stored.values) for stored in cache.layers)
+        return states, replace(self, position=self.position + len(ids), past=past)
+
+    def crop(self, position: int) -> "OneStepMap":
+        """The map over the first ``position`` tokens of the prefix."""
+        return replace(
+            self, position=position, past=tuple((k[:, :, :position], v[:, :, :position]) for k, v in self.past)
+        )
 
     def tokens(self, tokens: Int[Tensor, " cand"]) -> Float[Tensor, "cand d_model"]:
         """F(v) for each candidate token, shape (candidates, d_model)."""
@@ -111,10 +132,3 @@ class OneStepMap:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + self.position
         found = self.cut(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
         return found.last_hidden_state
-
-    def _read(self, ids: Int[Tensor, " pos"]) -> "OneStepMap":
-        cache = self._cache(1)
-        with torch.no_grad():
-            self._run(self.model.embeddings[ids][None], cache)
-        past = tuple((stored.keys, stored.values) for stored in cache.layers)
-        return OneStepMap(self.model, self.layer, self.position + len(ids), self.cut, past)

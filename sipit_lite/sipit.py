@@ -230,31 +230,22 @@ def _by_speculation(
     begun: float,
     progress: bool,
 ) -> list[Recovery | NotVerified]:
-    """Drafts, advanced together; where one is stuck, a search for its next token alone, then together again."""
-    drafts, failed = draft(observed, lens), {}
+    """Drafts, verified together; what they miss is searched for, prompt by prompt."""
+    drafts, outcomes = draft(observed, lens), {}
     policy, generator = Newton(lens=lens), torch.Generator().manual_seed(seed + SALT)
-    bar = tqdm(total=len(drafts), desc="inverting", disable=None if progress else True)
     try:
-        left = set(range(len(drafts)))
-        while left:
-            speculate([drafts[i] for i in sorted(left)], model, layer, lens)
-            for i in sorted(left):
-                finished = drafts[i].done
-                try:
-                    if finished:
-                        _confirm(drafts[i], model, layer, begun)
-                    else:
-                        _search(drafts[i], model, layer, policy, generator, begun)
-                except NotVerified as error:
-                    failed[i] = error
-                if finished or i in failed:
-                    left.discard(i)
-                    bar.update()
-        bar.close()
+        speculate(drafts, model, layer, lens)
+        for i, d in enumerate(tqdm(drafts, "inverting", disable=None if progress else True)):
+            try:
+                _finish(d, model, layer, policy, generator, begun)
+                _confirm(d, model, layer, begun)
+                outcomes[i] = _recovery(_rows(d), model, begun)
+            except NotVerified as error:
+                outcomes[i] = error
     except KeyboardInterrupt:
-        known = [failed.get(i) or _recovery(_rows(d), model, begun) for i, d in enumerate(drafts)]
-        raise Interrupted(_recovery(_rows(drafts[min(left, default=0)]), model, begun), known) from None
-    return [failed.get(i) or _recovery(_rows(d), model, begun) for i, d in enumerate(drafts)]
+        known = [outcomes.get(i) or _recovery(_rows(d), model, begun) for i, d in enumerate(drafts)]
+        raise Interrupted(_recovery(_rows(drafts[min(len(outcomes), len(drafts) - 1)]), model, begun), known) from None
+    return list(outcomes.values())
 
 
 def every_token(model: LanguageModel) -> Int[Tensor, " vocab"]:
@@ -308,16 +299,21 @@ def _whole_vocabulary(
     return observed.distance(t, states), closest_pairs(states, 1).minimum if certify else float("nan")
 
 
-def _search(
+def _finish(
     d: Draft, model: LanguageModel, layer: int, policy: Policy, generator: torch.Generator, begun: float
 ) -> None:
-    """Find the next token of a draft by a search of its own."""
-    t = d.verified
-    step = OneStepMap.after(model, layer, d.tokens[:t])
-    batches = policy.proposals(step, d.observed.states[t], generator)
-    distance = try_candidates(step, d.observed, t, batches, challengers=0)  # the related ones are tested at the end
-    row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d), model, begun), model)
-    d.settle(row.token, row.distance, row.runner_up, row.tested)
+    """Search for the first token that the draft has wrong, read what follows it, and so on to the end."""
+    step = None if d.done else OneStepMap.after(model, layer, d.tokens[: d.verified])
+    while not d.done:
+        t = d.verified
+        batches = policy.proposals(step, d.observed.states[t], generator)
+        distance = try_candidates(step, d.observed, t, batches, challengers=0)  # the related are tested by _confirm
+        row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d), model, begun), model)
+        d.settle(row.token, row.distance, row.runner_up, row.tested)
+        if not d.done:
+            states, step = step.follow(d.tokens[t:])
+            d.look(states[1:], t + 1)
+            step = step.crop(d.verified)
 
 
 def _confirm(d: Draft, model: LanguageModel, layer: int, begun: float) -> None:
@@ -330,7 +326,7 @@ def _confirm(d: Draft, model: LanguageModel, layer: int, begun: float) -> None:
         distance = try_candidates(step, d.observed, t, [d.tokens[t : t + 1]])
         row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d)[:t], model, begun), model)
         d.runner_up[t], d.tested[t] = min(row.runner_up, float(d.runner_up[t])), d.tested[t] + row.tested - 1
-    if d.settled:
+    if d.searched:
         _check_whole(_recovery(_rows(d), model, begun), d.observed, model, layer)
 
 

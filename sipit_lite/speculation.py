@@ -27,15 +27,13 @@ class Draft:
     """One prompt on its way: ``tokens`` are the best known, of which the first ``verified`` are verified.
 
     ``distance`` is each token's ‖F(v) − ĥ_t‖ when it was last read, ``runner_up`` the smallest of another token tested
-    after the verified prefix, ``tested`` how many were; ``settled`` positions were accepted by a search of their own;
-    ``widened`` says whether further candidates of all positions were read side by side.
+    after the verified prefix, ``tested`` how many were; ``searched`` says whether a search of its own found a token.
     """
 
     observed: Observation
     tokens: Int[Tensor, " pos"]
     verified: int = 0
-    settled: int = 0
-    widened: bool = False
+    searched: bool = False
     distance: Float[Tensor, " pos"] = field(init=False)
     runner_up: Float[Tensor, " pos"] = field(init=False)
     tested: Int[Tensor, " pos"] = field(init=False)
@@ -49,11 +47,25 @@ class Draft:
         """Whether the whole prompt is verified."""
         return self.verified == len(self.tokens)
 
+    def look(self, states: Float[Tensor, "read d_model"], first: int) -> None:
+        """Compare the states of all positions from ``first`` on, the prefix before it being verified."""
+        self.distance[first:] = self.apart(states, first)
+        agrees = self.distance[first:] <= CLEAR * self.observed.radius[first:]
+        self.verified = first + int(agrees.cumprod(0).sum())
+        if not self.done:
+            t = self.verified
+            self.runner_up[t] = torch.minimum(self.runner_up[t], self.distance[t])
+
+    def apart(self, states: Float[Tensor, "read d_model"], first: int = 0) -> Float[Tensor, " read"]:
+        """Distances of states from the observed ones, position by position."""
+        found = torch.linalg.vector_norm((states - self.observed.states[first:]).float(), dim=1)
+        return found.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
     def settle(self, token: int, distance: float, runner_up: float, tested: int) -> None:
         """Accept a token at the first position that is not verified: it was found by a search of its own."""
         t = self.verified
         self.tokens[t], self.distance[t], self.runner_up[t], self.tested[t] = token, distance, runner_up, tested
-        self.verified = self.settled = t + 1
+        self.verified, self.searched = t + 1, True
 
 
 def draft(observed: Sequence[Observation], lens: Lens) -> list[Draft]:
@@ -63,7 +75,7 @@ def draft(observed: Sequence[Observation], lens: Lens) -> list[Draft]:
 
 
 def speculate(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens) -> None:
-    """Advance drafts, in place, as far as the lens's first candidates reach.
+    """Verify drafts, in place, as far as the lens's first candidates reach.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -74,8 +86,8 @@ def speculate(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: L
     >>> drafts[0].done, model.decode(drafts[0].tokens)
     (True, 'hidden states')
     """
-    _verify([d for d in drafts if not d.done], model, layer)
-    left = [d for d in drafts if not d.done and not d.widened]
+    _verify(drafts, model, layer)
+    left = [d for d in drafts if not d.done]
     _widen(left, model, layer, lens)
     _verify(left, model, layer)
 
@@ -83,12 +95,7 @@ def speculate(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: L
 def _verify(drafts: Sequence[Draft], model: LanguageModel, layer: int) -> None:
     """Read each draft as it is, and count how far it is verified."""
     for d, states in zip(drafts, _read([d.tokens for d in drafts], model, layer), strict=True):
-        d.distance = _distance(d, states)
-        agrees = d.distance <= CLEAR * d.observed.radius
-        agrees[: d.settled] = True
-        d.verified = int(agrees.cumprod(0).sum())
-        if not d.done:
-            d.runner_up[d.verified] = torch.minimum(d.runner_up[d.verified], d.distance[d.verified])
+        d.look(states, 0)
 
 
 def _widen(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens) -> None:
@@ -97,24 +104,18 @@ def _widen(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens
     states = iter(_read([ids for rows in variants for ids in rows], model, layer))
     for d, rows in zip(drafts, variants, strict=True):
         tokens = torch.cat([d.tokens[None], rows])
-        distance = torch.stack([d.distance, *(_distance(d, next(states)) for _ in rows)])
+        distance = torch.stack([d.distance, *(d.apart(next(states)) for _ in rows)])
         best = distance[:, d.verified :].argmin(0)
         d.tokens[d.verified :] = tokens[:, d.verified :].gather(0, best[None])[0]
         others = distance[:, d.verified].clone()
         others[best[0]] = torch.inf
         d.runner_up[d.verified] = torch.minimum(d.runner_up[d.verified], others.min())
         d.tested[d.verified] += len(rows)
-        d.widened = True
 
 
 def _variants(d: Draft, lens: Lens) -> Int[Tensor, "rows pos"]:
     ranked = lens.rank(d.observed.states, min(1 + WIDE, len(lens.table)))[:, 1:].T
     return torch.where(d.distance > CLEAR * d.observed.radius, ranked, d.tokens)
-
-
-def _distance(d: Draft, states: Float[Tensor, "pos d_model"]) -> Float[Tensor, " pos"]:
-    apart = torch.linalg.vector_norm((states - d.observed.states).float(), dim=1)
-    return apart.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _read(prompts: Sequence[Tensor], model: LanguageModel, layer: int) -> list[Float[Tensor, "pos d_model"]]:

@@ -146,7 +146,7 @@ def test_ctrl_c_keeps_what_is_known(pocket: LanguageModel, lens: Lens, monkeypat
     states[1] = states[1] * torch.nan
     honest = speculation._widen
 
-    def pressed(*arguments: object) -> None:
+    def pressed(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(speculation, "_widen", pressed)
@@ -156,7 +156,7 @@ def test_ctrl_c_keeps_what_is_known(pocket: LanguageModel, lens: Lens, monkeypat
     assert len(known) == 3 and isinstance(known[1], StatesError)
     assert all(text.startswith(o.text) for text, o in zip(texts, known, strict=True) if isinstance(o, Recovery))
     monkeypatch.setattr(speculation, "_widen", honest)
-    monkeypatch.setattr(sipit, "_search", pressed)
+    monkeypatch.setattr(sipit, "try_candidates", pressed)
     with pytest.raises(Interrupted) as stop:
         invert(states[2], pocket, lens.layer, lens=blind(lens))
     assert texts[2].startswith(stop.value.recovered.text)
