@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,9 +24,6 @@ from sipit_lite.speculation import CLEAR, Draft, draft, speculate
 from sipit_lite.verify import Observation, StatesError, separated
 
 SALT = 2510_15511  # a prompt drawn with the same seed must not be the stream of starts: they would be the answers
-RELATED = 0.1  # embeddings nearer to each other than this share of their distance from the mean embedding are related
-SMALL = 2**13  # vocabularies up to this size are compared with themselves at once
-_RELATED: WeakKeyDictionary[LanguageModel, Int[Tensor, " vocab"]] = WeakKeyDictionary()
 CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each token found
 
 
@@ -231,15 +227,15 @@ def _by_speculation(
     progress: bool,
 ) -> list[Recovery | NotVerified]:
     """Drafts, verified together; what they miss is searched for, prompt by prompt."""
-    drafts, outcomes = draft(observed, lens), {}
+    drafts, outcomes = draft(observed, lens, model), {}
     policy, generator = Newton(lens=lens), torch.Generator().manual_seed(seed + SALT)
     try:
         speculate(drafts, model, layer, lens)
         for i, d in enumerate(tqdm(drafts, "inverting", disable=None if progress else True)):
             try:
                 _finish(d, model, layer, policy, generator, begun)
-                _confirm(d, model, layer, begun)
-                outcomes[i] = _recovery(_rows(d), model, begun)
+                found = _recovery(_rows(d), model, begun)
+                outcomes[i] = _check_whole(found, d.observed, model, layer) if d.searched else found
             except NotVerified as error:
                 outcomes[i] = error
     except KeyboardInterrupt:
@@ -254,16 +250,12 @@ def every_token(model: LanguageModel) -> Int[Tensor, " vocab"]:
 
 
 def try_candidates(
-    step: OneStepMap,
-    observed: Observation,
-    t: int,
-    batches: Iterable[Int[Tensor, " cand"]],
-    challengers: int = CHALLENGERS,
+    step: OneStepMap, observed: Observation, t: int, batches: Iterable[Int[Tensor, " cand"]]
 ) -> Float[Tensor, " vocab"]:
     """Test batches of candidates until one verifies; the distance of every token tested, NaN for the untested.
 
-    The token found is then challenged by ``challengers`` untested tokens, those with the embeddings nearest to its own,
-    the likeliest to produce the same state: twins first of all. If it verified only just, by all of them.
+    The token found is then challenged by the untested tokens whose embeddings are nearest to its own, the likeliest
+    to produce the same state: twins among the embeddings first of all. If it verified only just, by all of them.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -280,7 +272,7 @@ def try_candidates(
             break
     found = int(distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin())
     clear = bool(distance[found] <= CLEAR * observed.radius[t])
-    rivals = nearest(table, table[found], distance.isnan(), challengers if clear else len(table))
+    rivals = nearest(table, table[found], distance.isnan(), CHALLENGERS if clear else len(table))
     if len(rivals):
         distance[rivals] = observed.distance(t, step.tokens(rivals))
     return distance
@@ -307,41 +299,13 @@ def _finish(
     while not d.done:
         t = d.verified
         batches = policy.proposals(step, d.observed.states[t], generator)
-        distance = try_candidates(step, d.observed, t, batches, challengers=0)  # the related are tested by _confirm
+        distance = try_candidates(step, d.observed, t, batches)
         row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d), model, begun), model)
         d.settle(row.token, row.distance, row.runner_up, row.tested)
         if not d.done:
             states, step = step.follow(d.tokens[t:])
             d.look(states[1:], t + 1)
             step = step.crop(d.verified)
-
-
-def _confirm(d: Draft, model: LanguageModel, layer: int, begun: float) -> None:
-    """Test the nearest embeddings against each token of a finished draft that has a near relative among them.
-
-    And read the prompt once more in one pass, where a search of its own found one of its tokens.
-    """
-    for t in _related(d.tokens, model).nonzero()[:, 0].tolist():
-        step = OneStepMap.after(model, layer, d.tokens[:t])
-        distance = try_candidates(step, d.observed, t, [d.tokens[t : t + 1]])
-        row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d)[:t], model, begun), model)
-        d.runner_up[t], d.tested[t] = min(row.runner_up, float(d.runner_up[t])), d.tested[t] + row.tested - 1
-    if d.searched:
-        _check_whole(_recovery(_rows(d), model, begun), d.observed, model, layer)
-
-
-def _related(tokens: Int[Tensor, " pos"], model: LanguageModel) -> Bool[Tensor, " pos"]:
-    """Whether another embedding is so near to a token's own that it might share its states; remembered by model."""
-    known = _RELATED.setdefault(model, torch.full((model.vocab_size,), -1, dtype=torch.int8, device=model.device))
-    all_at_once = model.vocab_size <= SMALL and bool((known[tokens] < 0).any())
-    new = every_token(model) if all_at_once else tokens[known[tokens] < 0].unique()
-    if len(new):
-        table = model.embeddings.float()
-        centred = table - table.mean(0)
-        squares = centred.square().sum(1)
-        apart = torch.addmm(squares, centred[new], centred.T, alpha=-2).scatter_(1, new[:, None], torch.inf).amin(1)
-        known[new] = (apart + squares[new] < RELATED**2 * squares[new]).to(known)
-    return known[tokens] > 0
 
 
 def _rows(d: Draft) -> list[_Row]:

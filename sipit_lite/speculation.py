@@ -7,9 +7,10 @@ and prove nothing, but their residuals still tell good candidates from bad ones,
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -18,8 +19,11 @@ from sipit_lite.models import LanguageModel
 from sipit_lite.verify import Observation
 
 CLEAR = 0.25  # a token further out than this share of the radius is accepted only after the whole vocabulary was tested
+RELATED = 0.1  # embeddings nearer to each other than this share of their distance from the mean embedding are related
+SMALL = 2**13  # vocabularies up to this size are compared with themselves at once
 WIDE = 7  # further candidates a position that are read side by side, once for each prompt that needs them
 PASS = 4096  # tokens in a pass
+_RELATED: WeakKeyDictionary[LanguageModel, Int[Tensor, " vocab"]] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -30,6 +34,7 @@ class Draft:
     after the verified prefix, ``tested`` how many were; ``searched`` says whether a search of its own found a token.
     """
 
+    model: LanguageModel
     observed: Observation
     tokens: Int[Tensor, " pos"]
     verified: int = 0
@@ -48,9 +53,13 @@ class Draft:
         return self.verified == len(self.tokens)
 
     def look(self, states: Float[Tensor, "read d_model"], first: int) -> None:
-        """Compare the states of all positions from ``first`` on, the prefix before it being verified."""
+        """Compare the states of all positions from ``first`` on, the prefix before it being verified.
+
+        A token that has a near relative is left to a search, which tests its relatives too.
+        """
         self.distance[first:] = self.apart(states, first)
         agrees = self.distance[first:] <= CLEAR * self.observed.radius[first:]
+        agrees &= ~related(self.tokens[first:], self.model)
         self.verified = first + int(agrees.cumprod(0).sum())
         if not self.done:
             t = self.verified
@@ -68,10 +77,10 @@ class Draft:
         self.verified, self.searched = t + 1, True
 
 
-def draft(observed: Sequence[Observation], lens: Lens) -> list[Draft]:
+def draft(observed: Sequence[Observation], lens: Lens, model: LanguageModel) -> list[Draft]:
     """What the lens reads off the states alone, all prompts at once; nothing is verified yet."""
     tokens = lens.draft(torch.cat([o.states for o in observed])).split([len(o) for o in observed])
-    return [Draft(o, ids.clone()) for o, ids in zip(observed, tokens, strict=True)]
+    return [Draft(model, o, ids.clone()) for o, ids in zip(observed, tokens, strict=True)]
 
 
 def speculate(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: Lens) -> None:
@@ -81,7 +90,7 @@ def speculate(drafts: Sequence[Draft], model: LanguageModel, layer: int, lens: L
     >>> model = load(device="cpu")
     >>> seen = Observation.of(model.states("hidden states", 1), model, 1)
     >>> lens = Lens.fit(model, 1, tokens=4000, features=0)
-    >>> drafts = draft([seen], lens)
+    >>> drafts = draft([seen], lens, model)
     >>> speculate(drafts, model, 1, lens)
     >>> drafts[0].done, model.decode(drafts[0].tokens)
     (True, 'hidden states')
@@ -127,3 +136,22 @@ def _read(prompts: Sequence[Tensor], model: LanguageModel, layer: int) -> list[F
         states = model.states(pad_sequence([prompts[row] for row in rows], batch_first=True), layer)
         found |= {row: kept[: len(prompts[row])] for row, kept in zip(rows, states, strict=True)}
     return [found[row] for row in range(len(prompts))]
+
+
+def related(tokens: Int[Tensor, " pos"], model: LanguageModel) -> Bool[Tensor, " pos"]:
+    """Whether another embedding is so near to a token's own that it might share its states; remembered by model.
+
+    >>> from sipit_lite import load
+    >>> bool(related(torch.arange(9), load(device="cpu")).any())
+    False
+    """
+    known = _RELATED.setdefault(model, torch.full((model.vocab_size,), -1, dtype=torch.int8, device=model.device))
+    all_at_once = model.vocab_size <= SMALL and bool((known[tokens] < 0).any())
+    new = torch.arange(model.vocab_size, device=model.device) if all_at_once else tokens[known[tokens] < 0].unique()
+    if len(new):
+        table = model.embeddings.float()
+        centred = table - table.mean(0)
+        squares = centred.square().sum(1)
+        apart = torch.addmm(squares, centred[new], centred.T, alpha=-2).scatter_(1, new[:, None], torch.inf).amin(1)
+        known[new] = (apart + squares[new] < RELATED**2 * squares[new]).to(known)
+    return known[tokens] > 0

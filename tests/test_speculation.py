@@ -171,3 +171,16 @@ def test_the_whole_prompt_is_read_once_more(pocket: LanguageModel, lens: Lens, m
     monkeypatch.setattr(LanguageModel, "states", lambda self, prompt, layer: honest(self, prompt, layer) * 1.01)
     with pytest.raises(NotVerified, match="read in one pass, is"):
         invert(states, pocket, lens.layer, lens=lens)
+
+
+def test_a_prefix_that_comes_with_an_error_holds_no_twin() -> None:
+    """A twin before the corrupted position is refused first: what was recovered is verified, and unambiguous."""
+    model = load("pocket-gpt2", device="cpu", random_init=True)
+    with torch.no_grad():
+        model.decoder.get_input_embeddings().weight[9] = model.decoder.get_input_embeddings().weight[4]
+    lens = Lens.fit(model, 2, prompts=random_prompts(model, 200), features=0)
+    states = model.states(torch.tensor([8, 4, 7, 6]), 2).clone()
+    states[3] += 1.0
+    with pytest.raises(Ambiguous) as refusal:
+        invert(states, model, 2, lens=lens)
+    assert refusal.value.position == 1 and refusal.value.recovered.tokens.tolist() == [8]
