@@ -79,21 +79,6 @@ def partial_sums(x: ArrayLike, f: ArrayLike, sums: dict[int, ArrayLike], radius:
     return ax
 
 
-def radius_estimates(tests: dict[str, dict[int, float]], exact: float, ax: Axes | None = None) -> Axes:
-    """Estimates of one radius of convergence, one series of points a test, over the degree; the exact radius dashed.
-
-    >>> radius_estimates({"root test": {1: 2.0, 2: 1.5}}, 1.4).get_xlabel()
-    'degree k'
-    """
-    ax = ax or plt.subplots()[1]
-    for (label, found), marker in zip(tests.items(), "o^sD", strict=False):
-        ax.plot(list(found), list(found.values()), marker, markersize=4, label=label)
-    ax.axhline(exact, color=RADIUS, linestyle="--", label="exact")
-    ax.set(xlabel="degree k", ylabel="estimated radius")
-    _legend_above(ax)
-    return ax
-
-
 def share_curves(
     strength: ArrayLike,
     predicted: Sequence[ArrayLike],
@@ -464,4 +449,62 @@ def radius_sweep(own: ArrayLike, rival: ArrayLike, chosen: float, ax: Axes | Non
     ax.axvline(chosen, color=RADIUS, linestyle="--", label="measured radius")
     ax.set(xscale="log", xlabel="radius over the norm of the state", ylabel="share of positions")
     _legend_above(ax)
+    return ax
+
+
+def discs(centres: ArrayLike, radius: float, labels: Sequence[str], ax: Axes | None = None) -> Axes:
+    """Points of the plane, each the centre of a disc of the same radius: the acceptance regions of a few tokens.
+
+    >>> len(discs([[0, 0], [1, 1]], 0.5, ["a", "b"]).patches)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, ((x, y), label) in enumerate(zip(np.asarray(centres), labels, strict=True)):
+        ax.add_patch(plt.Circle((x, y), radius, color=f"C{i}", alpha=0.25))
+        ax.plot(x, y, "os^Dv"[i % 5], color=f"C{i}", label=label)
+    ax.set(xlabel="first number", ylabel="second number", aspect="equal")
+    ax.margins(0.1)
+    _legend_above(ax)
+    return ax
+
+
+def neighbour_counts(groups: dict[str, ArrayLike], margin: float, ax: Axes | None = None) -> Axes:
+    """Numbers of tokens by the distance to their nearest neighbour, one outline a group, and the margin dashed.
+
+    >>> neighbour_counts({"occurs": [2.0, 3.0]}, 1.0).get_ylabel()
+    'tokens'
+    """
+    ax = ax or plt.subplots()[1]
+    edges = np.linspace(0, max(np.asarray(found).max() for found in groups.values() if len(found)), 41)
+    for i, (label, found) in enumerate(groups.items()):
+        ax.hist(found, edges, histtype="step", linewidth=1.8, color=f"C{i}", label=label)
+    ax.axvline(margin, color=RADIUS, linestyle="--", label="margin")
+    ax.set(xlabel="distance to the nearest neighbour", ylabel="tokens")
+    _legend_above(ax)
+    return ax
+
+
+def margin_lines(
+    x: Sequence[float],
+    lines: dict[str, ArrayLike],
+    marks: dict[str, ArrayLike],
+    xlabel: str,
+    ax: Axes | None = None,
+    noise: ArrayLike | None = None,
+) -> Axes:
+    """Margins of prefixes as lines and margins of the true tokens as markers, one colour a kind of prompt.
+
+    ``noise``, where given, is drawn dashed: below it a margin could not be told from rounding.
+
+    >>> len(margin_lines([1, 2], {"prose": [1, 1]}, {"prose": [9, 8]}, "layer").lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, values) in enumerate(lines.items()):
+        ax.plot(x, values, "-", color=f"C{i}", linewidth=[3.2, 1.6][i % 2], label=f"{label}, prefix")
+        ax.plot(x, marks[label], "o^"[i % 2], color=f"C{i}", label=f"{label}, true token")
+    if noise is not None:
+        ax.plot(x, noise, "--", color=RADIUS, label="twice the radius")
+    ax.set(yscale="log", xlabel=xlabel, ylabel="margin", xticks=list(x), xticklabels=list(map(str, x)))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small")
     return ax
