@@ -508,3 +508,54 @@ def margin_lines(
     ax.set(yscale="log", xlabel=xlabel, ylabel="margin", xticks=list(x), xticklabels=list(map(str, x)))
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small")
     return ax
+
+
+def residual_paths(paths: dict[str, ArrayLike], hit: int, ax: Axes | None = None) -> Axes:
+    """Relative residuals over the steps of several searches, logarithmic; a circle at step ``hit`` of the first.
+
+    >>> len(residual_paths({"far": [1.0, 0.1], "near": [0.1, 1e-4]}, 1).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for (label, values), color, marker in zip(paths.items(), (ACCEPTED, RUNNER_UP, "tab:green"), "os^", strict=False):
+        ax.plot(values, marker=marker, markersize=4, color=color, label=label)
+    first = list(next(iter(paths.values())))
+    ax.plot(hit, first[hit], "o", markersize=14, markerfacecolor="none", color=RADIUS, markeredgewidth=2)
+    ax.set(yscale="log", xlabel="step", ylabel="residual over the norm of the state")
+    _legend_above(ax)
+    return ax
+
+
+def draft_grid(kinds: ArrayLike, labels: Sequence[str], ax: Axes | None = None) -> Axes:
+    """What became of each drafted token, one row a prompt; ``kinds`` holds indices into ``labels``.
+
+    >>> len(draft_grid([[0, 1], [2, 0]], ["first", "later", "repaired"]).get_legend().get_texts())
+    3
+    """
+    ax, kinds = ax or plt.subplots()[1], np.asarray(kinds)
+    colors = ["tab:blue", "lightskyblue", "tab:orange"]
+    for i, (label, color) in enumerate(zip(labels, colors, strict=True)):
+        row, position = np.nonzero(kinds == i)
+        ax.plot(position, row, "s", color=color, markersize=7, label=label)
+    ax.set(xlabel="position", ylabel="prompt", ylim=(len(kinds) - 0.3, -0.7))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1, frameon=False, fontsize="small")
+    return ax
+
+
+def time_ladder(seconds: dict[str, float], reference: float, label: str, ax: Axes | None = None) -> Axes:
+    """Seconds of several ways as horizontal bars on a logarithmic scale, the first on top; dashed, a reference.
+
+    >>> time_ladder({"slow": 10.0, "fast": 0.1}, 0.01, "one forward pass").get_xscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    ax.barh(range(len(seconds)), list(seconds.values()), color=ACCEPTED, height=0.7)
+    ax.axvline(reference, color=RADIUS, linestyle="--", label=label)
+    for row, value in enumerate(seconds.values()):
+        ax.text(value * 1.1, row, f"{value:.2g} s", va="center", fontsize="small")
+    low, high = min(reference, *seconds.values()), max(seconds.values())
+    ax.set(xscale="log", xlabel="seconds per prompt", xlim=(low / 2, high * 4))
+    ax.set_yticks(range(len(seconds)), list(seconds))
+    ax.invert_yaxis()
+    _legend_above(ax)
+    return ax
