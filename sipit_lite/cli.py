@@ -121,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
     measure = commands.add_parser("bench", parents=[shared], help="measurements, side by side in one run")
     measure.add_argument("bench", choices=BENCHES)
     measure.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
+    measure.add_argument("--figure", default="", help="a .png of seconds a prompt, for the bench inversion")
     measure.set_defaults(run=run_bench)
     return top
 
@@ -294,15 +295,35 @@ def _collision_lines(summary: dict) -> Iterator[str]:
 
 def run_bench(options: argparse.Namespace) -> int:
     """Run one bench and print its table of checks, or its JSON object."""
+    if options.figure and options.bench != "inversion":
+        raise StatesError(f"got a figure for the bench {options.bench!r}; expected one for 'inversion' alone")
+    if options.figure:
+        _check_figure(options.figure)
     model = _model(options)
     if model.tokenizer is None:
         raise ModelError(f"got {model.name} without a readable tokenizer; the benches need one for their prompts")
     checks, data = BENCHES[options.bench](model, quick=options.quick, seed=options.seed, progress=True)
+    if options.figure:
+        speed_figure(data["speed"], options.figure)
     if options.json:
         print(json.dumps(bench.report(options.bench, model, checks, data)))
     else:
         print(bench.table(checks), *(f"{name}: {value:.4g}" for name, value in data["reported"].items()), sep="\n")
     return 0
+
+
+def speed_figure(speed: dict[str, dict], path: str) -> None:
+    """Seconds a prompt of each way to invert, from the published loop to ``auto``, last layer, both kinds of prompts."""
+    plt, plots = _drawing()
+    rows = {name: row for name, row in speed.items() if "published, seconds" in row and "forward, seconds" in row}
+    figure, axes = plt.subplots(1, len(rows), figsize=(6 * len(rows), 3.5), layout="constrained", squeeze=False)
+    for ax, (name, row) in zip(axes[0], rows.items(), strict=True):
+        ways = ("published", "newton", "auto without a lens", "auto")
+        plots.time_ladder(
+            {way: row[f"{way}, seconds"] for way in ways}, row["forward, seconds"], "one forward pass", ax
+        )
+        ax.set_xlabel(f"seconds per prompt, {name}")
+    _save(figure, path)
 
 
 def demo_prompts(model: LanguageModel, seed: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,13 +1,14 @@
 """The bench contract: one JSON object, checks with targets, a smoke run that measures the real thing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from sipit_lite import LanguageModel, bench
 from sipit_lite.bench import Check, candidate_counts, table
-from sipit_lite.cli import main
+from sipit_lite.cli import main, speed_figure
 
 
 @pytest.mark.parametrize("name", ["exactness", "scan", "collisions", "inversion"])
@@ -31,6 +32,16 @@ def test_counts_are_printed_below_the_table(capsys: pytest.CaptureFixture[str]) 
     assert lines[0].split() == ["check", "value", "target", "verdict"] and lines[-1].startswith(
         "plain forward, seconds:"
     )
+
+
+def test_only_the_bench_of_inversion_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Seconds of each way as bars; another bench refuses the option in one line."""
+    assert main(["bench", "scan", "--figure", str(tmp_path / "x.png"), "--device", "cpu"]) == 2
+    assert "got a figure for the bench 'scan'" in capsys.readouterr().err
+    ways = ("forward", "published", "newton", "auto without a lens", "auto")
+    row = {f"{way}, seconds": 10.0**-i for i, way in enumerate(ways)}
+    speed_figure({"prose, layer 6": row, "prose, layer 1": {"auto, seconds": 1.0}}, str(tmp_path / "x.png"))
+    assert (tmp_path / "x.png").stat().st_size > 5000
 
 
 def test_silent_errors_are_counted(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
