@@ -313,7 +313,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def speed_figure(speed: dict[str, dict], path: str) -> None:
-    """Seconds a prompt of each way to invert, from the published loop to ``auto``, last layer, both kinds of prompts."""
+    """Seconds a prompt of each way to invert, from the published loop to ``auto``, at the last layer."""
     plt, plots = _drawing()
     rows = {name: row for name, row in speed.items() if "published, seconds" in row and "forward, seconds" in row}
     figure, axes = plt.subplots(1, len(rows), figsize=(6 * len(rows), 3.5), layout="constrained", squeeze=False)
