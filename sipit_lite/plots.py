@@ -1,13 +1,19 @@
 """Figures: arrays in, matplotlib axes out."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 ACCEPTED, RUNNER_UP, RADIUS = "tab:blue", "tab:orange", "tab:gray"
+ICONS = {
+    "minus": "\u2212", "plus": "+", "play": "\u25b6", "pause": "\u2016", "play fa-flip-horizontal": "\u25c0",
+    "fast-backward": "|\u25c0", "fast-forward": "\u25b6|", "step-backward": "\u2039", "step-forward": "\u203a",
+}  # fmt: skip
 
 
 def distances(
@@ -538,6 +544,7 @@ def draft_grid(kinds: ArrayLike, labels: Sequence[str], ax: Axes | None = None) 
         row, position = np.nonzero(kinds == i)
         ax.plot(position, row, "s", color=color, markersize=7, label=label)
     ax.set(xlabel="position", ylabel="prompt", ylim=(len(kinds) - 0.3, -0.7))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1, frameon=False, fontsize="small")
     return ax
 
@@ -559,3 +566,115 @@ def time_ladder(seconds: dict[str, float], reference: float, label: str, ax: Axe
     ax.invert_yaxis()
     _legend_above(ax)
     return ax
+
+
+def noise_steps(
+    shares: ArrayLike, kept: ArrayLike, predicted: ArrayLike, observed: ArrayLike, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Share of tokens recovered over the push, with the step at one half; below, where each of some tokens is lost.
+
+    ``predicted`` and ``observed`` are breaks in units of the prefix margin, one a token.
+
+    >>> len(noise_steps([0.4, 0.6], [1.0, 0.0], [2.0, 1.0], [2.0, 1.0]))
+    2
+    """
+    axes = list(plt.subplots(2, layout="constrained")[1]) if axes is None else axes
+    axes[0].plot([min(shares), 0.5, 0.5, max(shares)], [1, 1, 0, 0], color=RADIUS, label="predicted")
+    axes[0].plot(shares, kept, ".", color=ACCEPTED, label="observed")
+    axes[0].set(xlabel="push, as a share of the token's own margin", ylabel="share recovered")
+    order = np.argsort(predicted)
+    axes[1].barh(range(len(order)), np.asarray(predicted)[order], height=0.5, color=RADIUS, alpha=0.6, label="predicted")
+    axes[1].plot(np.asarray(observed)[order], range(len(order)), "o", color=ACCEPTED, markersize=5, label="observed")
+    axes[1].axvline(0.5, color=RUNNER_UP, linestyle="--", label="Theorem 3.2")
+    axes[1].set(xlabel="noise at which the token is lost, in prefix margins", ylabel="token", yticks=[])
+    for ax in axes:
+        _legend_above(ax)
+    return axes
+
+
+def noise_shares(sizes: ArrayLike, measured: ArrayLike, bound: ArrayLike, ax: Axes | None = None) -> Axes:
+    """Share of wrong tokens over the size of the noise: worst direction, random directions, and a bound for these.
+
+    >>> len(noise_shares([0.0, 2.0], [0.0, 0.1], [0.0, 0.2]).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    ax.plot([0, 0.5, 0.5, max(sizes)], [0, 0, 1, 1], color=RUNNER_UP, label="worst direction")
+    ax.plot(sizes, bound, "--", color=RADIUS, label="bound, random")
+    ax.plot(sizes, measured, ".-", color=ACCEPTED, label="random directions")
+    ax.set(xlabel="noise, in margins of the token", ylabel="share of wrong tokens")
+    _legend_above(ax)
+    return ax
+
+
+def loss_lines(tau: ArrayLike, curves: Sequence[ArrayLike], tokens: Sequence[str], ax: Axes | None = None) -> Axes:
+    """Distance to the true state along lines from the embeddings of wrong tokens to that of the true one.
+
+    >>> len(loss_lines([0, 1], [[2, 0], [3, 0]], ["a", "b"]).lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (curve, token) in enumerate(zip(curves, tokens, strict=True)):
+        ax.plot(tau, curve, ["-", "--", "-.", ":"][i % 4], color=f"C{i}", label=ascii(token).replace("$", r"\$"))
+    ax.set(xlabel="share of the way to the true token", ylabel="distance to the true state", ylim=(0, None))
+    _legend_above(ax)
+    return ax
+
+
+def descents(series: dict[str, ArrayLike], log: Sequence[str] = (), axes: Sequence[Axes] | None = None) -> Sequence:
+    """Quantities of many descents, shape (steps, descents), over the step: the median and the middle 80 %.
+
+    The keys are the labels, one panel each; those in ``log`` get a logarithmic scale.
+
+    >>> len(descents({"loss": [[4.0, 2.0], [1.0, 0.5]], "rank": [[9, 3], [1, 1]]}, log=["rank"]))
+    2
+    """
+    if axes is None:
+        axes = list(plt.subplots(len(series), sharex=True, layout="constrained", squeeze=False)[1][:, 0])
+    for i, (ax, (label, values)) in enumerate(zip(axes, series.items(), strict=True)):
+        low, middle, high = np.quantile(np.asarray(values, dtype=float), (0.1, 0.5, 0.9), axis=1)
+        ax.fill_between(np.arange(len(middle)), low, high, color=f"C{i}", alpha=0.25, linewidth=0)
+        ax.plot(middle, color=f"C{i}")
+        ax.set(ylabel=label, **({"yscale": "log"} if label in log else {"ylim": (0, None)}))
+    axes[-1].set(xlabel="step")
+    return axes
+
+
+def proxy_in_plane(cloud: ArrayLike, path: ArrayLike, true: ArrayLike, steps: int, ax: Axes | None = None) -> Axes:
+    """The first steps of a proxy among embeddings, all projected to a plane; the true embedding is a star.
+
+    >>> len(proxy_in_plane([[0, 0]], [[1, 1], [2, 0]], [0, 1], 1).lines)
+    4
+    """
+    ax, path = ax or plt.subplots()[1], np.asarray(path)
+    ax.plot(*np.asarray(cloud).T, ".", color=RADIUS, alpha=0.5, markersize=3, label="embeddings")
+    ax.plot(*path[: steps + 1].T, "-", color=ACCEPTED, linewidth=1)
+    ax.plot(*path[: steps + 1].T, "o", color=ACCEPTED, markersize=4, label=f"proxy, step {steps}")
+    ax.plot(*np.asarray(true), "*", color=RUNNER_UP, markersize=14, label="true token")
+    every = np.vstack([cloud, path, [true]])
+    low, reach = every.min(0), np.ptp(every, axis=0)
+    ax.set(xlabel="first principal direction", ylabel="second principal direction")
+    ax.set(xlim=(low[0] - 0.05 * reach[0], low[0] + 1.05 * reach[0]))
+    ax.set(ylim=(low[1] - 0.05 * reach[1], low[1] + 1.05 * reach[1]))
+    _legend_above(ax)
+    return ax
+
+
+def player(draw: Callable[[int, Axes], object], frames: int) -> str:
+    """An animation as HTML that needs no network: ``draw(k, ax)`` draws frame k into empty axes.
+
+    >>> "http" in player(lambda k, ax: ax.plot([k]), 2).split("data:image")[0]
+    False
+    """
+    figure, ax = plt.subplots(figsize=(4.6, 3.6), dpi=72, layout="constrained")
+
+    def update(k: int) -> None:
+        ax.clear()
+        draw(k, ax)
+
+    page = FuncAnimation(figure, update, frames=frames, interval=400).to_jshtml(default_mode="once")
+    plt.close(figure)
+    page = re.sub(r'<link rel="stylesheet"\s+href="[^"]*">', "", page)  # the font of the icons comes from the network
+    for icon, sign in ICONS.items():
+        page = page.replace(f'<i class="fa fa-{icon}"></i>', sign)
+    return page
