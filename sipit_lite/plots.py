@@ -583,8 +583,9 @@ def noise_steps(
     axes[0].plot(shares, kept, ".", color=ACCEPTED, label="observed")
     axes[0].set(xlabel="push, as a share of the token's own margin", ylabel="share recovered")
     order = np.argsort(predicted)
-    axes[1].barh(range(len(order)), np.asarray(predicted)[order], height=0.5, color=RADIUS, alpha=0.6, label="predicted")
-    axes[1].plot(np.asarray(observed)[order], range(len(order)), "o", color=ACCEPTED, markersize=5, label="observed")
+    rows = range(len(order))
+    axes[1].barh(rows, np.asarray(predicted)[order], height=0.5, color=RADIUS, alpha=0.6, label="predicted")
+    axes[1].plot(np.asarray(observed)[order], rows, "o", color=ACCEPTED, markersize=5, label="observed")
     axes[1].axvline(0.5, color=RUNNER_UP, linestyle="--", label="Theorem 3.2")
     axes[1].set(xlabel="noise at which the token is lost, in prefix margins", ylabel="token", yticks=[])
     for ax in axes:
@@ -607,16 +608,20 @@ def noise_shares(sizes: ArrayLike, measured: ArrayLike, bound: ArrayLike, ax: Ax
     return ax
 
 
-def loss_lines(tau: ArrayLike, curves: Sequence[ArrayLike], tokens: Sequence[str], ax: Axes | None = None) -> Axes:
-    """Distance to the true state along lines from the embeddings of wrong tokens to that of the true one.
+def loss_lines(
+    tau: ArrayLike, groups: dict[str, Sequence[ArrayLike]], ylabel: str = "loss", ax: Axes | None = None
+) -> Axes:
+    """Losses along lines from wrong tokens to the true ones, each over its start; one colour a group of lines.
 
-    >>> len(loss_lines([0, 1], [[2, 0], [3, 0]], ["a", "b"]).lines)
+    >>> len(loss_lines([0, 1], {"others true": [[2, 0], [3, 0]]}).lines)
     2
     """
     ax = ax or plt.subplots()[1]
-    for i, (curve, token) in enumerate(zip(curves, tokens, strict=True)):
-        ax.plot(tau, curve, ["-", "--", "-.", ":"][i % 4], color=f"C{i}", label=ascii(token).replace("$", r"\$"))
-    ax.set(xlabel="share of the way to the true token", ylabel="distance to the true state", ylim=(0, None))
+    for i, (label, curves) in enumerate(groups.items()):
+        for k, curve in enumerate(curves):
+            share = np.asarray(curve) / curve[0]
+            ax.plot(tau, share, ["-", "--"][i % 2], color=f"C{i}", linewidth=1.2, label=None if k else label)
+    ax.set(xlabel="share of the way to the true token", ylabel=ylabel, ylim=(0, None))
     _legend_above(ax)
     return ax
 
