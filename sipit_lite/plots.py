@@ -559,7 +559,8 @@ def time_ladder(seconds: dict[str, float], reference: float, label: str, ax: Axe
     ax.barh(range(len(seconds)), list(seconds.values()), color=ACCEPTED, height=0.7)
     ax.axvline(reference, color=RADIUS, linestyle="--", label=label)
     for row, value in enumerate(seconds.values()):
-        ax.text(value * 1.1, row, f"{value:.2g} s", va="center", fontsize="small")
+        note = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # above the dashed line
+        ax.text(value * 1.1, row, f"{value:.2g} s", va="center", fontsize="small", bbox=note)
     low, high = min(reference, *seconds.values()), max(seconds.values())
     ax.set(xscale="log", xlabel="seconds per prompt", xlim=(low / 2, high * 4))
     ax.set_yticks(range(len(seconds)), list(seconds))
