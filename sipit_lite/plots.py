@@ -491,7 +491,7 @@ def neighbour_counts(groups: dict[str, ArrayLike], margin: float, ax: Axes | Non
 
 
 def margin_lines(
-    x: Sequence[float],
+    x: ArrayLike,
     lines: dict[str, ArrayLike],
     marks: dict[str, ArrayLike],
     xlabel: str,
