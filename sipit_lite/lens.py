@@ -29,7 +29,7 @@ PASS = 2048  # tokens in a pass
 RIDGE = 1e-5  # relative to each feature's own sum of squares
 HELD = 2**24  # numbers held at once while tokens are ranked: 64 MiB
 FLOOR = 1e-6  # smallest variance of a residual, relative to that of the embeddings
-FIRST = (16, 48)  # candidates in the first batches of the policy
+FIRST = (16, 112)  # candidates in the first batches of the policy: few misses of a lens rank further down
 
 
 class LensError(ModelError):

@@ -60,11 +60,23 @@ class OneStepMap:
         >>> torch.allclose(states, model.states(ids, 3)[1:], atol=1e-3), step.position
         (True, 4)
         """
-        cache = self._cache(1)
+        states, (step,) = self.branch(ids[None])
+        return states[0], step
+
+    def branch(self, rows: Int[Tensor, "row pos"]) -> tuple[Float[Tensor, "row pos d_model"], list["OneStepMap"]]:
+        """The states of several continuations of the prefix, of one length, in one pass, and the map after each.
+
+        >>> from sipit_lite import load
+        >>> model, rows = load(device="cpu"), torch.tensor([[5, 6], [7, 8]])
+        >>> states, steps = OneStepMap.after(model, 3).branch(rows)
+        >>> states.shape, torch.allclose(states[1], model.states(rows[1], 3), atol=1e-3), steps[1].position
+        (torch.Size([2, 2, 256]), True, 2)
+        """
+        cache, position = self._cache(len(rows)), self.position + rows.shape[1]
         with torch.no_grad():
-            states = self._run(self.model.embeddings[ids][None], cache)[0]
-        past = tuple((stored.keys, stored.values) for stored in cache.layers)
-        return states, replace(self, position=self.position + len(ids), past=past)
+            states = self._run(self.model.embeddings[rows], cache)
+        pasts = (tuple((x.keys[i : i + 1], x.values[i : i + 1]) for x in cache.layers) for i in range(len(rows)))
+        return states, [replace(self, position=position, past=past) for past in pasts]
 
     def crop(self, position: int) -> "OneStepMap":
         """The map over the first ``position`` tokens of the prefix."""

@@ -20,7 +20,7 @@ from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel
 from sipit_lite.onestep import OneStepMap
 from sipit_lite.policies import Gradient, Newton, Policy, nearest
-from sipit_lite.speculation import CLEAR, Draft, draft, speculate
+from sipit_lite.speculation import CLEAR, Draft, draft, read, related
 from sipit_lite.verify import Observation, StatesError, separated
 
 SALT = 2510_15511  # a prompt drawn with the same seed must not be the stream of starts: they would be the answers
@@ -162,7 +162,8 @@ def invert(
             prefix = _recovery(rows, model, begun)
             row = _accept(distance, float(observed.radius[t]), prefix, model, on_fail == "nearest")
             rows.append(row._replace(margin=margin))
-        return _check_whole(_recovery(rows, model, begun), observed, model, layer)
+        found = _recovery(rows, model, begun)
+        return _check_whole(found, observed, model, model.states(found.tokens, layer))
     except KeyboardInterrupt:
         raise Interrupted(_recovery(rows, model, begun)) from None
 
@@ -226,22 +227,29 @@ def _by_speculation(
     begun: float,
     progress: bool,
 ) -> list[Recovery | NotVerified]:
-    """Drafts, verified together; what they miss is searched for, prompt by prompt."""
+    """Drafts, read together; what they miss is searched for, prompt by prompt, and read once more."""
     drafts, outcomes = draft(observed, lens, model), {}
     policy, generator = Newton(lens=lens), torch.Generator().manual_seed(seed + SALT)
     try:
-        speculate(drafts, model, layer, lens)
-        for i, d in enumerate(tqdm(drafts, "inverting", disable=None if progress else True)):
+        reading = read([d.tokens for d in drafts], model, layer)
+        for i, states, step in tqdm(reading, "inverting", len(drafts), disable=None if progress else True):
+            drafts[i].look(states, 0)
             try:
-                _finish(d, model, layer, policy, generator, begun)
-                found = _recovery(_rows(d), model, begun)
-                outcomes[i] = _check_whole(found, d.observed, model, layer) if d.searched else found
+                _finish(drafts[i], step, policy, generator, begun)
+                outcomes[i] = _recovery(_rows(drafts[i]), model, begun)
             except NotVerified as error:
                 outcomes[i] = error
+        again = [i for i, found in outcomes.items() if drafts[i].searched and isinstance(found, Recovery)]
+        for k, states, _ in read([drafts[i].tokens for i in again], model, layer):
+            try:
+                _check_whole(outcomes[again[k]], observed[again[k]], model, states)
+            except NotVerified as error:
+                outcomes[again[k]] = error
     except KeyboardInterrupt:
         known = [outcomes.get(i) or _recovery(_rows(d), model, begun) for i, d in enumerate(drafts)]
-        raise Interrupted(_recovery(_rows(drafts[min(len(outcomes), len(drafts) - 1)]), model, begun), known) from None
-    return list(outcomes.values())
+        stopped = next((i for i in range(len(drafts)) if i not in outcomes), 0)
+        raise Interrupted(_recovery(_rows(drafts[stopped]), model, begun), known) from None
+    return [outcomes[i] for i in range(len(drafts))]
 
 
 def every_token(model: LanguageModel) -> Int[Tensor, " vocab"]:
@@ -250,12 +258,13 @@ def every_token(model: LanguageModel) -> Int[Tensor, " vocab"]:
 
 
 def try_candidates(
-    step: OneStepMap, observed: Observation, t: int, batches: Iterable[Int[Tensor, " cand"]]
+    step: OneStepMap, observed: Observation, t: int, batches: Iterable[Int[Tensor, " cand"]], *, trusting: bool = False
 ) -> Float[Tensor, " vocab"]:
     """Test batches of candidates until one verifies; the distance of every token tested, NaN for the untested.
 
     The token found is then challenged by the untested tokens whose embeddings are nearest to its own, the likeliest
     to produce the same state: twins among the embeddings first of all. If it verified only just, by all of them.
+    Where states are ``separated``, ``trusting`` spares a token without near relatives this test, as in a draft.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -272,7 +281,9 @@ def try_candidates(
             break
     found = int(distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin())
     clear = bool(distance[found] <= CLEAR * observed.radius[t])
-    rivals = nearest(table, table[found], distance.isnan(), CHALLENGERS if clear else len(table))
+    alone = trusting and clear and not bool(related(torch.tensor([found], device=table.device), step.model))
+    challengers = 0 if alone else CHALLENGERS if clear else len(table)
+    rivals = nearest(table, table[found], distance.isnan(), challengers)
     if len(rivals):
         distance[rivals] = observed.distance(t, step.tokens(rivals))
     return distance
@@ -291,21 +302,17 @@ def _whole_vocabulary(
     return observed.distance(t, states), closest_pairs(states, 1).minimum if certify else float("nan")
 
 
-def _finish(
-    d: Draft, model: LanguageModel, layer: int, policy: Policy, generator: torch.Generator, begun: float
-) -> None:
+def _finish(d: Draft, step: OneStepMap, policy: Policy, generator: torch.Generator, begun: float) -> None:
     """Search for the first token that the draft has wrong, read what follows it, and so on to the end."""
-    step = None if d.done else OneStepMap.after(model, layer, d.tokens[: d.verified])
     while not d.done:
-        t = d.verified
+        t, step = d.verified, step.crop(d.verified)
         batches = policy.proposals(step, d.observed.states[t], generator)
-        distance = try_candidates(step, d.observed, t, batches)
-        row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d), model, begun), model)
+        distance = try_candidates(step, d.observed, t, batches, trusting=True)
+        row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d), d.model, begun), d.model)
         d.settle(row.token, row.distance, row.runner_up, row.tested)
         if not d.done:
             states, step = step.follow(d.tokens[t:])
             d.look(states[1:], t + 1)
-            step = step.crop(d.verified)
 
 
 def _rows(d: Draft) -> list[_Row]:
@@ -342,9 +349,10 @@ def _accept(
     )
 
 
-def _check_whole(recovery: Recovery, observed: Observation, model: LanguageModel, layer: int) -> Recovery:
-    """Re-encode the whole prompt in one pass and compare every row once more."""
-    again = model.states(recovery.tokens, layer)
+def _check_whole(
+    recovery: Recovery, observed: Observation, model: LanguageModel, again: Float[Tensor, "pos d_model"]
+) -> Recovery:
+    """Compare every row once more, with the states of the whole prompt read in one pass."""
     for t in recovery.verified.nonzero()[:, 0].tolist():
         distance, radius = float(observed.distance(t, again[t : t + 1])), float(observed.radius[t])
         if not distance <= radius:

@@ -34,6 +34,18 @@ def test_reading_a_prefix_at_once_or_by_token_is_the_same(family: Family, prompt
     torch.testing.assert_close(at_once.tokens(tokens), grown.tokens(tokens))
 
 
+def test_branches_are_prompts_of_their_own(family: Family, prompt: Tensor) -> None:
+    """Several continuations in one pass: the states of full passes, and maps that go on from them."""
+    model, layer, prefix = family[1], 3, prompt[:3]
+    rows = torch.stack([prompt[3:7], prompt[3:7].flip(0), (prompt[3:7] + 1) % model.vocab_size])
+    states, steps = OneStepMap.after(model, layer, prefix).branch(rows)
+    tokens = torch.arange(5, device=model.device)
+    for row, found, step in zip(rows, states, steps, strict=True):
+        whole = torch.cat([prefix, row])
+        torch.testing.assert_close(found, model.states(whole, layer)[3:])
+        torch.testing.assert_close(step.tokens(tokens), OneStepMap.after(model, layer, whole).tokens(tokens))
+
+
 def test_maps_do_not_share_what_they_grow(pocket: LanguageModel) -> None:
     """Extending one way leaves the other ways alone."""
     start = OneStepMap.after(pocket, 2, pocket.encode("one"))
