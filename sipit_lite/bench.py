@@ -6,6 +6,7 @@ A missed target is reported, never raised: whoever reads the table judges.
 import copy
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -298,6 +300,23 @@ def in_a_process(module: str, function: str, *arguments: object) -> float:
     """
     code = f"from {module} import {function}; print({function}({', '.join(map(str, arguments))}))"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def peak_memory() -> float | None:
+    """Peak resident memory of this process so far, GiB; None where the system does not tell.
+
+    >>> peak_memory() is None or peak_memory() > 0.01
+    True
+    """
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss also holds the memory of the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _demo(*options: str) -> dict:

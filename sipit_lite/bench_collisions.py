@@ -1,6 +1,5 @@
 """The detector against what one would write first, on the same states in the same run (chapters 6 and 7)."""
 
-import resource
 import statistics
 import time
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sipit_lite.bench import Check, clock, in_a_process
+from sipit_lite.bench import Check, clock, in_a_process, peak_memory
 from sipit_lite.capture import SHARD, last_states
 from sipit_lite.collisions import closest_pairs
 from sipit_lite.models import LanguageModel
@@ -168,10 +167,6 @@ def memory_above_the_states(n: int, d: int) -> float:
     """GiB that the detector takes above random states of that size: run it in a process of its own."""
     x = torch.randn(n, d).mul_(torch.logspace(1, -1, d))
     closest_pairs(x[:1000])  # what loading the libraries' kernels takes is not the detector's
-    before = _peak()
+    before = peak_memory() or 0.0
     closest_pairs(x)
-    return _peak() - before
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return (peak_memory() or 0.0) - before

@@ -34,6 +34,7 @@ class Size:
     prompts: int = 30  # for each figure of speed
     tokens: int = 20  # of each of them
     slow: int = 3  # of these, for what is far too slow
+    newton: int = 10  # of these, for Newton's steps, which are counted at every layer and position
     limit: float = 10.0  # seconds that a baseline gets for a prompt
     lengths: tuple[int, ...] = (20, 40, 80, 160, 256)
     batch: int = 64
@@ -43,7 +44,7 @@ class Size:
     large: int = 3  # prompts for GPT-2 124M at random initialisation
 
 
-QUICK = Size(7, 2, 4, 1, 0.2, (4, 8), 4, 6, 4000, 0, 0)
+QUICK = Size(7, 2, 4, 1, 1, 0.2, (4, 8), 4, 6, 4000, 0, 0)
 
 
 def inversion(
@@ -72,10 +73,11 @@ def inversion(
         for kind in TIMED
         for layer in timed_layers
     }
-    steps = [n for kind in TIMED for layer in lenses for n in newton_steps(model, asked[kind][: size.slow], layer)]
+    steps = [n for kind in TIMED for layer in lenses for n in newton_steps(model, asked[kind][: size.newton], layer)]
     lengths = {n: auto_seconds(model, sample(model, "code", 5, n, seed), lenses[last]) for n in size.lengths}
     by_layer = {layer: auto_seconds(model, asked["prose"][:10], lenses[layer]) for layer in lenses}
-    batch = together(model, sample(model, "prose", size.batch, size.tokens, seed), lenses[last])
+    crowd = sample(model, "prose", size.batch, size.tokens, seed)
+    batches = {layer: together(model, crowd, lenses[layer]) for layer in timed_layers}
     edge = at_the_edge(model, timed_layers, size, seed, progress)
     large = gpt2_at_initialisation(size, seed, model.device) if size.large else {}
     checks = [
@@ -91,7 +93,7 @@ def inversion(
         Check.of("Newton steps, median", float(np.median(steps))),
         Check.of("Newton steps, 99th percentile", float(np.percentile(steps, 99))),
         Check.of("growth exponent of time with T", exponent(lengths)),
-        Check.of("batch speed-up for each prompt", batch["speed-up"]),
+        Check.of("batch speed-up for each prompt", batches[last]["speed-up"]),
         Check.of("recovered at 0.49 of the margin", edge["recovered"]),
         Check.of("rival at 0.51 of the margin", edge["rival"]),
     ]
@@ -100,7 +102,11 @@ def inversion(
     reported |= {f"{name}: {what}": value for name, row in rows.items() for what, value in row.items()}
     reported |= {f"auto, code, {n} tokens, last layer: seconds": seconds for n, seconds in lengths.items()}
     reported |= {f"auto, prose, layer {layer}: seconds": seconds for layer, seconds in by_layer.items()}
-    reported |= {f"batch of {size.batch}: {what}": value for what, value in batch.items()}
+    reported |= {
+        f"batch of {size.batch}, prose, layer {layer}: {what}": value
+        for layer, row in batches.items()
+        for what, value in row.items()
+    }
     return checks, {"reported": reported, "exact": exact, "speed": rows, "Newton steps": steps, "edge": edge}
 
 
@@ -159,6 +165,7 @@ def compare(
         row |= {
             "candidates per token, published": float(tested.median()),
             "published within the time limit": share(run.finished for run in slow["published"]),
+            "forward passes, published": seconds["published, seconds"] / seconds["forward, seconds"],
             "speed-up": seconds["published, seconds"] / seconds["auto, seconds"],
         }
     return row
@@ -196,14 +203,21 @@ def exponent(times: dict[int, float]) -> float:
 
 
 def together(model: LanguageModel, asked: Sequence[Tensor], lens: Lens) -> dict[str, float]:
-    """Seconds for each prompt, one at a time and all at once: medians of three rounds."""
-    states = [model.states(ids, lens.layer) for ids in asked]
-    alone, at_once = [], []
-    for _ in range(3):
-        alone.append(clock(lambda: [invert(x, model, lens.layer, lens=lens) for x in states], model.device))
-        at_once.append(clock(lambda: invert_many(states, model, lens.layer, lens=lens), model.device))
-    one, many = (statistics.median(times) / len(asked) for times in (alone, at_once))
-    return {"one at a time, seconds": one, "all at once, seconds": many, "speed-up": one / many}
+    """Seconds for each prompt, one at a time and all at once, and what forward passes alone gain: three rounds."""
+    layer, ways = lens.layer, {}
+    states = [model.states(ids, layer) for ids in asked]
+    runs = {
+        "one at a time": lambda: [invert(x, model, layer, lens=lens) for x in states],
+        "all at once": lambda: invert_many(states, model, layer, lens=lens),
+        "forward, one at a time": lambda: [model.states(ids, layer) for ids in asked],
+        "forward, all at once": lambda: model.states(torch.stack(asked), layer),
+    }
+    for name, run in runs.items():
+        ways[name] = statistics.median(clock(run, model.device) for _ in range(3)) / len(asked)
+    return {f"{name}, seconds": spent for name, spent in ways.items()} | {
+        "speed-up": ways["one at a time"] / ways["all at once"],
+        "speed-up of forward passes": ways["forward, one at a time"] / ways["forward, all at once"],
+    }
 
 
 def at_the_edge(

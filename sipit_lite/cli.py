@@ -155,7 +155,7 @@ def run_demo(options: argparse.Namespace) -> int:
         "device": str(model.device),
         "exact": exact,
         "rows": rows,
-        "peak memory GiB": peak_memory(),
+        "peak memory GiB": bench.peak_memory(),
         "figure": options.figure or None,
     }
     print(json.dumps(summary) if options.json else _demo_end(summary))
@@ -368,16 +368,6 @@ def _plain(value: object) -> object:
         return value
     # JSON knows neither NaN nor infinity: what was not measured is null.
     return [x if not isinstance(x, float) or math.isfinite(x) else None for x in value.tolist()]
-
-
-def peak_memory() -> float | None:
-    """Peak resident memory of this process so far, GiB; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _check_figure(path: str) -> None:

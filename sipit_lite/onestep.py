@@ -119,7 +119,7 @@ class OneStepMap:
     def margin(self) -> float:
         """Δ_{π,t}: the smallest distance between the states of two different tokens, in float64 (paper §3).
 
-        Scans the vocabulary and compares all pairs: |V|²·d_model operations, for small vocabularies.
+        The definition itself, all |V|² pairs one by one, to check others by; ``margins`` says the same much sooner.
         """
         states = self.tokens(torch.arange(self.model.vocab_size, device=self.model.device)).double()
         smallest = torch.inf

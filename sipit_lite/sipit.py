@@ -8,6 +8,7 @@ are drafted and verified in a few passes (``speculation``), and only what the dr
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -49,14 +50,14 @@ class Recovery:
     seconds: float
 
     @property
-    def tolerance(self) -> Float[Tensor, " pos"]:
+    def headroom(self) -> Float[Tensor, " pos"]:
         """Noise that each state could bear on top of its residual: Δ_{π,t}/2 − ``distance`` (Theorem 3.2)."""
         return self.margin / 2 - self.distance
 
     @property
     def certified(self) -> bool:
         """Whether Theorem 3.2's hypothesis was measured to hold: residuals below Δ_{π,t}/2 at every position."""
-        return bool((self.tolerance > 0).all())
+        return bool((self.headroom > 0).all())
 
 
 class NotVerified(ValueError):
@@ -69,6 +70,11 @@ class NotVerified(ValueError):
         super().__init__(message)
         self.nearest, self.distance, self.radius, self.recovered = nearest, distance, radius, recovered
         self.position = len(recovered.tokens)
+
+    def __reduce__(self) -> tuple:
+        # Errors with keywords cannot be pickled as they come, and outcomes have to travel between processes.
+        known = {name: getattr(self, name) for name in ("nearest", "distance", "radius", "recovered")}
+        return partial(type(self), str(self), **known), ()
 
 
 class Ambiguous(NotVerified):

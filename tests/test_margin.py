@@ -31,7 +31,7 @@ def test_certificate_is_the_margin(pocket: LanguageModel) -> None:
     found = invert(pocket.states(ids, 2), pocket, 2, certify=True)
     expected = torch.tensor([OneStepMap.after(pocket, 2, ids[:t]).margin() for t in range(len(ids))])
     assert torch.allclose(found.margin, expected, rtol=1e-5)
-    assert found.certified and torch.allclose(found.tolerance, found.margin / 2 - found.distance)
+    assert found.certified and torch.allclose(found.headroom, found.margin / 2 - found.distance)
     plain = invert(pocket.states(ids, 2), pocket, 2)
     assert plain.margin.isnan().all() and not plain.certified
 
