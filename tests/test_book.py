@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -247,3 +248,103 @@ def test_address_of_the_repository_is_in_the_configuration_alone(path: Path) -> 
     """Whoever moves the repository changes one line of ``_config.yml``."""
     url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
     assert url.removeprefix("https://") not in path.read_text(encoding="utf-8")
+
+
+def needs(path: Path) -> tuple[str, str]:
+    """How long a chapter takes to read and to run, in the words of its line *Needs*."""
+    line = re.search(r"^\*Needs:\*.*", prose(path), re.MULTILINE)
+    found = line and re.search(r" · ([^·]+) to read, .* · ([^·]+?)(?: to run)? on two cores", line.group())
+    assert found, f"{path.name}: expected a line '*Needs:* … · … to read, … · … on two cores · …'"
+    return found[1], found[2]
+
+
+def exercises(text: str) -> dict[str, tuple[str, int]]:
+    """The exercises of a page: {label: (title, minutes)}."""
+    found = re.findall(r"^```\{exercise-start\} (.*), (\d+) minutes\n:label: (\S+)", text, re.MULTILINE)
+    return {label: (title, int(minutes)) for title, minutes, label in found}
+
+
+def headings(text: str) -> set[str]:
+    """The headings of a page, without the numbers that some of them begin with."""
+    return set(re.findall(r"^#+ (?:[\d–]+\. )?(.*)", text, re.MULTILINE))
+
+
+def test_status_page_quotes_the_chapters() -> None:
+    """The table of run times repeats what each chapter says of itself, and leaves none out."""
+    rows = re.findall(r"^\| \{doc\}`(\w+)` \| (.*) \| (.*) \|$", prose(BOOK / "status.md"), re.MULTILINE)
+    assert {name: (read, run) for name, read, run in rows} == {path.stem: needs(path) for path in NOTEBOOKS}
+
+
+PLAN = prose(BOOK / "instructors.md")
+SESSIONS = re.split(r"^## Session \d+: .*\n", PLAN.split("\n## What students get wrong")[0], flags=re.MULTILINE)[1:]
+OVERVIEW = re.findall(r"^\| (\d+) \| (\{doc\}.*) \| (.*) \| .* \| (.*) \|$", PLAN, re.MULTILINE)
+TAUGHT = [re.findall(r"\{doc\}`(\w+)`", row[1]) for row in OVERVIEW]
+
+
+def test_plan_covers_the_chapters() -> None:
+    """Parts I to III and the first chapter, in the book's order, each in one session; their run times as they say."""
+    parts = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))["parts"]
+    planned = [part for part in parts if part["caption"].split(".")[0] in ("Start here", "I", "II", "III")]
+    assert len(planned) == 4
+    assert [name for session in TAUGHT for name in session] == [p for part in planned for p in listed_pages(part)]
+    for number, (row, session) in enumerate(zip(OVERVIEW, TAUGHT, strict=True), start=1):
+        assert int(row[0]) == number
+        assert all(int(earlier) < number for earlier in re.findall(r"\d+", row[2]))
+        assert row[3] == ", ".join(needs(BOOK / f"{name}.ipynb")[1] for name in session), session
+    assert len(SESSIONS) == len(OVERVIEW) == 12
+
+
+def test_plan_names_every_exercise_once() -> None:
+    """Title, label and minutes are those of the chapters, which have been taught by then."""
+    seen: dict[str, tuple[str, int]] = {}
+    named = []
+    for text, chapters in zip(SESSIONS, TAUGHT, strict=True):
+        for name in chapters:
+            seen |= exercises(prose(BOOK / f"{name}.ipynb"))
+        for title, label, minutes in re.findall(r"\{ref\}`(.*) <(ex-[\w-]+)>`, (\d+) minutes", text):
+            assert seen.get(label) == (title, int(minutes)), label
+            named.append(label)
+        assert len(re.findall(r"<ex-", text)) == len(re.findall(r"`, \d+ minutes[;.]", text))
+    assert sorted(named) == sorted(seen)
+
+
+@pytest.mark.parametrize("number", range(len(SESSIONS)))
+def test_session_lasts_90_minutes(number: int) -> None:
+    """The rows add up, the exercises in class fit their row, and every section that is named is there."""
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", SESSIONS[number], re.MULTILINE)
+    assert sum(int(minutes) for minutes, _ in rows) == 90
+    block = re.search(r"^\*In class:\*\n((?:.+\n)+)", SESSIONS[number], re.MULTILINE)
+    in_class = sum(map(int, re.findall(r"(\d+) minutes", block[1])))
+    assert [int(minutes) for minutes, what in rows if what == "Exercises in class"] == [in_class]
+    there = set().union(*(headings(prose(BOOK / f"{name}.ipynb")) for name in TAUGHT[number]))
+    assert {name for _, what in rows for name in re.findall(r"\*([^*]+)\*", what)} <= there
+
+
+EXAM = re.split(r"^### (\d+\. .* points\))\n", PLAN.split("\n## Exam\n")[1], flags=re.MULTILINE)[1:]
+
+
+def test_exam_has_100_points() -> None:
+    """Each question has one folded answer, whose marks add up to its points."""
+    worth = []
+    for title, text in zip(EXAM[::2], EXAM[1::2], strict=True):
+        worth.append(int(re.search(r"(\d+) points\)$", title)[1]))
+        assert text.count(":::{dropdown} Model answer and marking\n") == 1, title
+        marks = re.findall(r"^- (\d+) points? for ", text.split("*Marking:*")[1], re.MULTILINE)
+        assert sum(map(int, marks)) == worth[-1], title
+    assert len(worth) == 10 and sum(worth) == 100
+
+
+def test_exam_answer_runs() -> None:
+    """The program of the exam recovers a prompt, counts its tests, and refuses a state that no token has."""
+    answer = re.search(r"^```python\n(.*?)^```", PLAN.split("\n## Exam\n")[1], re.MULTILINE | re.DOTALL)[1]
+    scope: dict = {}
+    exec(answer, scope)
+    table, prompt = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0)), [2, 6, 6]
+
+    def states_after(prefix: list[int]) -> torch.Tensor:
+        return table[:, len(prefix)] + sum(prefix)
+
+    observed = torch.stack([states_after(prompt[:t])[v] for t, v in enumerate(prompt)])
+    assert scope["sipit"](observed, states_after, range(7), 0.0) == (prompt, 3 + 7 + 7)
+    with pytest.raises(ValueError, match=r"position 1, after \[2\]"):
+        scope["sipit"](observed + torch.tensor([[0.0], [1.0], [0.0]]), states_after, range(7), 0.1)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import FAMILIES
 from packaging.requirements import Requirement
+from pybtex.database import parse_file, parse_string
+from test_book import MAX_LINES
 
 ROOT = Path(__file__).parent.parent
 POCKET = ROOT / "sipit_lite" / "pocket_gpt2"
@@ -117,3 +120,62 @@ def test_wheel_runs_the_demo(wheel: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and "4 of 4 exact" in done.stdout, done.stderr
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REFERENCES = ROOT / "book" / "references.bib"
+STATUS = (ROOT / "book" / "status.md").read_text(encoding="utf-8")
+
+
+def test_status_page_names_the_pins() -> None:
+    """The versions on the page are those of requirements.txt."""
+    table = STATUS.split("## Versions")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([\w-]+) \| (\d\S*) \| .* \|$", table, re.MULTILINE))
+    assert {"torch", "transformers", "numpy", "sympy", "jupyter-book", "nbval"} <= set(rows)
+    assert rows == {name: pins()[name] for name in rows}
+
+
+def test_status_page_names_the_architectures() -> None:
+    """The rows are the small random models of the tests, with their configuration classes."""
+    told = re.findall(r"^\| ([\w-]+) \| `(\w+Config)` \| .* \|$", STATUS, re.MULTILINE)
+    assert told == [(name, type(config).__name__) for name, config in FAMILIES.items()]
+
+
+def test_citation_file() -> None:
+    """CITATION.cff has the keys of the format, the version and licence of the package, and the paper's entry."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "abstract", "authors"} <= set(citation)
+    assert citation["cff-version"] == "1.2.0"
+    assert str(citation["version"]) == PROJECT["version"] and citation["license"] == PROJECT["license"]
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    assert citation["title"] == config["title"] and citation["authors"] == [{"name": config["author"]}]
+    [paper], entry = citation["references"], parse_file(REFERENCES).entries["nikolaou2026injective"]
+    assert paper["title"] == entry.fields["title"] and str(paper["year"]) == entry.fields["year"]
+    assert paper["conference"]["name"] == entry.fields["booktitle"]
+    assert paper["identifiers"][0]["value"] == f"arXiv:{entry.fields['eprint']}"
+    names = [(str(person.rich_last_names[0]), person.first_names[0]) for person in entry.persons["author"]]
+    assert [(person["family-names"], person["given-names"]) for person in paper["authors"]] == names
+
+
+def test_page_on_citing() -> None:
+    """Its entry of the paper is that of the bibliography, that of the book names title, author and version."""
+    page = (ROOT / "book" / "cite.md").read_text(encoding="utf-8")
+    paper, book = (parse_string(text, "bibtex") for text in re.findall(r"^```bibtex\n(.*?)^```", page, re.M | re.S))
+    [(key, entry)], [own] = paper.entries.items(), book.entries.values()
+    assert entry == parse_file(REFERENCES).entries[key]
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    assert own.fields["title"] == config["title"] and str(own.persons["author"][0]) == "{" + config["author"] + "}"
+    assert own.fields["note"].endswith(f"{PROJECT['name']}, version {PROJECT['version']}")
+
+
+def test_changelog_and_contributing() -> None:
+    """The newest version is that of the package, and the commands for contributors exist."""
+    newest = re.search(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert newest and newest[1] == PROJECT["version"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\.?\w+)", text, re.M)
+    assert targets and all(re.search(rf"^{re.escape(target)}:", makefile, re.M) for target in targets)
+    assert f"at most {MAX_LINES} lines" in text
+    named = re.findall(r"`((?:book|tests|sipit_lite)/[\w.-]+)`", text)
+    assert named and all((ROOT / name).exists() for name in named)
