@@ -275,6 +275,17 @@ def test_status_page_quotes_the_chapters() -> None:
     assert {name: (read, run) for name, read, run in rows} == {path.stem: needs(path) for path in NOTEBOOKS}
 
 
+MINUTES = {"ten minutes": 10, "half an hour": 30, "thirty minutes": 30, "forty minutes": 40, "fifty minutes": 50}
+
+
+def test_readme_and_introduction_list_the_chapters() -> None:
+    """All of them, in the README with the minutes that they take to read."""
+    rows = re.findall(r"^\| \[.*\]\(book/(\w+)\.ipynb\) .* (\d+) \|$", prose(ROOT / "README.md"), re.MULTILINE)
+    told = {path.stem: needs(path)[0] for path in NOTEBOOKS}
+    assert dict(rows) == {name: str(MINUTES.get(read, read.removesuffix(" minutes"))) for name, read in told.items()}
+    assert [name for name in told if f"{{doc}}`{name}`" not in prose(BOOK / "intro.md")] == []
+
+
 PLAN = prose(BOOK / "instructors.md")
 SESSIONS = re.split(r"^## Session \d+: .*\n", PLAN.split("\n## What students get wrong")[0], flags=re.MULTILINE)[1:]
 OVERVIEW = re.findall(r"^\| (\d+) \| (\{doc\}.*) \| (.*) \| .* \| (.*) \|$", PLAN, re.MULTILINE)
