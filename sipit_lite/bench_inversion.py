@@ -250,7 +250,7 @@ def gpt2_at_initialisation(size: Size, seed: int, device: torch.device) -> dict[
     layer, generator = model.n_layers, torch.Generator().manual_seed(seed + 1)
     asked = torch.randint(model.vocab_size, (size.large, size.tokens), generator=generator).to(device)
     begun = time.perf_counter()
-    lens = Lens.fit(model, layer, tokens=10_000, features=0, seed=seed)
+    lens = Lens.fit(model, layer, tokens=30_000, features=0, seed=seed)
     fitted = time.perf_counter() - begun
     slow = [published(model.states(ids, layer), model, layer, limit=10 * size.limit) for ids in asked]
     auto = auto_seconds(model, asked, lens)

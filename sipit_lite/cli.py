@@ -15,8 +15,10 @@ import torch
 from sipit_lite import bench
 from sipit_lite.bench_collisions import collisions
 from sipit_lite.bench_inversion import inversion
+from sipit_lite.bench_scale import scale
 from sipit_lite.capture import last_states, read_states, write_states
 from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs, continuations
+from sipit_lite.families import families
 from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel, ModelError, load
 from sipit_lite.policies import Gradient, Newton, Policy, Random
@@ -34,7 +36,10 @@ POLICIES: dict[str, Policy | str] = {
     "published": Gradient(1),
     "random": Random(),
 }
-BENCHES = {"exactness": bench.exactness, "scan": bench.scan, "collisions": collisions, "inversion": inversion}
+BENCHES = {
+    "exactness": bench.exactness, "scan": bench.scan, "collisions": collisions, "inversion": inversion, "scale": scale,
+    "families": families,
+}  # fmt: skip
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt can be read back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",

@@ -11,7 +11,7 @@ from sipit_lite.bench import Check, candidate_counts, table
 from sipit_lite.cli import main, speed_figure
 
 
-@pytest.mark.parametrize("name", ["exactness", "scan", "collisions", "inversion"])
+@pytest.mark.parametrize("name", ["exactness", "scan", "collisions", "inversion", "scale", "families"])
 def test_quick_run_keeps_the_contract(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every check has a name, value, target, direction and verdict; the verdict follows from them."""
     assert main(["bench", name, "--quick", "--json", "--device", "cpu"]) == 0
@@ -21,7 +21,7 @@ def test_quick_run_keeps_the_contract(name: str, capsys: pytest.CaptureFixture[s
         assert set(check) == {"name", "value", "target", "better", "ok"}
         above = check["value"] >= check["target"]
         assert check["ok"] == (above if check["better"] == "higher" else check["value"] <= check["target"])
-    if name == "exactness":
+    if name in ("exactness", "families"):
         assert all(check["ok"] for check in told["checks"]), told["checks"]
 
 
