@@ -56,7 +56,10 @@ class Recovery:
 
     @property
     def certified(self) -> bool:
-        """Whether Theorem 3.2's hypothesis was measured to hold: residuals below Δ_{π,t}/2 at every position."""
+        """Whether every residual is below Δ_{π,t}/2: no other token explains its state with so small an error.
+
+        The tokens are the true ones if the noise was below Δ_{π,t}/2 too, the hypothesis of Theorem 3.2.
+        """
         return bool((self.headroom > 0).all())
 
 
