@@ -8,7 +8,7 @@ each would leave unexplained. A lens only proposes: what it drafts is verified l
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, zip_longest
+from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.prompts import prompts as prompts_of
 
 FORMAT = "sipit-lite lens 1"
-LENGTH = 64  # tokens of a prompt that the lens is fitted on
+LENGTHS = (64, 16, 4)  # tokens of the prompts that the lens is fitted on, in turn: first positions are unlike the rest
 PASS = 2048  # tokens in a pass
 RIDGE = 1e-5  # relative to each feature's own sum of squares
 HELD = 2**24  # numbers held at once while tokens are ranked: 64 MiB
@@ -166,11 +166,24 @@ _TENSORS = ("directions", "slope", "intercept", "whiten")
 def own_prompts(model: LanguageModel, seed: int) -> Iterator[Int[Tensor, " pos"]]:
     """Prompts that a lens is fitted on: random tokens, and prose and code of the installed training split between them.
 
+    Their lengths take turns, a pass each, so that the first positions are seen often: attention averages over few
+    tokens there, and the states look different.
+
     >>> from sipit_lite import load
-    >>> len(next(own_prompts(load(device="cpu"), 0)))
-    64
+    >>> prompts = own_prompts(load(device="cpu"), 0)
+    >>> [len(next(prompts)) for _ in range(33)][-2:]
+    [64, 16]
     """
-    length = min(LENGTH, model.n_positions)
+    longest = min(LENGTHS[0], model.n_positions)
+    windows = _windows(model, seed, longest)
+    for length in cycle(LENGTHS):
+        some = list(islice(windows, PASS // longest))
+        if not some:
+            return
+        yield from (ids for window in some for ids in window.split(length))
+
+
+def _windows(model: LanguageModel, seed: int, length: int) -> Iterator[Int[Tensor, " pos"]]:
     if model.tokenizer is None:
         generator = torch.Generator().manual_seed(seed)
         while True:
