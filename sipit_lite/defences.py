@@ -1,0 +1,543 @@
+"""Defences of hidden states and what they buy: how much of the prompt is still recovered, and what the model loses.
+
+A client keeps the first blocks, changes the states, and sends them to a server that runs the rest. The attacker sees
+what the server sees, has the model, and knows the defence and its strength, all but the noise itself (Kerckhoffs):
+whatever is done to the states by a known function, the attacker does to the states of every candidate (chapter 15).
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+from tqdm import tqdm
+
+from sipit_lite.models import LanguageModel, ModelError, landmarks, load
+from sipit_lite.onestep import ROWS, OneStepMap
+from sipit_lite.prompts import prompts
+from sipit_lite.verify import distance_to_stored, noise_floor
+
+Z = 1.959963984540054  # the normal law is within ± Z with probability 0.95
+REACH = 5.0  # a Gaussian vector of unit variance is longer than √d + REACH with probability below exp(−REACH²/2)
+
+
+class DefenceError(ValueError):
+    """A defence without sense: a strength out of range, or positions that are not there."""
+
+
+@runtime_checkable
+class Defence(Protocol):
+    """What a client does to each state before sending it, and what an attacker who knows that makes of it."""
+
+    def send(self, states: Float[Tensor, "pos d_model"], seed: int = 0) -> Float[Tensor, "pos d_model"]:
+        """The states that the server receives, in the shape of states, so that it can go on with them."""
+
+    def surprise(
+        self, sent: Float[Tensor, " d_model"], cloud: Float[Tensor, "vocab d_model"], floor: float
+    ) -> Float64[Tensor, " vocab"]:
+        """−log of the likelihood of what was sent, for each candidate's state, up to a constant."""
+
+    def fits(
+        self, sent: Float[Tensor, " d_model"], cloud: Float[Tensor, "vocab d_model"], floor: float
+    ) -> Bool[Tensor, " vocab"]:
+        """The candidates that could have led to what was sent; ``floor`` is the relative float noise."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise: every state gets an error of about ``size`` times its own norm, √d numbers of size·‖h‖/√d.
+
+    Raises ``DefenceError`` for a size that is not above zero and finite.
+
+    >>> Noise(0.5).send(torch.ones(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+    size: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size < math.inf:
+            raise DefenceError(f"got noise of size {self.size}; expected a finite number above 0")
+
+    def send(self, states: Float[Tensor, "pos d_model"], seed: int = 0) -> Float[Tensor, "pos d_model"]:
+        """See ``Defence``; the same seed draws the same noise."""
+        drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return states + (drawn.to(states.device) * self._deviation(states)[:, None]).to(states)
+
+    def surprise(
+        self, sent: Float[Tensor, " d_model"], cloud: Float[Tensor, "vocab d_model"], floor: float
+    ) -> Float64[Tensor, " vocab"]:
+        """See ``Defence``: a normal law around each candidate, with the deviation that its own norm would give."""
+        deviation = self._deviation(cloud)
+        square = (cloud.double() - sent.double()).square().sum(1)
+        return square / (2 * deviation**2) + cloud.shape[1] * deviation.log()
+
+    def fits(
+        self, sent: Float[Tensor, " d_model"], cloud: Float[Tensor, "vocab d_model"], floor: float
+    ) -> Bool[Tensor, " vocab"]:
+        """See ``Defence``: the true token is missed with probability below exp(−REACH²/2), about 4 in a million."""
+        distance = torch.linalg.vector_norm(cloud.double() - sent.double(), dim=1)
+        return distance <= self._deviation(cloud) * (cloud.shape[1] ** 0.5 + REACH)
+
+    def _deviation(self, states: Float[Tensor, "rows d_model"]) -> Float64[Tensor, " rows"]:
+        return self.size * torch.linalg.vector_norm(states.double(), dim=1) / states.shape[1] ** 0.5
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Every number in ``bits`` bits: 2^bits equal steps from −m to m, m the largest size of a number in the state.
+
+    One bit keeps the signs and m. Raises ``DefenceError`` unless ``bits`` is from 1 to 16.
+
+    >>> Rounding(1).send(torch.tensor([[2.0, -0.1]])).tolist()
+    [[1.0, -1.0]]
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in range(1, 17):
+            raise DefenceError(f"got {self.bits} bits; expected 1 to 16")
+
+    def send(self, states: Float[Tensor, "pos d_model"], seed: int = 0) -> Float[Tensor, "pos d_model"]:
+        """See ``Defence``; nothing is drawn, so the seed does nothing."""
+        step = states.abs().amax(1, keepdim=True) / 2 ** (self.bits - 1)
+        level = (states / step.where(step > 0, 1.0)).floor().clamp(max=2 ** (self.bits - 1) - 1)
+        return (level + 0.5) * step
+
+    def surprise(
+        self, sent: Float[Tensor, " d_model"], cloud: Float[Tensor, "vocab d_model"], floor: float
+    ) -> Float64[Tensor, " vocab"]:
+        """See ``Defence``: each candidate is rounded too, and what is left to chance is float noise."""
+        return _float_noise(torch.linalg.vector_norm((self.send(cloud) - sent).double(), dim=1), cloud, floor)
+
+    def fits(
+        self, sent: Float[Tensor, " d_model"], cloud: Float[Tensor, "vocab d_model"], floor: float
+    ) -> Bool[Tensor, " vocab"]:
+        """See ``Defence``: no number of the candidate is further from what was sent than half a step."""
+        half = sent.abs().max() / (2**self.bits - 1)  # the outermost level is half a step inside m
+        beyond = distance_to_stored(cloud, sent, half.expand_as(sent))
+        return beyond <= floor * torch.linalg.vector_norm(cloud, dim=1)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Orthogonal projection onto a random subspace of ``dim`` dimensions, the same for all states.
+
+    The client may send ``dim`` numbers, and the server lifts them back. The subspace, drawn from ``key``, is known to
+    the attacker. Raises ``DefenceError`` for ``dim`` below one, or above the width of the states that are sent.
+
+    >>> sent = Projection(2).send(torch.randn(5, 4))
+    >>> int(torch.linalg.matrix_rank(sent))
+    2
+    """
+
+    dim: int
+    key: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise DefenceError(f"got a projection to {self.dim} dimensions; expected at least 1")
+
+    def basis(self, width: int) -> Float64[Tensor, "{width} {self.dim}"]:
+        """An orthonormal basis of the subspace, drawn uniformly: the Q of a Gaussian matrix."""
+        if self.dim > width:
+            raise DefenceError(f"got a projection to {self.dim} dimensions; the states have {width}")
+        drawn = torch.randn(width, self.dim, generator=torch.Generator().manual_seed(self.key), dtype=torch.float64)
+        return torch.linalg.qr(drawn).Q
+
+    def send(self, states: Float[Tensor, "pos d_model"], seed: int = 0) -> Float[Tensor, "pos d_model"]:
+        """See ``Defence``; the subspace comes from ``key``, so the seed does nothing."""
+        basis = self.basis(states.shape[1]).to(states)
+        return states @ basis @ basis.T
+
+    def surprise(
+        self, sent: Float[Tensor, " d_model"], cloud: Float[Tensor, "vocab d_model"], floor: float
+    ) -> Float64[Tensor, " vocab"]:
+        """See ``Defence``: each candidate is projected too, and what is left to chance is float noise."""
+        return _float_noise(self._distance(sent, cloud), cloud, floor)
+
+    def fits(
+        self, sent: Float[Tensor, " d_model"], cloud: Float[Tensor, "vocab d_model"], floor: float
+    ) -> Bool[Tensor, " vocab"]:
+        """See ``Defence``: the candidate, projected, is as far from what was sent as float noise allows."""
+        return self._distance(sent, cloud) <= floor * torch.linalg.vector_norm(cloud.double(), dim=1)
+
+    def _distance(
+        self, sent: Float[Tensor, " d_model"], cloud: Float[Tensor, "vocab d_model"]
+    ) -> Float64[Tensor, " vocab"]:
+        basis = self.basis(len(sent)).to(sent.device)
+        return torch.linalg.vector_norm((cloud.double() - sent.double()) @ basis, dim=1)
+
+
+def _float_noise(
+    distance: Float64[Tensor, " vocab"], cloud: Float[Tensor, "vocab d_model"], floor: float
+) -> Float64[Tensor, " vocab"]:
+    return (distance / (floor * torch.linalg.vector_norm(cloud.double(), dim=1))).square() / 2
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """Of every ``period`` states the last is sent, the others are not; the positions are known.
+
+    Raises ``DefenceError`` for a period below two.
+
+    >>> Dropping(3).kept(8).tolist()
+    [2, 5]
+    """
+
+    period: int
+
+    def __post_init__(self) -> None:
+        if self.period < 2:
+            raise DefenceError(f"got a period of {self.period}; expected at least 2: one state sent, one dropped")
+
+    def kept(self, length: int) -> Int[Tensor, " kept"]:
+        """The positions that are sent, of a prompt of ``length`` tokens. Raises ``DefenceError`` where none is."""
+        if length < self.period:
+            raise DefenceError(f"got a prompt of {length} tokens; a period of {self.period} would send no state at all")
+        return torch.arange(self.period - 1, length, self.period)
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for a probability, from so many successes in so many independent trials.
+
+    The p with |p̂ − p| ≤ Z √(p(1 − p)/n); unlike p̂ ± Z √(p̂(1 − p̂)/n) it does not shrink to a point at 0 or n.
+    Raises ``DefenceError`` unless 0 ≤ successes ≤ trials and there is a trial.
+
+    >>> [round(end, 3) for end in wilson(10, 10)]
+    [0.722, 1.0]
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise DefenceError(f"got {successes} successes in {trials} trials; expected 0 to {trials}, at least one trial")
+    share, weight = successes / trials, Z**2 / trials
+    middle = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def continued(
+    model: LanguageModel,
+    states: Float[Tensor, "pos d_model"],
+    layer: int,
+    positions: Int[Tensor, " pos"] | None = None,
+) -> Float[Tensor, "pos vocab"]:
+    """Logits of the next token when the blocks after ``layer``, the final norm and the unembedding run on the states.
+
+    What the server of split inference computes. ``positions`` are those of the states, where some were dropped.
+    Raises ``ModelError`` for a bad layer, or a model whose unembedding is not its table of embeddings: it is not kept.
+
+    >>> model = load(device="cpu")
+    >>> ids = model.encode("the hidden states")
+    >>> ends = [continued(model, model.states(ids, layer), layer)[-1] for layer in (0, 6)]
+    >>> torch.allclose(*ends, atol=1e-3)
+    True
+    """
+    model.check_layer(layer)
+    if not model.decoder.config.tie_word_embeddings:
+        raise ModelError(f"got {model.name} with an unembedding of its own; expected one tied to the embeddings")
+    positions = torch.arange(len(states)) if positions is None else positions
+    # Without a mask, transformers takes positions with gaps for several prompts packed into one row.
+    rows = {"position_ids": positions[None].to(model.device), "attention_mask": torch.ones(1, len(states)).to(states)}
+    with torch.no_grad(), _replaced(model, layer, states[None]):
+        # The blocks before the layer run on whatever this is, and their result is thrown away.
+        found = model.decoder(inputs_embeds=states[None], use_cache=False, **rows)
+        return found.last_hidden_state[0] @ model.decoder.get_input_embeddings().weight.T
+
+
+@contextmanager
+def _replaced(model: LanguageModel, layer: int, states: Float[Tensor, "1 pos d_model"]):
+    blocks, norm = (getattr(model.decoder, name) for name in landmarks(model.decoder))
+
+    def put(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+    handle = (blocks[layer] if layer < model.n_layers else norm).register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def loss(
+    model: LanguageModel,
+    ids: Int[Tensor, " pos"],
+    states: Float[Tensor, "kept d_model"],
+    layer: int,
+    kept: Int[Tensor, " kept"] | None = None,
+) -> Float[Tensor, " predicted"]:
+    """Loss in nats at each position that predicts a token of the prompt, from the states that the server received.
+
+    ``kept`` are the positions of the states; without it, all. See ``continued`` for what is raised.
+
+    >>> model = load(device="cpu")
+    >>> ids = model.encode("the hidden states")
+    >>> loss(model, ids, model.states(ids, 3), 3).shape
+    torch.Size([2])
+    """
+    kept = torch.arange(len(ids)) if kept is None else kept
+    predicts = kept[kept + 1 < len(ids)]
+    logits = continued(model, states, layer, kept)[: len(predicts)]
+    return cross_entropy(logits.float(), ids.to(model.device)[predicts.to(model.device) + 1], reduction="none")
+
+
+def extra_loss(
+    model: LanguageModel, texts: Sequence[Int[Tensor, " pos"]], layer: int, defence: Defence | Dropping, seed: int = 0
+) -> float:
+    """What a defence costs: mean loss with it minus mean loss without it, nats a token, on the same predicted tokens.
+
+    Raises ``DefenceError`` for no texts, or texts that are too short to predict anything; see also ``continued``.
+
+    >>> model = load(device="cpu")
+    >>> texts = [model.encode("the hidden states of a prompt")]
+    >>> extra_loss(model, texts, 3, Rounding(1)) > extra_loss(model, texts, 3, Rounding(12))
+    True
+    """
+    before, after = [], []
+    for i, ids in enumerate(texts):
+        states, kept = model.states(ids, layer), torch.arange(len(ids))
+        clean = loss(model, ids, states, layer)
+        if isinstance(defence, Dropping):
+            kept = defence.kept(len(ids))
+            sent = states[kept.to(states.device)]
+        else:
+            sent = defence.send(states, seed + i)
+        after.append(loss(model, ids, sent, layer, kept))
+        before.append(clean[kept[: len(after[-1])].to(clean.device)])
+    if not sum(map(len, after)):
+        raise DefenceError(f"got {len(texts)} texts that predict no token; expected texts of several tokens")
+    return float(torch.cat(after).mean() - torch.cat(before).mean())
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an attack recovered: tokens right by likelihood alone, and with the model's own next-token probabilities.
+
+    ``verified`` counts the tokens where exactly one candidate fitted, ``false`` those of them that are wrong.
+    """
+
+    trials: int = 0
+    likelihood: int = 0
+    posterior: int = 0
+    verified: int = 0
+    false: int = 0
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+
+def recovery(
+    model: LanguageModel,
+    texts: Iterable[Int[Tensor, " pos"]],
+    layer: int,
+    defences: Sequence[Defence],
+    seed: int = 0,
+    *,
+    progress: bool = False,
+) -> list[Score]:
+    """Attack defended states with the whole vocabulary, after the true prefix: one score a defence, over all positions.
+
+    The prefix is granted, which favours the attacker: an error at one position does not spread to the next.
+    Raises ``ModelError`` for a bad layer or prompt.
+
+    >>> model = load(device="cpu")
+    >>> recovery(model, [model.encode("hidden")], 1, [Rounding(8)])[0].likelihood
+    1
+    """
+    scores, floor = [Score()] * len(defences), noise_floor(model, layer)
+    for i, ids in enumerate(tqdm(texts, "recovery", disable=None if progress else True)):
+        model.check_ids(ids)
+        states = model.states(ids, layer)
+        sent = [defence.send(states, seed + i) for defence in defences]
+        prior = log_softmax(continued(model, states, layer).double(), -1)
+        step = OneStepMap.after(model, layer)
+        for t, token in enumerate(ids.tolist()):
+            cloud = step.tokens(torch.arange(model.vocab_size, device=model.device))
+            expected = prior[t - 1] if t else torch.zeros_like(prior[0])
+            scores = [
+                score + _attack(defence, x[t], cloud, expected, token, floor)
+                for score, defence, x in zip(scores, defences, sent, strict=True)
+            ]
+            step = step.extend(token) if t + 1 < len(ids) else step
+    return scores
+
+
+def _attack(
+    defence: Defence,
+    sent: Float[Tensor, " d_model"],
+    cloud: Float[Tensor, "vocab d_model"],
+    prior: Float64[Tensor, " vocab"],
+    token: int,
+    floor: float,
+) -> Score:
+    surprise, fitting = defence.surprise(sent, cloud, floor), defence.fits(sent, cloud, floor).nonzero()[:, 0].tolist()
+    verified = len(fitting) == 1
+    return Score(
+        1,
+        int(surprise.argmin()) == token,
+        int((surprise - prior).argmin()) == token,
+        verified,
+        verified and fitting != [token],
+    )
+
+
+def recovery_of_dropped(
+    model: LanguageModel,
+    texts: Iterable[Int[Tensor, " pos"]],
+    layer: int,
+    defence: Dropping,
+    *,
+    progress: bool = False,
+) -> Score:
+    """Attack states of which some were dropped, run by run with ``repair``, after the true prefix: over all tokens.
+
+    Tokens behind the last state that was sent count as lost. Raises ``DefenceError`` for a text shorter than a period,
+    ``ModelError`` for a bad layer or prompt.
+
+    >>> model = load(device="cpu")
+    >>> recovery_of_dropped(model, [model.encode("hidden states")[:2]], 1, Dropping(2))
+    Score(trials=2, likelihood=2, posterior=2, verified=2, false=0)
+    """
+    score = Score()
+    for ids in tqdm(texts, "dropped", disable=None if progress else True):
+        model.check_ids(ids)
+        states, ids = model.states(ids, layer), ids.to(model.device)
+        prior = log_softmax(continued(model, states, layer), -1)
+        for t in defence.kept(len(ids)).tolist():
+            start = t - defence.period + 1
+            ranked = prior[start - 1].argsort(descending=True) if start else torch.arange(model.vocab_size)
+            found = repair(OneStepMap.after(model, layer, ids[:start]), states[t], t - start, ranked.to(ids))
+            right = found.tokens == ids[start : t + 1]
+            verified = len(right) if found.verified else 0
+            score += Score(0, int(right.sum()), int(right.sum()), verified, verified and int((~right).sum()))
+        score += Score(trials=len(ids))
+    return score
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """A run of dropped tokens and the observed one behind it, as the attacker has them: verified, or a guess."""
+
+    tokens: Int[Tensor, " pos"]
+    verified: bool
+
+
+def repair(
+    step: OneStepMap, observed: Float[Tensor, " d_model"], gap: int, ranked: Int[Tensor, " vocab"], rounds: int = 2
+) -> Repair:
+    """The ``gap`` dropped tokens behind a prefix and the one after them, from the one state that was sent.
+
+    The likeliest token, the first of ``ranked``, fills the gap, and the observed token is the nearest of the whole
+    vocabulary. A gap of one is then searched as well, the whole vocabulary again, and so on in turn until a state
+    agrees within float noise, or for so many ``rounds``: about 2·|V| tests each. Wider gaps stay guesses.
+    """
+    size = torch.linalg.vector_norm(observed.double())
+    radius = noise_floor(step.model, step.layer) * size
+    guess, everything = ranked[:1].repeat(gap + 1), torch.arange(len(ranked), device=ranked.device)
+    for _ in range(rounds if gap == 1 else 1):
+        behind = step.follow(guess[:gap])[1] if gap else step
+        guess[gap], distance = _nearest(behind.tokens(everything), observed, everything)
+        if gap == 1 and distance > radius:
+            pairs = torch.stack([ranked, guess[1].expand(len(ranked))], 1)
+            last = torch.cat([step.branch(rows)[0][:, -1] for rows in pairs.split(ROWS)])
+            guess[0], distance = _nearest(last, observed, ranked)
+        if distance <= radius:
+            return Repair(guess, True)
+    return Repair(guess, False)
+
+
+def _nearest(
+    states: Float[Tensor, "cand d_model"], observed: Float[Tensor, " d_model"], tokens: Int[Tensor, " cand"]
+) -> tuple[Int[Tensor, ""], float]:
+    distance = torch.linalg.vector_norm((states - observed).double(), dim=1)
+    return tokens[distance.argmin()], float(distance.min())
+
+
+def keys_and_values(step: OneStepMap, tokens: Int[Tensor, " cand"]) -> Float[Tensor, "cand width"]:
+    """The row that each candidate would write into the key-value cache of the last block of the step: key, then value.
+
+    Raises ``ModelError`` for layer 0, which has no block.
+
+    >>> model = load(device="cpu")
+    >>> keys_and_values(OneStepMap.after(model, 2), torch.tensor([5, 6, 7])).shape
+    torch.Size([3, 512])
+    """
+    if step.layer < 1:
+        raise ModelError(
+            f"got layer {step.layer}; keys and values belong to a block, layers 1 to {step.model.n_layers}"
+        )
+    after = [end for rows in tokens.split(ROWS) for end in step.branch(rows[:, None])[1]]
+    return torch.stack([torch.cat([x[0, :, -1].flatten() for x in end.past[step.layer - 1]]) for end in after])
+
+
+STRENGTHS: dict[str, tuple[Defence | Dropping, ...]] = {
+    "noise": tuple(map(Noise, (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0))),
+    "rounding": tuple(map(Rounding, (8, 6, 4, 3, 2, 1))),
+    "projection": tuple(map(Projection, (192, 128, 64, 16, 4, 1))),
+    "dropping": tuple(map(Dropping, (2, 3, 4, 6, 12))),
+}
+
+
+def strength(defence: Defence | Dropping) -> float | int:
+    """The number that says how strong a defence is: size, bits, dimensions or period.
+
+    >>> strength(Rounding(3))
+    3
+    """
+    return next(iter(asdict(defence).values()))
+
+
+def study(
+    model: LanguageModel, count: int = 16, length: int = 12, layer: int | None = None, *, progress: bool = False
+) -> dict:
+    """Every defence at every strength: recovery on ``count`` prompts of bundled prose, extra loss on as many long ones.
+
+    What ``python -m sipit_lite.defences FILE.json`` writes. The layer is the middle one unless given.
+    """
+    layer = max(1, model.n_layers // 2) if layer is None else layer
+    short, long = (list(islice(prompts(model.tokenizer, "prose", n), count)) for n in (length, 64))
+    masks = [d for name in ("noise", "rounding", "projection") for d in STRENGTHS[name]]
+    scores = dict(zip(masks, recovery(model, short, layer, masks, progress=progress), strict=True))
+    scores |= {d: recovery_of_dropped(model, short, layer, d, progress=progress) for d in STRENGTHS["dropping"]}
+    rows = [
+        {"defence": name, "strength": strength(d), "extra": round(extra_loss(model, long, layer, d), 4)}
+        | asdict(scores[d])
+        for name, some in STRENGTHS.items()
+        for d in some
+    ]
+    clean = torch.cat([loss(model, ids, model.states(ids, layer), layer) for ids in long])
+    told = {"model": model.name, "layer": layer, "prompts": count, "length": length, "predicted": len(clean)}
+    return told | {"loss": round(float(clean.mean()), 4), "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The defences of chapter 15, recovery and extra loss, into one JSON file; 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m sipit_lite.defences", description=main.__doc__)
+    parser.add_argument("file", type=Path, metavar="FILE.json")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--length", type=int, default=12, help="tokens of each prompt that is attacked")
+    parser.add_argument("--layer", type=int, help="default: the middle one")
+    parser.add_argument("--model", help="pocket-gpt2 (default), a folder, or a name on the Hugging Face hub")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--progress", action="store_true")
+    asked = parser.parse_args(argv)
+    try:
+        model = load(asked.model, device=asked.device)
+        found = study(model, asked.prompts, asked.length, asked.layer, progress=asked.progress)
+        asked.file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"defences: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
