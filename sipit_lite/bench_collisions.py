@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sipit_lite.bench import Check, clock, in_a_process, peak_memory
-from sipit_lite.capture import SHARD, last_states
 from sipit_lite.collisions import closest_pairs
 from sipit_lite.models import LanguageModel
 from sipit_lite.onestep import EXACT
 from sipit_lite.prompts import distinct
+from sipit_lite.shards import SHARD, last_states
 
 BLOCK = 4096
 LENGTH = 24  # tokens of a prompt

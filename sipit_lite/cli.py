@@ -11,18 +11,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from sipit_lite import bench
+from sipit_lite.activations import read_states, write_states
 from sipit_lite.bench_collisions import collisions
 from sipit_lite.bench_inversion import inversion
 from sipit_lite.bench_scale import scale
-from sipit_lite.capture import last_states, read_states, write_states
 from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs, continuations
 from sipit_lite.families import families
 from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel, ModelError, load
 from sipit_lite.policies import Gradient, Newton, Policy, Random
 from sipit_lite.prompts import KINDS, SOURCES, distinct, prompts
+from sipit_lite.shards import last_states
 from sipit_lite.sipit import Interrupted, NotVerified, Recovery, invert
 from sipit_lite.verify import StatesError
 
@@ -46,7 +48,8 @@ DEMO_TEXTS = {
     "emoji and scripts": "naïve 🙂 привет, 世界!",
 }
 DEMO_RANDOM_TOKENS = 20
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+WEIGHTS = {"int8": torch.float16, "fp4": torch.bfloat16}  # and the format their products are computed in
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--layer", type=int, help="0 (embeddings) to L; the demo takes all, the others the last")
     shared.add_argument("--policy", choices=POLICIES, default="auto", help="the order in which tokens are tried")
+    shared.add_argument("--model-dtype", choices=DTYPES[:4], help="the format the model computes in (default: float32)")
+    shared.add_argument("--weights", choices=WEIGHTS, help="quantised weights; needs sipit-lite[quantised]")
+    shared.add_argument("--device-map", help="auto spreads the weights over devices; needs sipit-lite[quantised]")
     shared.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, ...")
     shared.add_argument("--seed", type=int, default=0, help="below 2**62")
     shared.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -95,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     capture = commands.add_parser("capture", parents=[shared], help="text to a file of hidden states")
     capture.add_argument("text", help="the prompt, or - to read it from standard input")
     capture.add_argument("-o", "--output", default="states.safetensors")
+    capture.add_argument("--layers", type=int, nargs="+", help="several layers in one file, in place of --layer")
     capture.add_argument("--dtype", choices=DTYPES, help="store the states in this format (default: the model's)")
     capture.add_argument("--keep-text", action="store_true", help="write the text and its ids beside the states")
     capture.set_defaults(run=run_capture)
@@ -168,19 +175,21 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_capture(options: argparse.Namespace) -> int:
-    """Write the hidden states of a text at one layer."""
-    model = _model(options)
+    """Write the hidden states of a text at one or more layers."""
+    asked = options.layers or [] if options.layer is None else [options.layer]
+    model = _model(options, max(asked, default=None))
     text = sys.stdin.read() if options.text == "-" else options.text
     dtype = getattr(torch, options.dtype) if options.dtype else None
     captured = write_states(
-        options.output, model, text, _layer(options, model), dtype=dtype, keep_text=options.keep_text
+        options.output, model, text, asked or [model.n_layers], dtype=dtype, keep_text=options.keep_text
     )
+    states = captured.states[captured.layer]
     summary = {
         "file": options.output,
         "model": model.name,
-        "layer": captured.layer,
-        "shape": list(captured.states.shape),
-        "dtype": str(captured.states.dtype).removeprefix("torch."),
+        "layers": list(captured.states),
+        "shape": list(states.shape),
+        "dtype": str(states.dtype).removeprefix("torch."),
         "text kept": options.keep_text,
     }
     print(json.dumps(summary) if options.json else "  ".join(f"{k}: {v}" for k, v in summary.items()))
@@ -189,12 +198,13 @@ def run_capture(options: argparse.Namespace) -> int:
 
 def run_invert(options: argparse.Namespace) -> int:
     """Print the prompt whose hidden states are in a file, or of a text just captured."""
+    layer = options.layer
     if options.text is None:
-        stored = read_states(options.file)
-        options.model = stored.model if options.model is None else options.model
-        model, layer, states = _model(options), stored.layer if options.layer is None else options.layer, stored.states
+        states = read_states(options.file)
+        options.model = states.model if options.model is None else options.model
+        model = _model(options, None if options.lens else max(states.states) if layer is None else layer)
     else:
-        model = _model(options)
+        model = _model(options, None if options.lens else layer)
         layer = _layer(options, model)
         states = model.states(options.text, layer)
     recovery = invert(
@@ -205,11 +215,12 @@ def run_invert(options: argparse.Namespace) -> int:
         seed=options.seed,
         epsilon=options.epsilon,
         certify=options.certify,
-        lens=_lens(options.lens, model, layer) if options.lens else None,
+        lens=_lens(options.lens, model, states.layer if layer is None else layer) if options.lens else None,
         on_fail=options.on_fail,
         progress=True,
     )
-    print(json.dumps(as_json(recovery) | {"model": model.name, "layer": layer}) if options.json else recovery.text)
+    told = as_json(recovery) | {"model": model.name, "layer": layer if recovery.layer is None else recovery.layer}
+    print(json.dumps(told) if options.json else recovery.text)
     if not recovery.verified.all():
         guessed = (~recovery.verified).nonzero()[:, 0].tolist()
         print(f"not verified, nearest tokens only: positions {', '.join(map(str, guessed))}", file=sys.stderr)
@@ -401,8 +412,27 @@ def _save(figure: "Figure", path: str) -> None:
         figure.clear()
 
 
-def _model(options: argparse.Namespace) -> LanguageModel:
-    return load(options.model, device=options.device, random_init=options.random_init, seed=options.seed)
+def _model(options: argparse.Namespace, layers: int | None = None) -> LanguageModel:
+    """The model asked for; ``layers`` is the last one that the command looks at."""
+    dtype = options.model_dtype or str(WEIGHTS.get(options.weights, torch.float32)).removeprefix("torch.")
+    return load(
+        options.model,
+        device=options.device,
+        dtype=getattr(torch, dtype),
+        layers=layers,
+        device_map=options.device_map or ("auto" if options.weights else None),
+        quantization_config=_quantised(options.weights) if options.weights else None,
+        random_init=options.random_init,
+        seed=options.seed,
+        progress=True,
+    )
+
+
+def _quantised(weights: str) -> BitsAndBytesConfig:
+    try:
+        return BitsAndBytesConfig(load_in_8bit=weights == "int8", load_in_4bit=weights == "fp4")
+    except ImportError as error:
+        raise ModelError(f"got --weights {weights}; it needs pip install 'sipit-lite[quantised]' ({error})") from error
 
 
 def _lens(path: str, model: LanguageModel, layer: int) -> Lens:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from sipit_lite import capture, collisions
+from sipit_lite import collisions, shards
 from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel, load
 from sipit_lite.prompts import distinct
@@ -87,7 +87,7 @@ def last_states(
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> Shard:
-    """This rank's share of ``capture.last_states``: every so-many-th prompt in the order of their lengths.
+    """This rank's share of ``shards.last_states``: every so-many-th prompt in the order of their lengths.
 
     With ``folder`` finished shards are kept, and used again by a run with as many ranks. Raises what it raises there,
     and ``StatesError`` for fewer prompts than ranks.
@@ -97,7 +97,7 @@ def last_states(
         raise StatesError(f"got {len(prompts)} prompts for {count} ranks; expected at least one for each")
     rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))[rank::count]
     place = folder and Path(folder) / f"rank-{rank}-of-{count}"
-    found = capture.last_states(model, [prompts[row] for row in rows], layers, folder=place, progress=progress)
+    found = shards.last_states(model, [prompts[row] for row in rows], layers, folder=place, progress=progress)
     return Shard(torch.tensor(rows), found)
 
 

@@ -7,6 +7,7 @@ States are taken after block ``layer`` and before the final norm, as in the pape
 import copy
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,19 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sipit_lite.memory import Footprint, advised
 
 POCKET = "pocket-gpt2"
 
@@ -96,13 +108,22 @@ class LanguageModel:
         return digest.hexdigest()
 
     @cached_property
+    def begin(self) -> int | None:
+        """The begin-of-text token that the tokenizer puts before every text, or None where it puts none.
+
+        >>> load(device="cpu").begin is None
+        True
+        """
+        return begin_token(self.tokenizer)
+
+    @cached_property
     def _parts(self) -> tuple[str, str]:
-        return _landmarks(self.decoder)
+        return landmarks(self.decoder)
 
     def encode(self, text: str) -> Int[Tensor, " pos"]:
         """Token ids of a text, special tokens included where the tokenizer adds them.
 
-        Raises ``ModelError`` for an empty text, or where the model came without a tokenizer.
+        Raises ``ModelError`` for an empty text, or where the model came without a tokenizer or with another model's.
 
         >>> model = load(device="cpu")
         >>> model.decode(model.encode("hidden states"))
@@ -115,12 +136,21 @@ class LanguageModel:
         ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
         if ids.numel() == 0:
             raise ModelError(f"got the text {text!r} of 0 tokens; a prompt has at least one")
+        if int(ids.max()) >= self.vocab_size:
+            raise ModelError(
+                f"got token {int(ids.max())} from the tokenizer; {self.name} has embeddings for tokens 0 to "
+                f"{self.vocab_size - 1}: tokenizer and model disagree"
+            )
         return ids.to(self.device)
 
     def decode(self, ids: Int[Tensor, " pos"]) -> str:
-        """The text of token ids; without a tokenizer, the ids themselves, written out."""
+        """The text of token ids, without the begin-of-text token that ``encode`` would put back at its start.
+
+        Without a tokenizer, the ids themselves, written out.
+        """
         if self.tokenizer is None:
             return " ".join(map(str, ids.tolist()))
+        ids = ids[1:] if len(ids) and int(ids[0]) == self.begin else ids
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def check_layer(self, layer: int) -> None:
@@ -143,7 +173,8 @@ class LanguageModel:
         ``prompt`` is a text, or ids of shape (T,) or, for a batch of equal lengths, (..., T).
         Layer 0 is the input of the first block (embeddings, with absolute positions where the model has them);
         layer ℓ is the output of block ℓ. Only the first ℓ blocks run, and never the unembedding.
-        Raises ``ModelError`` for a layer outside 0..L, an empty or too long prompt, or ids outside 0..|V|−1.
+        Raises ``ModelError`` for a layer outside 0..L, an empty or too long prompt, ids outside 0..|V|−1, or a batch
+        that does not fit into memory.
 
         >>> load(device="cpu").states("hidden states", layer=3).shape[-1]
         256
@@ -152,9 +183,9 @@ class LanguageModel:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.device)
         self.check_ids(ids)
         rows = ids.reshape(-1, ids.shape[-1])
-        with torch.no_grad():
+        with torch.no_grad(), advised(f"{len(rows)} prompts of {ids.shape[-1]} tokens", self.dtype, ModelError):
             found = self.cut(layer)(inputs_embeds=self.embeddings[rows], use_cache=False).last_hidden_state
-        return found.reshape(*ids.shape, self.d_model)
+        return found.to(self.device).reshape(*ids.shape, self.d_model)
 
     def cut(self, layer: int) -> nn.Module:
         """The decoder with its first ``layer`` blocks and no final norm; it shares all weights.
@@ -169,6 +200,8 @@ class LanguageModel:
         blocks, norm = self._parts
         setattr(shortened, blocks, getattr(self.decoder, blocks)[:layer])
         setattr(shortened, norm, nn.Identity())
+        for hooked in ("forward", "_old_forward", "_hf_hook"):  # with a device map, these are bound to the whole model
+            shortened.__dict__.pop(hooked, None)
         return shortened
 
     @contextmanager
@@ -184,27 +217,42 @@ class LanguageModel:
         >>> {layer: kept.shape[1] for layer, kept in states.items()}
         {0: 3, 2: 3}
         """
-        blocks, states = getattr(self.decoder, self._parts[0]), {}
-
-        def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
-            states[0] = args[0] if args else kwargs["hidden_states"]
-
-        def after(layer: int) -> Callable:
-            def keep(block: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-                states[layer] = output if isinstance(output, Tensor) else output[0]
-
-            return keep
-
-        handles = [
-            blocks[0].register_forward_pre_hook(before, with_kwargs=True) if layer == 0
-            else blocks[layer - 1].register_forward_hook(after(layer))
-            for layer in set(layers)
-        ]  # fmt: skip
-        try:
+        states: dict[int, Tensor] = {}
+        with tap(self.decoder, layers, states.__setitem__):
             yield states
-        finally:
-            for handle in handles:
-                handle.remove()
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The begin-of-text token that a tokenizer puts before every text; None where it puts none, or there is none.
+
+    >>> begin_token(load(device="cpu").tokenizer) is None
+    True
+    """
+    alone = tokenizer("")["input_ids"] if tokenizer is not None else []
+    return int(alone[0]) if alone else None
+
+
+@contextmanager
+def tap(decoder: PreTrainedModel, layers: Iterable[int], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While the decoder or a cut of it runs, ``keep`` gets each layer's number and its states, pass by pass."""
+    blocks = getattr(decoder, landmarks(decoder)[0])
+
+    def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        keep(0, args[0] if args else kwargs["hidden_states"])
+
+    def after(layer: int) -> Callable:
+        return lambda block, args, output: keep(layer, output if isinstance(output, Tensor) else output[0])
+
+    handles = [
+        blocks[0].register_forward_pre_hook(before, with_kwargs=True) if layer == 0
+        else blocks[layer - 1].register_forward_hook(after(layer))
+        for layer in set(layers)
+    ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load(
@@ -212,38 +260,53 @@ def load(
     *,
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
+    layers: int | None = None,
+    device_map: str | dict | None = None,
+    quantization_config: QuantizationConfigMixin | None = None,
     random_init: bool = False,
     seed: int = 0,
+    progress: bool = False,
 ) -> LanguageModel:
     """Load pocket-gpt2 (no name), a model of the Hugging Face hub, or one in a local folder.
 
-    The environment variable ``SIPIT_LITE_MODEL`` replaces the default. ``random_init`` draws the weights from
-    the architecture's own initialisation instead (the object of Theorem 2.2, chapter 4); ``"gpt2"`` then needs
-    no download, and comes without a tokenizer where none is at hand. ``device="auto"`` takes CUDA where there is one.
-    Raises ``ModelError`` where no such model is in reach or its structure is not that of a decoder.
+    The environment variable ``SIPIT_LITE_MODEL`` replaces the default. ``layers`` keeps the first so many blocks: the
+    others are neither read nor put on the device, and states of the layers left are the same. ``device="auto"`` takes
+    CUDA where there is one; ``device_map`` and ``quantization_config`` go to ``transformers`` as they are, and need the
+    extra ``sipit-lite[quantised]``. ``random_init`` draws the weights from the architecture's own initialisation
+    instead (the object of Theorem 2.2, chapter 4); ``"gpt2"`` then needs no download, and comes without a tokenizer
+    where none is at hand. ``progress`` says on standard error what the weights will take, before any is read.
+    Raises ``ModelError`` where no such model is in reach, where it is gated, not causal, or not a decoder by its
+    structure, or where its weights do not fit into the memory that is free.
 
     >>> load(device="cpu").name
     'pocket-gpt2'
+    >>> load(device="cpu", layers=2).n_layers
+    2
     """
     name = str(name if name is not None else os.environ.get("SIPIT_LITE_MODEL") or POCKET)
     place = str(files("sipit_lite") / "pocket_gpt2") if name == POCKET else name
     target, local = pick_device(device), os.path.isdir(place) or not _hub_in_reach()
+    placed = {"device_map": device_map, "quantization_config": quantization_config}
+    placed = {option: value for option, value in placed.items() if value is not None}
     try:
         with _quiet():
-            decoder = _at_random(name, place, seed, local).to(dtype) if random_init else _stored(place, dtype, local)
+            config = shortened(_config(name, place, local, random_init), layers)
+            if name != POCKET:  # its 47 MB are not worth the look
+                _fits(name, config, dtype, target, placed, progress)
+            decoder = (
+                _at_random(config, seed).to(dtype) if random_init else _stored(place, config, dtype, local, placed)
+            )
             decoder, tokenizer = decoder.get_decoder().eval().requires_grad_(False), _tokenizer(place, local)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(
-            f"got model {name!r}; expected {POCKET!r}, a folder with config.json and weights, or a model of the "
-            f"Hugging Face hub that is downloaded or in reach ({reason})"
-        ) from error
-    _landmarks(decoder)
-    decoder = decoder.to(target)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
+        raise ModelError(_reason(name, error)) from error
+    landmarks(decoder)
+    decoder = decoder if placed else decoder.to(target)
     name += f" at random initialisation, seed {seed}" if random_init else ""
-    return LanguageModel(name, decoder, tokenizer, embedding_rows(decoder))
+    model = LanguageModel(name, decoder, tokenizer, embedding_rows(decoder))
+    _check_causal(model)
+    return model
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -275,20 +338,119 @@ def _hub_in_reach() -> bool:
     return True
 
 
-def _at_random(name: str, place: str, seed: int, local: bool) -> PreTrainedModel:
+def _config(name: str, place: str, local: bool, random_init: bool) -> PreTrainedConfig:
     # The defaults of GPT2Config are GPT-2 124M, so this one architecture needs no file at all.
-    config = GPT2Config() if name == "gpt2" else AutoConfig.from_pretrained(place, local_files_only=local)
+    if random_init and name == "gpt2":
+        return GPT2Config()
+    config = AutoConfig.from_pretrained(place, local_files_only=local)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"got {name!r}, a sequence-to-sequence model ({config.model_type}); expected a decoder-only language model"
+        )
+    return config
+
+
+def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
+    """The configuration of the same model with its first ``layers`` blocks alone, at least one; None keeps all.
+
+    Raises ``ModelError`` for more layers than there are.
+
+    >>> shortened(GPT2Config(), 3).num_hidden_layers
+    3
+    """
+    text = config.get_text_config(decoder=True)
+    depth = getattr(text, "num_hidden_layers", None)
+    if layers is None or depth is None:
+        return config
+    if isinstance(layers, bool) or not isinstance(layers, Integral) or not 0 <= layers <= depth:
+        raise ModelError(f"got layer {layers!r} as the last to keep; the model has layers 0 (embeddings) to {depth}")
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = max(layers, 1)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: max(layers, 1)]
+    return config
+
+
+def footprint(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, bits: int | None = None) -> Footprint:
+    """What the weights of a model will take, worked out from its configuration alone; ``bits`` if quantised.
+
+    >>> footprint(GPT2Config(), torch.bfloat16, torch.device("cpu")).parameters
+    124439808
+    """
+    with torch.device("meta"):  # shapes without numbers
+        model = AutoModel.from_config(config, dtype=dtype)
+    decoder = model.get_decoder()
+    blocks = getattr(decoder, landmarks(decoder)[0])
+    small = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2) if bits else 0
+    width = dtype.itemsize * 8
+    total = sum(p.numel() for p in model.parameters())
+    per_block = sum(p.numel() for p in blocks[0].parameters()) * ((bits or width) / width)
+    return Footprint.of(total, total - small + small * (bits or 0) / width, per_block, len(blocks), dtype, device)
+
+
+def _fits(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, placed: dict, progress: bool
+) -> None:
+    quantised = placed.get("quantization_config")
+    bits = {"load_in_8bit": 8, "load_in_4bit": 4}
+    small = next((n for option, n in bits.items() if getattr(quantised, option, False)), None)
+    needed = footprint(config, dtype, device, small)
+    if progress:
+        print(f"{name}: {needed}", file=sys.stderr, flush=True)
+    if not needed.fits and "device_map" not in placed:  # a device map spreads the weights, to the disk if need be
+        raise ModelError(f"got {name!r}: {needed}; expected one that fits: {needed.advice}")
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Why a model could not be loaded, in one line."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    if any(isinstance(cause, huggingface_hub.errors.GatedRepoError) for cause in causes):
+        return (
+            f"got model {name!r}, which is gated; expected an account that has accepted its licence on the page of "
+            f"the model on the Hugging Face hub, and its token in HF_TOKEN "
+            f"({'a token was sent' if huggingface_hub.get_token() else 'not set'})"
+        )
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, ImportError) or "accelerate" in reason or "bitsandbytes" in reason:
+        return (
+            f"got model {name!r} with options that need more packages: pip install 'sipit-lite[quantised]' ({reason})"
+        )
+    return (
+        f"got model {name!r}; expected {POCKET!r}, a folder with config.json and weights, or a model of the "
+        f"Hugging Face hub that is downloaded or in reach ({reason})"
+    )
+
+
+def _at_random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModel.from_config(config)
 
 
-def _stored(place: str, dtype: torch.dtype, local: bool) -> PreTrainedModel:
-    decoder, told = AutoModel.from_pretrained(place, dtype=dtype, local_files_only=local, output_loading_info=True)
+def _stored(place: str, config: PreTrainedConfig, dtype: torch.dtype, local: bool, placed: dict) -> PreTrainedModel:
+    decoder, told = AutoModel.from_pretrained(
+        place, config=config, dtype=dtype, local_files_only=local, output_loading_info=True, **placed
+    )
     if told["missing_keys"]:  # transformers would draw these at random and go on
         missing = sorted(told["missing_keys"])
         raise ModelError(f"got {place!r} without {len(missing)} of its weights, among them {missing[0]!r}")
     return decoder
+
+
+def _check_causal(model: LanguageModel) -> None:
+    # An encoder may have the parts of a decoder; what it lacks shows when a later token changes an earlier state.
+    ids = torch.tensor([[0, 0], [0, model.vocab_size - 1]])
+    if model.vocab_size > 1 and model.n_positions > 1:
+        one, other = model.states(ids, 1)[:, 0].double()
+        apart = float((one - other).norm() / one.norm())
+        if apart > torch.finfo(model.dtype).eps ** 0.5:
+            raise ModelError(
+                f"got {model.name}, whose first state moves by {apart:.1e} of its norm when the second token changes; "
+                "expected a causal decoder, whose states depend on earlier tokens alone (this may be an encoder)"
+            )
 
 
 def _tokenizer(place: str, local: bool) -> PreTrainedTokenizerBase | None:
@@ -309,7 +471,7 @@ def embedding_rows(decoder: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:
         return table(torch.arange(table.weight.shape[0], device=table.weight.device))
 
 
-def _landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
+def landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
     """Names of the list of blocks and of the final norm, found by structure."""
     config, children = decoder.config, dict(decoder.named_children())
     depth, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
@@ -317,8 +479,9 @@ def _landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
     norms = [name for name, child in children.items() if _is_norm(child, width)]
     if len(blocks) != 1 or not norms or not hasattr(config, "max_position_embeddings"):
         raise ModelError(
-            f"got {type(decoder).__name__} with parts {list(children)}; expected a decoder with one list of "
-            "num_hidden_layers blocks, a final norm, and max_position_embeddings in its configuration"
+            f"got {type(decoder).__name__} with parts {list(children)}; expected a decoder: among its parts one "
+            f"torch.nn.ModuleList of config.num_hidden_layers = {depth} blocks and a norm of config.hidden_size = "
+            f"{width} numbers, and config.max_position_embeddings"
         )
     return blocks[0], norms[-1]  # a norm of the embeddings comes first, the final norm last
 

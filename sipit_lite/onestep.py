@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from sipit_lite.memory import is_out_of_memory
 from sipit_lite.models import LanguageModel, ModelError
 
 ROWS = 256  # candidates per pass: enough to keep the matrix products busy, small enough for the copied prefix cache
@@ -86,8 +87,15 @@ class OneStepMap:
 
     def tokens(self, tokens: Int[Tensor, " cand"]) -> Float[Tensor, "cand d_model"]:
         """F(v) for each candidate token, shape (candidates, d_model)."""
-        with torch.no_grad():
-            return torch.cat([self.embedding(self.model.embeddings[rows]) for rows in tokens.split(self._rows())])
+        size = self._rows()
+        while True:
+            try:
+                with torch.no_grad():
+                    return torch.cat([self.embedding(self.model.embeddings[rows]) for rows in tokens.split(size)])
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                size //= 2  # the device is fuller than expected: fewer candidates a pass say the same
 
     def embedding(self, e: Float[Tensor, "cand d_model"]) -> Float[Tensor, "cand d_model"]:
         """F(e) with the t-th input embedding replaced by each row of e; differentiable in e.
@@ -143,4 +151,4 @@ class OneStepMap:
     def _run(self, embeds: Float[Tensor, "row pos d_model"], cache: DynamicCache) -> Float[Tensor, "row pos d_model"]:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + self.position
         found = self.cut(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
-        return found.last_hidden_state
+        return found.last_hidden_state.to(self.model.device)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from sipit_lite.activations import Captured
 from sipit_lite.collisions import closest_pairs
 from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel
@@ -37,6 +38,7 @@ class Recovery:
     ``distance`` had to meet; ``tested`` the number of candidates, the challengers of the accepted one included;
     ``seconds`` the wall-clock time of the whole inversion. ``verified`` is False only where ``on_fail="nearest"`` kept
     a token that no test accepted. ``margin`` holds Δ_{π,t} where ``certify=True`` measured it, else NaN.
+    ``layer`` is the one that was taken from a ``Captured``.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -48,6 +50,7 @@ class Recovery:
     verified: Bool[Tensor, " pos"]
     margin: Float[Tensor, " pos"]
     seconds: float
+    layer: int | None = None
 
     @property
     def headroom(self) -> Float[Tensor, " pos"]:
@@ -112,14 +115,16 @@ class _Row(NamedTuple):
 
 
 def invert(
-    states: Tensor,
+    states: Tensor | Captured,
     model: LanguageModel,
-    layer: int,
+    layer: int | None = None,
     *,
     policy: Policy | str = "auto",
     lens: Lens | None = None,
     seed: int = 0,
     epsilon: float | Tensor | None = None,
+    scale: Tensor | None = None,
+    passes: Sequence[int] | None = None,
     certify: bool = False,
     on_fail: str = "raise",
     progress: bool = False,
@@ -127,12 +132,17 @@ def invert(
     """Recover the exact prompt from the hidden states of all its positions at one layer (Algorithm 1).
 
     ``states`` has shape (T, d_model), 1 ≤ T ≤ K, in any floating-point format; the last layer means before the final
-    norm. ``policy`` orders the candidates: ``"auto"`` drafts the prompt with ``lens`` and searches with ``Newton`` for
+    norm. Or they are a ``Captured``, which knows its layers, scales and passes: then ``layer`` picks one of them, and
+    without it the cheapest is taken, and the next one where that refuses.
+    With ``scale``, one number a position, the states are ``states · scale``: 8-bit integers have to come so.
+    ``policy`` orders the candidates: ``"auto"`` drafts the prompt with ``lens`` and searches with ``Newton`` for
     what the draft misses, or is ``Gradient()`` without a lens. ``epsilon`` bounds noise ‖ĥ_t − h_t‖₂ that was added on
     purpose, one number or one a position; without it, ε_t is the measured noise floor alone. ``certify=True`` tests the
     whole vocabulary at each position and measures the margin Δ_{π,t}, so that acceptance means this token and no other.
     The whole vocabulary is always tested where the states are coarser than the model's own format, the model computes
-    in 16 bits, or an ``epsilon`` is given, since there two tokens could fit. Elsewhere ``radius`` is float noise, and
+    in 16 bits, or an ``epsilon`` is given, since there two tokens could fit. A model of 16 bits decides between tokens
+    inside its wide noise floor by computing their states anew in passes of the lengths ``passes`` (the default is one
+    pass), and takes the one that agrees bit for bit. Elsewhere ``radius`` is float noise, and
     a rival would have to agree within it to be mistaken. ``on_fail="nearest"`` keeps the nearest token where none or
     several verify, marks the position as not ``verified``, and goes on.
 
@@ -149,9 +159,15 @@ def invert(
         raise StatesError(
             f"got policy={policy!r}, on_fail={on_fail!r}; expected 'auto' or a policy, 'raise' or 'nearest'"
         )
+    if isinstance(states, Captured):
+        asked = {"policy": policy, "lens": lens, "seed": seed, "epsilon": epsilon, "certify": certify}
+        return _of_captured(states, model, layer, asked | {"on_fail": on_fail, "progress": progress})
+    if layer is None:
+        raise StatesError("got a tensor of states and no layer; expected its layer, or a Captured, which knows its own")
     if lens is not None:
         lens.check(model, layer)
-    observed, begun = Observation.of(states, model, layer, epsilon), time.perf_counter()
+    observed, begun = Observation.of(states, model, layer, epsilon, scale), time.perf_counter()
+    passes = _check_passes(passes, len(observed))
     whole = certify or epsilon is not None or on_fail == "nearest" or _coarse(observed, model)
     if policy == "auto" and lens is not None and not whole and separated(model, layer):
         found = _by_speculation([observed], model, layer, lens, seed, begun, progress)[0]
@@ -168,13 +184,30 @@ def invert(
             else:
                 batches = policy.proposals(step, observed.states[t], generator)
                 distance, margin = try_candidates(step, observed, t, batches), float("nan")
-            prefix = _recovery(rows, model, begun)
-            row = _accept(distance, float(observed.radius[t]), prefix, model, on_fail == "nearest")
+            prefix, radius = _recovery(rows, model, begun), float(observed.radius[t])
+            if epsilon is None and torch.finfo(model.dtype).bits <= 16:
+                distance, radius = _bit_for_bit(distance, observed, prefix.tokens, passes, model, layer)
+            row = _accept(distance, radius, prefix, model, on_fail == "nearest")
             rows.append(row._replace(margin=margin))
         found = _recovery(rows, model, begun)
         return _check_whole(found, observed, model, model.states(found.tokens, layer))
     except KeyboardInterrupt:
         raise Interrupted(_recovery(rows, model, begun)) from None
+
+
+def _of_captured(captured: Captured, model: LanguageModel, layer: int | None, asked: dict) -> Recovery:
+    """From the layer asked for, that of the lens, or the cheapest that does not refuse."""
+    captured.check(model)
+    layer = asked["lens"].layer if layer is None and asked["lens"] is not None else layer
+    layers = sorted(captured.states) if layer is None else [layer]
+    for number in layers:
+        states, scale = captured.at(number), captured.scales.get(number)
+        try:
+            return replace(invert(states, model, number, scale=scale, passes=captured.passes, **asked), layer=number)
+        except NotVerified:
+            if number == layers[-1]:
+                raise
+    raise StatesError("got a Captured without states; expected those of at least one layer")
 
 
 def invert_many(
@@ -309,6 +342,47 @@ def _whole_vocabulary(
     """Distances of all tokens, and the margin Δ_{π,t} where it is asked for."""
     states = step.tokens(every_token(step.model))
     return observed.distance(t, states), closest_pairs(states, 1).minimum if certify else float("nan")
+
+
+def _check_passes(passes: Sequence[int] | None, count: int) -> Sequence[int]:
+    passes = [count] if passes is None else passes
+    if min(passes, default=0) < 1 or sum(passes) != count:
+        raise StatesError(f"got passes of {list(passes)} positions; expected lengths of at least 1, {count} in all")
+    return passes
+
+
+def _bit_for_bit(
+    distance: Float[Tensor, " vocab"],
+    observed: Observation,
+    prefix: Int[Tensor, " pos"],
+    passes: Sequence[int],
+    model: LanguageModel,
+    layer: int,
+) -> tuple[Float[Tensor, " vocab"], float]:
+    """Distances and radius; where several tokens lie within the noise, those of states computed as they were.
+
+    A pass of the same length has the same roundings, whatever stands after the position, so the true token comes out
+    bit for bit, and the radius is zero. Where no token does (other hardware, other passes), nothing changes.
+    """
+    t, radius = len(prefix), float(observed.radius[len(prefix)])
+    within = (distance <= radius).nonzero()[:, 0]
+    if len(within) < 2:
+        return distance, radius
+    step, ids = OneStepMap.after(model, layer), prefix.to(model.device)
+    for length in passes:
+        if step.position + length > t:
+            break
+        step = step.follow(ids[step.position : step.position + length])[1]
+    row = torch.zeros(length, dtype=torch.int64, device=model.device)
+    row[: t - step.position] = ids[step.position :]
+    anew = []
+    for token in within.tolist():
+        row[t - step.position] = token
+        states = step.follow(row)[0] if step.position else model.states(row, layer)
+        anew.append(observed.distance(t, states[t - step.position][None]))
+    if not any(d == 0 for d in anew):
+        return distance, radius
+    return distance.index_copy(0, within, torch.cat(anew)), 0.0
 
 
 def _finish(d: Draft, step: OneStepMap, policy: Policy, generator: torch.Generator, begun: float) -> None:

@@ -19,13 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sipit_lite.capture import last_states
 from sipit_lite.collisions import CollisionReport, closest_pairs
 from sipit_lite.geometry import birthday_minimum, gaussian_minimum, intrinsic_dimension
 from sipit_lite.models import LanguageModel, load
 from sipit_lite.onestep import EXACT
 from sipit_lite.perturb import BITS, rounded
 from sipit_lite.prompts import SOURCES, prompts
+from sipit_lite.shards import last_states
 
 CLOSEST = 5  # pairs that are kept with their texts
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sipit_lite.models import LanguageModel, ModelError
@@ -44,15 +44,22 @@ class Observation:
 
     @classmethod
     def of(
-        cls, states: object, model: LanguageModel, layer: int, epsilon: float | Tensor | None = None
+        cls,
+        states: object,
+        model: LanguageModel,
+        layer: int,
+        epsilon: float | Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> "Observation":
         """Check the states and work out their acceptance regions; ``epsilon`` bounds noise added on purpose.
 
-        It is one number, or one for each position. Raises ``StatesError`` for states that no prompt has or a bad
-        ``epsilon``, ``ModelError`` for a bad layer.
+        It is one number, or one for each position. With ``scale``, one number a position, the states are
+        ``states · scale``. Raises ``StatesError`` for states that no prompt has, a bad ``epsilon`` or ``scale``,
+        ``ModelError`` for a bad layer.
         """
         model.check_layer(layer)
-        values = check_states(states, model)
+        scale = None if scale is None else check_scale(scale, states, model)
+        values = check_states(states, model, scale)
         bound = torch.as_tensor(0.0 if epsilon is None else epsilon, device=model.device)
         if bound.shape not in ((), (len(values),)) or not bool(((bound >= 0) & bound.isfinite()).all()):
             raise StatesError(f"got epsilon={epsilon}; a bound on the noise is finite and not negative")
@@ -61,7 +68,7 @@ class Observation:
             raise StatesError(
                 f"got states of norm {float(values.double().norm(dim=1).max()):.1e}; {model.dtype} overflows"
             )
-        return cls(values, rounding_half_width(states, model), radius)
+        return cls(values, rounding_half_width(states, model, scale), radius)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -96,10 +103,28 @@ def distance_to_stored(
     return torch.linalg.vector_norm(beyond.float(), dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def check_states(states: object, model: LanguageModel) -> Float[Tensor, "pos d_model"]:
-    """The observed states in the model's format and on its device.
+def check_scale(scale: Tensor, states: object, model: LanguageModel) -> Float[Tensor, "pos 1"]:
+    """The scale of each position, shape (T, 1), float32, on the model's device.
 
-    Raises ``StatesError`` for anything but (T, d_model) finite floating-point numbers with 1 ≤ T ≤ K.
+    Raises ``StatesError`` for anything but T finite numbers above zero, in shape (T,) or (T, 1).
+    """
+    count = len(states) if isinstance(states, Tensor) and states.ndim else 0
+    values = torch.as_tensor(scale).detach().to(model.device, torch.float32)
+    if values.shape not in ((count,), (count, 1)) or not bool(((values > 0) & values.isfinite()).all()):
+        raise StatesError(
+            f"got a scale of shape {tuple(values.shape)}; expected one finite number above 0 for each of the {count} "
+            "positions"
+        )
+    return values.reshape(-1, 1)
+
+
+def check_states(
+    states: object, model: LanguageModel, scale: Float[Tensor, "pos 1"] | None = None
+) -> Float[Tensor, "pos d_model"]:
+    """The observed states, times their scale where they have one, on the model's device.
+
+    In the model's format, or in float32 where a coarser one would round the product once more. Raises
+    ``StatesError`` for anything but (T, d_model) finite numbers with 1 ≤ T ≤ K, floating-point ones without a scale.
 
     >>> from sipit_lite import load
     >>> check_states(torch.zeros(3, 256), load(device="cpu")).shape
@@ -107,15 +132,21 @@ def check_states(states: object, model: LanguageModel) -> Float[Tensor, "pos d_m
     """
     if not isinstance(states, Tensor):
         raise StatesError(f"got states of type {type(states).__name__}; expected a torch.Tensor")
-    if not states.is_floating_point():
-        raise StatesError(f"got states of {states.dtype}; expected a floating-point format such as torch.float32")
+    if not states.is_floating_point() and (scale is None or states.dtype not in (torch.int8, torch.uint8)):
+        raise StatesError(
+            f"got states of {states.dtype} {'without' if scale is None else 'with'} a scale; expected a floating-point "
+            "format such as torch.float32, or 8-bit integers with a scale for each position"
+        )
     if states.ndim != 2 or states.shape[1] != model.d_model or not 1 <= len(states) <= model.n_positions:
         raise StatesError(
             f"got states of shape {tuple(states.shape)}; {model.name} has shape (T, {model.d_model}) "
             f"with T from 1 to {model.n_positions}"
         )
     try:
-        values = states.detach().to(model.device, model.dtype)
+        if scale is None:
+            values = states.detach().to(model.device, model.dtype)
+        else:
+            values = (states.detach().to(model.device, torch.float32) * scale).to(_at_least_float32(model))
         bad = (~torch.isfinite(values)).any(1).nonzero()
     except (NotImplementedError, RuntimeError) as error:
         raise StatesError(f"got states of {states.dtype}, {states.layout}; not convertible to {model.dtype}") from error
@@ -126,15 +157,25 @@ def check_states(states: object, model: LanguageModel) -> Float[Tensor, "pos d_m
     return values
 
 
-def rounding_half_width(states: Float[Tensor, "pos d_model"], model: LanguageModel) -> Float[Tensor, "pos d_model"]:
+def _at_least_float32(model: LanguageModel) -> torch.dtype:
+    return torch.promote_types(model.dtype, torch.float32)
+
+
+def rounding_half_width(
+    states: Shaped[Tensor, "pos d_model"], model: LanguageModel, scale: Float[Tensor, "pos 1"] | None = None
+) -> Float[Tensor, "pos d_model"]:
     """How far rounding to the stored format may have moved each number: half a unit in its last place.
 
-    Zero where the states are stored at least as finely as the model computes.
+    For integers that is half the scale. Zero where the states are stored at least as finely as the model computes.
 
     >>> from sipit_lite import load
     >>> rounding_half_width(torch.tensor([[1.0, 1.5, 2.0]], dtype=torch.bfloat16), load(device="cpu")).tolist()
     [[0.00390625, 0.00390625, 0.0078125]]
     """
+    if not states.is_floating_point() and scale is not None:
+        return (scale / 2).expand(states.shape).to(_at_least_float32(model))
+    if scale is not None:
+        return rounding_half_width(states, model).to(_at_least_float32(model)) * scale
     stored, own = torch.finfo(states.dtype), torch.finfo(model.dtype)
     values = states.to(model.device, torch.float32)
     if stored.eps <= own.eps:

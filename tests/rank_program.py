@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sipit_lite import StatesError, capture, collisions, distributed, invert_many, load
+from sipit_lite import StatesError, collisions, distributed, invert_many, load, shards
 from sipit_lite.prompts import distinct
 
 
@@ -32,7 +32,7 @@ def states_equal_one_process(rank: int, count: int, folder: str) -> None:
     model = load(device="cpu")
     asked = [ids[: 3 + i % 5] for i, ids in enumerate(distinct(model.tokenizer, 40, 8, source="bundled"))]
     shard = distributed.last_states(model, asked, [1, 6], folder=folder)
-    whole = capture.last_states(model, asked, [1, 6])
+    whole = shards.last_states(model, asked, [1, 6])
     torch.testing.assert_close(shard.states, whole[:, shard.rows])
     assert sorted(row for rows in distributed._gathered(shard.rows.tolist()) for row in rows) == list(range(40))
 
@@ -58,7 +58,7 @@ def equal_to_one_process(rank: int, count: int, folder: str) -> None:
 
 def dies_once(rank: int, count: int, folder: str) -> None:
     """The last rank is killed at its second shard, unless another run has begun before."""
-    capture.SHARD, honest = 4, capture._shard
+    shards.SHARD, honest = 4, shards._shard
     again = (Path(folder) / "begun").exists()
     distributed._gathered(None)
     (Path(folder) / "begun").touch()
@@ -68,7 +68,7 @@ def dies_once(rank: int, count: int, folder: str) -> None:
             os._exit(9)
         return honest(path, *arguments)
 
-    capture._shard = shard
+    shards._shard = shard
     model = load(device="cpu")
     distributed.last_states(model, distinct(model.tokenizer, 30, 6, source="bundled"), [2], folder=folder)
     distributed._gathered(None)

@@ -20,7 +20,7 @@ def test_capture_then_invert(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = str(tmp_path / "s.safetensors")
     assert main(["capture", "Round and round, 🙂.", "-o", path, "--layer", "4", "--json", *CPU]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["file"], told["layer"], told["dtype"], told["text kept"]) == (path, 4, "float32", False)
+    assert (told["file"], told["layers"], told["dtype"], told["text kept"]) == (path, [4], "float32", False)
     assert main(["invert", path, *CPU]) == 0
     assert capsys.readouterr().out == "Round and round, 🙂.\n"
 
@@ -70,12 +70,13 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "integers": (["invert", states_file(folder / "d", torch.zeros(2, 256, dtype=torch.int32))], "torch.int32"),
         "NaN": (["invert", states_file(folder / "e", torch.full((2, 256), torch.nan))], "NaN or Inf"),
         "layer in the file": (["invert", states_file(folder / "f", torch.zeros(2, 256), 8)], "got layer 8"),
+        "layer not in the file": (["invert", whole, "--layer", "2"], "these states are of layers 3"),
         "layer asked for": (["invert", "--text", "x", "--layer", "7"], "got layer 7"),
         "another model": (["invert", states_file(folder / "g", torch.randn(2, 256))], "no token verifies"),
         "no file": (["invert", str(folder / "none")], "there is no file"),
         "truncated": (["invert", str(folder / "short")], "not a whole safetensors file"),
         "not safetensors": (["invert", str(folder / "text")], "not a whole safetensors file"),
-        "no fields": (["invert", str(folder / "bare")], "expected the tensor 'states'"),
+        "no fields": (["invert", str(folder / "bare")], "expected tensors 'layer.ℓ'"),
         "unknown model": (["invert", "--text", "x", "--model", "no-such-model-anywhere"], "no-such-model-anywhere"),
         "empty text": (["capture", "", "-o", str(folder / "h")], "the text '' of 0 tokens"),
         "unwritable": (["capture", "x", "-o", str(folder / "none" / "i")], "no file can be written"),
@@ -89,6 +90,7 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "layer to compare": (["collisions", "-n", "4", "--layers", "9"], "got layer 9"),
         "pairs": (["collisions", "-n", "4", "--layers", "1", "--closest", "7"], "got k=7"),
         "unwritable shards": (["collisions", "-n", "4", "--shards", str(folder / "text" / "l")], "cannot be made"),
+        "packages": (["invert", "--text", "x", "--weights", "fp4"], "pip install 'sipit-lite[quantised]'"),
         "no name": (["invert", "--text", "x", "--model", ""], "got model ''"),
     }
 
@@ -155,11 +157,10 @@ def test_a_lens_is_fitted_once_and_read_again(
 
 def test_guesses_are_announced(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """States of another layer: without the option a refusal, with it the nearest tokens, all of them named."""
-    file = str(tmp_path / "states.safetensors")
-    assert main(["capture", "hidden", "--layer", "3", "-o", file, *CPU]) == 0
-    assert main(["invert", file, "--layer", "2", *CPU]) == 2
+    file = states_file(tmp_path / "states.safetensors", load(device="cpu").states("hidden", 3), layer=2)
+    assert main(["invert", file, *CPU]) == 2
     capsys.readouterr()
-    assert main(["invert", file, "--layer", "2", "--on-fail", "nearest", "--json", *CPU]) == 0
+    assert main(["invert", file, "--on-fail", "nearest", "--json", *CPU]) == 0
     told = capsys.readouterr()
     found = json.loads(told.out)
     assert found["verified"] == [False] * len(found["tokens"]) and found["margin"][0] is None

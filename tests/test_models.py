@@ -1,14 +1,29 @@
 """States are those of untouched transformers models, at every layer; bad input gets a clear refusal."""
 
+import copy
 import re
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel, T5Config, T5Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+    T5Config,
+    T5Model,
+)
 
-from sipit_lite import LanguageModel, ModelError, load
+from sipit_lite import LanguageModel, ModelError, load, memory, models
 from sipit_lite.models import POCKET, pick_device
 
 NORMS = {"ln_f", "norm", "final_layer_norm"}
@@ -126,10 +141,115 @@ def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
 
 
 def test_other_structures_are_refused(tmp_path: Path) -> None:
-    """An encoder-decoder is no decoder with one list of blocks."""
-    T5Model(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="expected"):
-        load(tmp_path)
+    """A sequence-to-sequence model, an encoder, and a model whose blocks cannot be found, each by its name."""
+    T5Model(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path / "a"
+    )
+    with pytest.raises(
+        ModelError, match=r"a sequence-to-sequence model \(t5\); expected a decoder-only language model"
+    ):
+        load(tmp_path / "a")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    encoder = ModernBertConfig(vocab_size=9, **sizes, pad_token_id=0, max_position_embeddings=9)
+    ModernBertModel(encoder).save_pretrained(tmp_path / "b")
+    with pytest.raises(ModelError, match=r"whose first state moves by .* expected a causal decoder"):
+        load(tmp_path / "b")
+    BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "c")
+    with pytest.raises(
+        ModelError, match=r"got BertModel with parts .*torch\.nn\.ModuleList of config\.num_hidden_layers = 2"
+    ):
+        load(tmp_path / "c")
+
+
+def test_a_gated_model_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The licence and the token are named, and whether a token was sent."""
+
+    def gated(*_: object, **__: object) -> None:
+        reply = httpx.Response(401, request=httpx.Request("GET", "https://example.org"))
+        raise OSError("You are trying to access a gated repo.") from GatedRepoError("gated", response=reply)
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", gated)
+    for token, told in ((None, "not set"), ("secret", "a token was sent")):
+        monkeypatch.setattr(models.huggingface_hub, "get_token", lambda token=token: token)
+        with pytest.raises(ModelError, match=f"which is gated; expected an account .* in HF_TOKEN .{told}") as refusal:
+            load("meta-llama/Llama-3.1-8B")
+        assert "secret" not in str(refusal.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, pocket: LanguageModel) -> None:
+    """Its tokens go beyond the embeddings: the first such token is quoted, not clipped."""
+    GPT2Model(GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=2, n_positions=9)).save_pretrained(tmp_path)
+    pocket.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"embeddings for tokens 0 to 98: tokenizer and model disagree"):
+        load(tmp_path).encode("hidden states")
+
+
+def test_layers_left_out_are_never_loaded(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of six: the same states, half the blocks; and none of the rest was read."""
+    some = load(POCKET, layers=3)
+    assert some.n_layers == 3 and len(some.decoder.h) == 3
+    for layer in range(4):
+        assert torch.equal(some.states("hidden states", layer), pocket.states("hidden states", layer))
+    assert load(POCKET, layers=0).n_layers == 1, "layer 0 is what enters the first block, so that one stays"
+    for layers in (7, -1, True):
+        with pytest.raises(ModelError, match=f"got layer {layers} as the last to keep; the model has layers 0"):
+            load(POCKET, layers=layers)
+
+
+def test_layers_left_out_of_every_family(family: tuple[PreTrainedModel, LanguageModel], prompt: Tensor) -> None:
+    """Patterns of local and global layers are cut with the blocks."""
+    model = family[1]
+    some = load(model.name, layers=2)
+    assert some.n_layers == 2 and torch.equal(some.states(prompt, 2), model.states(prompt, 2))
+
+
+def test_memory_is_told_and_checked_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line is printed first; where it does not fit, the refusal says what does, and no weight is read."""
+    config = GPT2Config(vocab_size=9, n_embd=64, n_layer=4, n_head=2, n_positions=9)
+    untouched = GPT2Model(config)
+    untouched.save_pretrained(tmp_path)
+    told = models.footprint(config, torch.float32, torch.device("cpu"))
+    assert told.parameters == sum(p.numel() for p in untouched.parameters()) and told.bytes == 4 * told.parameters
+    assert told.bytes_per_block == 4 * sum(p.numel() for p in untouched.h[0].parameters())
+    quantised = models.footprint(config, torch.float32, torch.device("cpu"), 8)
+    assert told.bytes_per_block > quantised.bytes_per_block and told.bytes > quantised.bytes
+    load(tmp_path, device="cpu", progress=True)
+    assert f"{told.parameters:,} parameters, 4 blocks, take" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "free_bytes", lambda device: told.bytes - 1)
+    monkeypatch.setattr(models, "_stored", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(ModelError, match=r"expected one that fits: dtype=torch\.bfloat16 .* layers=3 of 4 takes"):
+        load(tmp_path, device="cpu")
+
+
+def test_out_of_memory_is_an_answer(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for and what may fit, in place of a traceback of the allocator."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LanguageModel, "cut", lambda self, layer: full)
+    with pytest.raises(ModelError, match="got 2 prompts of 3 tokens, which do not fit into memory; expected fewer"):
+        pocket.states(torch.zeros(2, 3, dtype=torch.int64), 4)
+
+
+def test_a_model_that_accelerate_has_spread(pocket: LanguageModel) -> None:
+    """Its forward is bound to the whole model: the cut must not run that one."""
+    spread = copy.copy(pocket.decoder)
+    spread._modules = dict(pocket.decoder._modules)
+    spread.forward, spread._hf_hook = pocket.decoder.forward, object()
+    model = LanguageModel("spread", spread, pocket.tokenizer, pocket.embeddings)
+    assert torch.equal(model.states("hidden states", 2), pocket.states("hidden states", 2))
+
+
+def test_options_that_need_more_packages_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without accelerate, a device map is refused with the command that installs it."""
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda *_: False, raising=False)
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda *_: False, raising=False)
+    with pytest.raises(ModelError, match=r"pip install 'sipit-lite\[quantised\]'"):
+        load(POCKET, device_map="auto")
 
 
 def test_a_folder_without_a_tokenizer_takes_ids(tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def test_gradient_is_that_of_finite_differences() -> None:
 
     model = load("pocket-gpt2", device="cpu", dtype=torch.float64)
     step = OneStepMap.after(model, 6, model.encode("slope"))
-    e, direction = model.embeddings[7].clone().requires_grad_(), torch.randn(model.d_model, dtype=torch.float64)
-    weights = torch.randn(model.d_model, dtype=torch.float64)
+    e, generator = model.embeddings[7].clone().requires_grad_(), torch.Generator().manual_seed(1)
+    direction, weights = torch.randn(2, model.d_model, dtype=torch.float64, generator=generator)
     slope = torch.autograd.grad((step.embedding(e[None])[0] * weights).sum(), e)[0] @ direction
     h = 1e-5
     with torch.no_grad():
@@ -107,3 +107,23 @@ def test_jacobian_by_finite_differences(family: Family, prompt: Tensor) -> None:
     with torch.no_grad():
         expected = (step.embedding(e + moved) - step.embedding(e - moved)).T / (2 * size)
     assert torch.allclose(found, expected, atol=5e-3 * float(expected.abs().max()))
+
+
+def test_a_full_device_gets_fewer_candidates_a_pass(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is halved until it fits, and the states are the same; one candidate that does not fit is an error."""
+    step, honest, sizes = OneStepMap.after(pocket, 2, pocket.encode("full")), OneStepMap.embedding, []
+
+    def small(self: OneStepMap, e: Tensor) -> Tensor:
+        sizes.append(len(e))
+        if len(e) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self, e)
+
+    tokens = torch.arange(300, device=pocket.device)
+    expected, room = step.tokens(tokens), 20
+    monkeypatch.setattr(OneStepMap, "embedding", small)
+    torch.testing.assert_close(step.tokens(tokens), expected)
+    assert max(sizes) > 20 and min(sizes) > 1 and sizes[-1] <= 20
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        step.tokens(tokens)

@@ -18,6 +18,7 @@ from sipit_lite import (
     NotVerified,
     OneStepMap,
     Random,
+    StatesError,
     invert,
     load,
 )
@@ -284,3 +285,28 @@ def test_gpt2_architecture_at_initialisation() -> None:
     model = load("gpt2", random_init=True)
     ids = torch.randint(model.vocab_size, (4,), generator=torch.Generator().manual_seed(0))
     assert torch.equal(invert(model.states(ids, 12), model, 12).tokens, ids)
+
+
+@pytest.mark.parametrize("layer", [1, 6])
+def test_a_model_of_sixteen_bits_agrees_with_itself_bit_for_bit(layer: int) -> None:
+    """In bfloat16 several tokens lie inside the noise floor; the pass that made the states tells them apart."""
+    model = load("pocket-gpt2", dtype=torch.bfloat16)
+    ids = torch.randint(model.vocab_size, (14,), generator=torch.Generator().manual_seed(4))
+    recovery = invert(model.states(ids, layer), model, layer)
+    assert torch.equal(recovery.tokens, ids)
+    assert bool((recovery.radius == 0).any()), "no position was ambiguous, so this test shows nothing"
+
+
+def test_passes_of_a_generation_are_repeated() -> None:
+    """States computed eight positions at once and then one by one need passes of these lengths to agree in each bit."""
+    model = load("pocket-gpt2", dtype=torch.bfloat16)
+    ids = torch.randint(model.vocab_size, (11,), generator=torch.Generator().manual_seed(8))
+    states, step = OneStepMap.after(model, 1).follow(ids[:8])
+    rows = [states]
+    for t in range(8, 11):
+        states, step = step.follow(ids[t : t + 1])
+        rows.append(states)
+    assert torch.equal(invert(torch.cat(rows), model, 1, passes=[8, 1, 1, 1]).tokens, ids)
+    for passes in ([8, 1], [11, 0], []):
+        with pytest.raises(StatesError, match="expected lengths of at least 1, 11 in all"):
+            invert(torch.cat(rows), model, 1, passes=passes)

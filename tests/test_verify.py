@@ -102,7 +102,7 @@ BAD_STATES = {
     "no position": (torch.zeros(0, 256), "states of shape (0, 256)"),
     "too many positions": (torch.zeros(257, 256), "states of shape (257, 256)"),
     "a batch": (torch.zeros(1, 3, 256), "states of shape (1, 3, 256)"),
-    "integers": (torch.zeros(3, 256, dtype=torch.int64), "states of torch.int64; expected a floating-point format"),
+    "integers": (torch.zeros(3, 256, dtype=torch.int64), "states of torch.int64 without a scale; expected"),
     "NaN": (torch.full((2, 256), torch.nan), "NaN or Inf in the state at position 0"),
     "Inf": (torch.cat([torch.zeros(4, 256), torch.full((1, 256), torch.inf)]), "NaN or Inf in the state at position 4"),
     "overflow": (torch.full((2, 256), 1e38), "got states of norm 1.6e+39; torch.float32 overflows"),
@@ -130,3 +130,29 @@ def test_bad_layer_is_refused(pocket: LanguageModel) -> None:
     """Before anything is computed."""
     with pytest.raises(ModelError, match="got layer 9; pocket-gpt2 has layers 0"):
         Observation.of(Tensor(torch.zeros(1, 256)), pocket, 9)
+
+
+def test_eight_bit_integers_need_a_scale(pocket: LanguageModel) -> None:
+    """Without it they are refused; with it the cell of each number is half the scale; bad scales are quoted."""
+    states = pocket.states("scale", 3)
+    scale = states.abs().amax(1) / 127
+    stored = (states / scale[:, None]).round().to(torch.int8)
+    with pytest.raises(StatesError, match=r"got states of torch\.int8 without a scale; expected a floating-point"):
+        Observation.of(stored, pocket, 3)
+    seen = Observation.of(stored, pocket, 3, scale=scale)
+    torch.testing.assert_close(seen.half_width, (scale / 2)[:, None].expand_as(states))
+    assert not seen.exact and bool((seen.distance(0, states[:1]) <= seen.radius[0]).all())
+    for bad in (scale[1:], -scale, scale * torch.nan, scale[:, None, None]):
+        with pytest.raises(StatesError, match=r"got a scale of shape .* expected one finite number above 0"):
+            Observation.of(stored, pocket, 3, scale=bad)
+    with pytest.raises(StatesError, match=r"got states of torch\.int64 with a scale"):
+        Observation.of(stored.long(), pocket, 3, scale=scale)
+
+
+def test_a_scale_of_floating_point_states_scales_their_cells(pocket: LanguageModel) -> None:
+    """States stored as float16 / 8 with the scale 8 have the cells of float16, eight times as wide."""
+    states = pocket.states("scale", 3)
+    stored = (states / 8).half()
+    seen = Observation.of(stored, pocket, 3, scale=torch.full((len(states),), 8.0))
+    torch.testing.assert_close(seen.states, stored.to(states) * 8)
+    torch.testing.assert_close(seen.half_width, rounding_half_width(stored, pocket) * 8)
