@@ -684,3 +684,49 @@ def player(draw: Callable[[int, Axes], object], frames: int) -> str:
     for icon, sign in ICONS.items():
         page = page.replace(f'<i class="fa fa-{icon}"></i>', sign)
     return page
+
+
+def forced_lengths(lengths: dict[str, dict[str, int]], contexts: dict[str, int], ax: Axes | None = None) -> Axes:
+    """For each model and number format, the length from which collisions are forced, over the model's context.
+
+    >>> len(forced_lengths({"a": {"float32": 90, "int8": 20}}, {"a": 60}).lines)
+    3
+    """
+    ax, models = ax or plt.subplots(layout="constrained")[1], list(lengths)
+    for i, form in enumerate(next(iter(lengths.values()))):
+        shares = [lengths[model][form] / contexts[model] for model in models]
+        ax.plot(shares, np.arange(len(models)), "os^D"[i % 4], color=f"C{i}", label=form)
+    ax.axvline(1, color=RADIUS, linestyle="--")
+    ax.set(xscale="log", xlabel="length over context", ylim=(len(models) - 0.5, -0.5))
+    ax.set_yticks(np.arange(len(models)), models)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize="small")
+    return ax
+
+
+def states_used(prompts: Sequence[int], used: dict[str, ArrayLike], limit: int, ax: Axes | None = None) -> Axes:
+    """Different states over the number of prompts, one line a format, on logarithmic scales; the limit of one dashed.
+
+    >>> len(states_used([4, 20], {"bfloat16": [4, 20], "FP4": [4, 9]}, 16).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (form, counts) in enumerate(used.items()):
+        ax.plot(prompts, counts, "os^D"[i % 4] + "-", color=f"C{i}", label=form)
+    ax.axhline(limit, color=f"C{len(used) - 1}", linestyle="--")
+    ax.set(xscale="log", yscale="log", xlabel="prompts", ylabel="different states")
+    ax.legend(loc="upper left", frameon=False)
+    return ax
+
+
+def scales(sizes: dict[str, ArrayLike], label: str, ax: Axes | None = None) -> Axes:
+    """Sizes of several kinds at the same places, on a logarithmic scale.
+
+    >>> scales({"margin": [1.0, 2.0], "noise": [1e-6, 1e-5]}, "distance").get_yscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (name, found) in enumerate(sizes.items()):
+        ax.plot(np.arange(1, len(found) + 1), found, "os^D"[i % 4], color=f"C{i}", label=name)
+    ax.set(yscale="log", xlabel="place", ylabel=label)
+    _legend_above(ax)
+    return ax
