@@ -20,9 +20,9 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from sipit_lite import collisions, shards
+from sipit_lite.corpora import SOURCES, from_source
 from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel, load
-from sipit_lite.prompts import distinct
 from sipit_lite.sipit import Outcome, invert_many
 from sipit_lite.verify import StatesError
 
@@ -203,13 +203,22 @@ def _first_of_each(rows: Int[Tensor, " n"], prompts: Sequence[Tensor]) -> Tensor
     return torch.tensor([first[key] == row for key, row in zip(keys, rows.tolist(), strict=True)], dtype=torch.bool)
 
 
+def _prompts(model: LanguageModel, options: argparse.Namespace) -> list[Tensor]:
+    """The same prompts on every rank; corpora are streamed by the first alone."""
+    alone = options.source != "corpora"
+    if alone or _place()[0] == 0:
+        chosen = {"seed": options.seed, "source": options.source, "folder": options.folder}
+        asked = from_source(model.tokenizer, options.prompts, options.length, **chosen)
+    return asked if alone else _gathered(asked if _place()[0] == 0 else [])[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """States of many prompts and their closest pairs, one line of JSON from rank 0."""
     parser = argparse.ArgumentParser(prog="torchrun -m sipit_lite.distributed", description=main.__doc__)
     parser.add_argument("-n", "--prompts", type=int, default=2000)
     parser.add_argument("--length", type=int, default=24, help="tokens of a prompt")
     parser.add_argument("--layers", type=int, nargs="+", help="0 to L; the last by default")
-    parser.add_argument("--source", default="bundled", choices=["bundled", "installed"])
+    parser.add_argument("--source", default="bundled", choices=SOURCES)
     parser.add_argument("--folder", help="keeps the states, so that an interrupted run goes on")
     parser.add_argument("--model")
     parser.add_argument("--seed", type=int, default=0)
@@ -217,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ranks() as (rank, count):
         model = load(options.model)
         layers = options.layers or [model.n_layers]
-        asked = distinct(model.tokenizer, options.prompts, options.length, seed=options.seed, source=options.source)
+        asked = _prompts(model, options)
         _gathered(None)  # all start together, or the slowest to load would be part of the time
         begun = time.perf_counter()
         shard = last_states(model, asked, layers, folder=options.folder, progress=rank == 0)

@@ -285,7 +285,7 @@ def load(
     """
     name = str(name if name is not None else os.environ.get("SIPIT_LITE_MODEL") or POCKET)
     place = str(files("sipit_lite") / "pocket_gpt2") if name == POCKET else name
-    target, local = pick_device(device), os.path.isdir(place) or not _hub_in_reach()
+    target, local = pick_device(device), os.path.isdir(place) or not hub_in_reach()
     placed = {"device_map": device_map, "quantization_config": quantization_config}
     placed = {option: value for option, value in placed.items() if value is not None}
     try:
@@ -329,7 +329,12 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return torch.device(device)
 
 
-def _hub_in_reach() -> bool:
+def hub_in_reach() -> bool:
+    """Whether the Hugging Face hub has an address here, or a proxy is set; says so at once, and sends nothing.
+
+    >>> isinstance(hub_in_reach(), bool)
+    True
+    """
     # Without this look-up, transformers retries for half a minute before it says that there is no network.
     try:
         socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)

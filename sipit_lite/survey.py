@@ -20,11 +20,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sipit_lite.collisions import CollisionReport, closest_pairs
+from sipit_lite.corpora import SOURCES, from_source
 from sipit_lite.geometry import birthday_minimum, gaussian_minimum, intrinsic_dimension
 from sipit_lite.models import LanguageModel, load
 from sipit_lite.onestep import EXACT
 from sipit_lite.perturb import BITS, rounded
-from sipit_lite.prompts import SOURCES, prompts
+from sipit_lite.prompts import prompts
 from sipit_lite.shards import last_states
 
 CLOSEST = 5  # pairs that are kept with their texts
@@ -334,14 +335,19 @@ def _everything(model: LanguageModel, options: argparse.Namespace) -> dict[str, 
     def shards(name: str) -> Path | None:
         return options.shards and options.shards / name
 
-    chosen = {"seed": options.seed, "source": options.source}
-    asked = windows(model.tokenizer, options.prompts, options.length, **chosen)
+    def texts(count: int, length: int, name: str) -> list[Tensor]:
+        chosen = {"seed": options.seed, "source": options.source}
+        if options.source == "corpora":  # these come without repetitions
+            return from_source(model.tokenizer, count, length, **chosen, folder=shards(name))
+        return windows(model.tokenizer, count, length, **chosen)
+
+    asked = texts(options.prompts, options.length, "states")
     distinct, layers = different(asked), list(range(1, model.n_layers + 1))
     states = last_states(model, distinct, layers, folder=shards("states"), progress=options.progress)
     found = _survey(model, len(asked), distinct, layers, states, options.seed, options.progress)
     last = states[-1]
     order = torch.randperm(len(last), generator=torch.Generator().manual_seed(options.seed))
-    long = torch.stack(different(windows(model.tokenizer, options.windows, max(options.lengths), **chosen)))
+    long = torch.stack(different(texts(options.windows, max(options.lengths), "lengths")))
     lengths = survey_lengths(model, long, options.lengths, folder=shards("lengths"), progress=options.progress)
     rounding = {"layer": model.n_layers, **survey_rounding(last[order])}
     return {"source": options.source, "seed": options.seed, "survey": found, "lengths": lengths, "rounding": rounding}

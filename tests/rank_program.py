@@ -1,13 +1,14 @@
 """What every rank runs in ``test_distributed``: the assertions of one case, on each rank."""
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
 import torch
 
-from sipit_lite import StatesError, collisions, distributed, invert_many, load, shards
-from sipit_lite.prompts import distinct
+from sipit_lite import StatesError, collisions, corpora, distributed, invert_many, load, shards
+from sipit_lite.prompts import bundled, distinct
 
 
 def pairs_equal_one_process(rank: int, count: int, folder: str) -> None:
@@ -50,9 +51,20 @@ def outcomes_equal_one_process(rank: int, count: int, folder: str) -> None:
     assert found[2].position == alone[2].position and isinstance(found[3], StatesError)
 
 
+def corpora_are_streamed_once(rank: int, count: int, folder: str) -> None:
+    """The first rank alone opens them, and all get its prompts."""
+    streams, opened = {"pages": [{"text": text} for text in bundled("prose")]}, []
+    corpora.open_corpora = lambda seed: opened.append(rank) or streams
+    model = load(device="cpu")
+    found = distributed._prompts(model, argparse.Namespace(prompts=5, length=7, seed=0, source="corpora", folder=None))
+    assert [x.tolist() for x in found] == [x.tolist() for x in corpora.sampled(model.tokenizer, 5, 7, streams)]
+    assert distributed._gathered(opened) == [[0]] + [[]] * (count - 1)
+
+
 def equal_to_one_process(rank: int, count: int, folder: str) -> None:
     """All of it, in one start of the processes."""
-    for case in (pairs_equal_one_process, states_equal_one_process, outcomes_equal_one_process):
+    cases = (pairs_equal_one_process, states_equal_one_process, outcomes_equal_one_process, corpora_are_streamed_once)
+    for case in cases:
         case(rank, count, folder)
 
 
