@@ -19,11 +19,12 @@ from sipit_lite.bench_collisions import collisions
 from sipit_lite.bench_inversion import inversion
 from sipit_lite.bench_scale import scale
 from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs, continuations
+from sipit_lite.corpora import SOURCES, from_source
 from sipit_lite.families import families
 from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel, ModelError, load
 from sipit_lite.policies import Gradient, Newton, Policy, Random
-from sipit_lite.prompts import KINDS, SOURCES, distinct, prompts
+from sipit_lite.prompts import KINDS, prompts
 from sipit_lite.shards import last_states
 from sipit_lite.sipit import Interrupted, NotVerified, Recovery, invert
 from sipit_lite.verify import StatesError
@@ -122,7 +123,9 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("-n", "--prompts", type=int, default=2000, help="distinct prompts, the kinds in turn")
     search.add_argument("--length", type=int, default=24, help="tokens of each prompt")
     search.add_argument("--kinds", nargs="+", choices=KINDS, default=["prose", "code"])
-    search.add_argument("--source", choices=SOURCES, default="bundled", help="installed text holds far more prompts")
+    search.add_argument(
+        "--source", choices=SOURCES, default="bundled", help="installed text holds far more; corpora: the hub's"
+    )
     search.add_argument("--layers", type=int, nargs="+", help="the default is all of them, from 1")
     search.add_argument("--closest", type=int, default=10, help="how many pairs to report")
     search.add_argument("--exhaustive", type=int, default=0, metavar="M", help="each token after M of the closest")
@@ -236,13 +239,14 @@ def run_collisions(options: argparse.Namespace) -> int:
         raise ModelError(f"got {model.name} without a readable tokenizer; the prompts need one")
     layers = options.layers or list(range(1, model.n_layers + 1))
     try:
-        asked = distinct(
+        asked = from_source(
             model.tokenizer,
             options.prompts,
             options.length,
             kinds=options.kinds,
             seed=options.seed,
             source=options.source,
+            folder=options.shards,
         )
     except ValueError as error:
         raise StatesError(str(error)) from error
