@@ -251,19 +251,21 @@ def clock(work: Callable[[], object], device: torch.device) -> float:
 
 def report(bench: str, model: LanguageModel, checks: list[Check], data: dict) -> dict:
     """The JSON object of one bench."""
+    return {"bench": bench, **setting(model), "checks": [asdict(check) for check in checks], "data": data}
+
+
+def setting(model: LanguageModel) -> dict:
+    """What was measured with: model, versions, device and threads."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     return {
-        "bench": bench,
         "model": model.name,
         "versions": versions,
         "device": str(model.device),
         "threads": torch.get_num_threads(),
-        "checks": [asdict(check) for check in checks],
-        "data": data,
     }
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``sipit-lite demo · capture · invert · collisions · bench``."""
+"""The command line: ``sipit-lite demo · capture · invert · collisions · bench · reproduce``."""
 
 import argparse
 import io
@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -23,8 +24,11 @@ from sipit_lite.corpora import SOURCES, from_source
 from sipit_lite.families import families
 from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel, ModelError, load
+from sipit_lite.perturb import quantised
 from sipit_lite.policies import Gradient, Newton, Policy, Random
 from sipit_lite.prompts import KINDS, prompts
+from sipit_lite.reported import side_by_side, table
+from sipit_lite.reproduce import EXPERIMENTS, WAYS, reproduce
 from sipit_lite.shards import last_states
 from sipit_lite.sipit import Interrupted, NotVerified, Recovery, invert
 from sipit_lite.verify import StatesError
@@ -50,6 +54,7 @@ DEMO_TEXTS = {
 }
 DEMO_RANDOM_TOKENS = 20
 WEIGHTS = {"int8": torch.float16, "fp4": torch.bfloat16}  # and the format their products are computed in
+ROUNDED = ("int8", "fp4")
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int8")
 
 
@@ -138,6 +143,21 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
     measure.add_argument("--figure", default="", help="a .png of seconds a prompt, for the bench inversion")
     measure.set_defaults(run=run_bench)
+
+    again = commands.add_parser("reproduce", parents=[shared], help="the paper's experiments, beside its numbers")
+    again.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
+    again.add_argument("--quick", action="store_true", help="a smoke run of seconds; else as many prompts as the paper")
+    again.add_argument("--prompts", type=int, help="how many")
+    again.add_argument("--length", type=int, help="tokens of each, the begin-of-text token not counted")
+    again.add_argument("--lengths", type=int, nargs="+", help="for lengths and times, in place of --length")
+    again.add_argument("--layers", type=int, nargs="+", help="in place of those of the paper's table, and of --layer")
+    again.add_argument("--ways", nargs="+", choices=WAYS, help="of inverting")
+    again.add_argument("--limit", type=float, help="seconds that a published way gets for a prompt")
+    again.add_argument("--source", choices=SOURCES, help="of the text; corpora are the paper's, from the hub")
+    again.add_argument("--shards", help="a folder that keeps states and streamed text, so that a stopped run goes on")
+    again.add_argument("--rounded", choices=ROUNDED, help="round the weights of a loaded model; needs no more packages")
+    again.add_argument("-o", "--output", help="a folder that gets one JSON file for each experiment")
+    again.set_defaults(run=run_reproduce)
     return top
 
 
@@ -344,6 +364,43 @@ def speed_figure(speed: dict[str, dict], path: str) -> None:
         )
         ax.set_xlabel(f"seconds per prompt, {name}")
     _save(figure, path)
+
+
+def run_reproduce(options: argparse.Namespace) -> int:
+    """Run one experiment of the paper or all of them, and print the numbers with the paper's where it has them."""
+    model, weights = _model(options), options.weights or "full"
+    if options.rounded:
+        # The model keeps its name: what was done to the weights is told beside it.
+        model, weights = replace(quantised(model, options.rounded), name=model.name), f"{options.rounded}, rounded"
+    if options.output:
+        _folder(options.output)
+    names = ("prompts", "length", "lengths", "ways", "limit", "source", "shards")
+    asked = {name: getattr(options, name) for name in names} | {
+        "layers": options.layers or (None if options.layer is None else [options.layer])
+    }
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items() if value}
+    for experiment in EXPERIMENTS if options.experiment == "all" else [options.experiment]:
+        try:
+            told = reproduce(
+                experiment, model, quick=options.quick, weights=weights, seed=options.seed, progress=True, **changes
+            )
+        except ValueError as error:
+            raise StatesError(str(error)) from error
+        if options.output:
+            name = f"{Path(model.name).name}-{experiment}-{weights}.json".replace(", ", "-").replace(" ", "-")
+            Path(options.output, name).write_text(
+                json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        lines = [line for line in side_by_side([told], experiment) if line.measured is not None]
+        print(json.dumps(told) if options.json else table(lines), flush=True)
+    return 0
+
+
+def _folder(path: str) -> None:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StatesError(f"got the folder {path!r}, which cannot be made ({error})") from error
 
 
 def demo_prompts(model: LanguageModel, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
