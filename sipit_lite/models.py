@@ -37,7 +37,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sipit_lite.memory import Footprint, advised
+from sipit_lite.memory import Footprint, advised, is_out_of_memory
 
 POCKET = "pocket-gpt2"
 
@@ -297,12 +297,19 @@ def load(
                 _at_random(config, seed).to(dtype) if random_init else _stored(place, config, dtype, local, placed)
             )
             decoder, tokenizer = decoder.get_decoder().eval().requires_grad_(False), _tokenizer(place, local)
+        landmarks(decoder)
+        decoder = decoder if placed else decoder.to(target)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, SafetensorError, MemoryError
+    ) as error:  # fmt: skip
+        if is_out_of_memory(error):
+            needed = footprint(config, dtype, target)
+            raise ModelError(
+                f"got {name!r}, out of memory: {needed}; expected one that fits: {needed.advice}"
+            ) from error
         raise ModelError(_reason(name, error)) from error
-    landmarks(decoder)
-    decoder = decoder if placed else decoder.to(target)
     name += f" at random initialisation, seed {seed}" if random_init else ""
     model = LanguageModel(name, decoder, tokenizer, embedding_rows(decoder))
     _check_causal(model)

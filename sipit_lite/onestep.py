@@ -4,6 +4,7 @@ The prefix is read once into a key-value cache, so a candidate costs one token i
 and candidates go through the model together, as rows of one batch.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from sipit_lite.memory import is_out_of_memory
+from sipit_lite.memory import advised, is_out_of_memory
 from sipit_lite.models import LanguageModel, ModelError
 
 ROWS = 256  # candidates per pass: enough to keep the matrix products busy, small enough for the copied prefix cache
@@ -74,7 +75,7 @@ class OneStepMap:
         (torch.Size([2, 2, 256]), True, 2)
         """
         cache, position = self._cache(len(rows)), self.position + rows.shape[1]
-        with torch.no_grad():
+        with torch.no_grad(), self._advised(f"{len(rows)} prompts of {position} tokens"):
             states = self._run(self.model.embeddings[rows], cache)
         pasts = (tuple((x.keys[i : i + 1], x.values[i : i + 1]) for x in cache.layers) for i in range(len(rows)))
         return states, [replace(self, position=position, past=past) for past in pasts]
@@ -86,16 +87,19 @@ class OneStepMap:
         )
 
     def tokens(self, tokens: Int[Tensor, " cand"]) -> Float[Tensor, "cand d_model"]:
-        """F(v) for each candidate token, shape (candidates, d_model)."""
+        """F(v) for each candidate token, shape (candidates, d_model).
+
+        Raises ``ModelError`` where not even one candidate fits into memory.
+        """
         size = self._rows()
-        while True:
-            try:
-                with torch.no_grad():
+        with torch.no_grad(), self._advised(f"one candidate after {self.position} tokens"):
+            while True:
+                try:
                     return torch.cat([self.embedding(self.model.embeddings[rows]) for rows in tokens.split(size)])
-            except (RuntimeError, MemoryError) as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size //= 2  # the device is fuller than expected: fewer candidates a pass say the same
+                except (RuntimeError, MemoryError) as error:
+                    if size == 1 or not is_out_of_memory(error):
+                        raise
+                    size //= 2  # the device is fuller than expected: fewer candidates a pass say the same
 
     def embedding(self, e: Float[Tensor, "cand d_model"]) -> Float[Tensor, "cand d_model"]:
         """F(e) with the t-th input embedding replaced by each row of e; differentiable in e.
@@ -112,14 +116,14 @@ class OneStepMap:
     def jacobian(self, e: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model d_model"]:
         """∂F/∂e at one embedding, rows by number of the state, by one batched reverse pass over the prefix cache.
 
-        Raises ``ModelError`` where the prefix already fills the context.
+        Raises ``ModelError`` where the prefix already fills the context, or the rows do not fit into memory.
 
         >>> from sipit_lite import load
         >>> model = load(device="cpu")
         >>> OneStepMap.after(model, 0).jacobian(model.embeddings[5]).equal(torch.eye(256))
         True
         """
-        with torch.enable_grad():
+        with torch.enable_grad(), self._advised(f"a Jacobian of {len(e)} rows after {self.position} tokens"):
             e = e.detach().clone().requires_grad_()  # a view of the table would drag the whole table along
             state = self.embedding(e[None])[0]
             return torch.autograd.grad(state, e, torch.eye(len(e)).to(state), is_grads_batched=True)[0]
@@ -136,6 +140,9 @@ class OneStepMap:
             pairs = torch.cdist(states[first : first + ROWS], states[first:], compute_mode=EXACT)
             smallest = min(smallest, float(pairs[torch.ones_like(pairs, dtype=torch.bool).triu(1)].min()))
         return smallest
+
+    def _advised(self, what: str) -> AbstractContextManager:
+        return advised(what, self.model.dtype, ModelError)
 
     def _rows(self) -> int:
         per_row = sum(k.numel() + v.numel() for k, v in self.past)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sipit_lite.models import LanguageModel
+from sipit_lite.memory import advised
+from sipit_lite.models import LanguageModel, ModelError
 from sipit_lite.verify import StatesError
 
 SHARD = 4096  # prompts in a file
@@ -32,8 +33,8 @@ def last_states(
     Prompts of one length share a batch. With ``folder``, every ``SHARD`` prompts are written to a safetensors file as
     soon as they are done, so a run that was interrupted goes on where it stopped; a shard that is damaged, or of
     another model, other layers or other prompts, is computed again.
-    Raises ``ModelError`` for a bad layer or prompt, ``StatesError`` for no prompt or layer, or a folder that cannot be
-    written to (the shards finished by then stay).
+    Raises ``ModelError`` for a bad layer or prompt, or a pass that does not fit into memory, ``StatesError`` for no
+    prompt or layer, or a folder that cannot be written to (the shards finished by then stay).
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -72,7 +73,8 @@ def _last_states(
     cut, found = model.cut(max(*layers, 1)), []  # layer 0 is what enters the first block, so that one has to run
     for length, group in groupby(prompts, key=len):
         for ids in torch.stack(list(group)).split(max(1, TOKENS // length)):
-            with torch.inference_mode(), model.tapped(layers) as states:
+            fits = advised(f"{len(ids)} prompts of {length} tokens", model.dtype, ModelError)
+            with fits, torch.inference_mode(), model.tapped(layers) as states:
                 cut(inputs_embeds=model.embeddings[ids.to(model.device)], use_cache=False)
                 found.append(torch.stack([states[layer][:, -1] for layer in layers]).cpu())
     return torch.cat(found, 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertModel,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5Model,
+    modeling_utils,
 )
 
 from sipit_lite import LanguageModel, ModelError, load, memory, models
@@ -186,8 +188,30 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, pocket: Languag
 
 def test_layers_left_out_are_never_loaded(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks of six: the same states, half the blocks; and none of the rest was read."""
-    some = load(POCKET, layers=3)
+    read: list[str] = []
+
+    class Told:
+        """An open file, or the slice of a weight in it, that says which weights were read."""
+
+        def __init__(self, inner: object, name: str = ""):
+            self.inner, self.name = inner, name
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+        def __getitem__(self, index: object) -> Tensor:
+            read.append(self.name)
+            return self.inner[index]
+
+        def get_slice(self, name: str) -> "Told":
+            return Told(self.inner.get_slice(name), name)
+
+    honest = modeling_utils.safe_open
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_utils, "safe_open", lambda *given, **options: Told(honest(*given, **options)))
+        some = load(POCKET, layers=3)
     assert some.n_layers == 3 and len(some.decoder.h) == 3
+    assert "transformer.h.2.ln_1.weight" in read and not [name for name in read if re.search(r"\.h\.[345]\.", name)]
     for layer in range(4):
         assert torch.equal(some.states("hidden states", layer), pocket.states("hidden states", layer))
     assert load(POCKET, layers=0).n_layers == 1, "layer 0 is what enters the first block, so that one stays"
@@ -232,6 +256,37 @@ def test_out_of_memory_is_an_answer(pocket: LanguageModel, monkeypatch: pytest.M
     monkeypatch.setattr(LanguageModel, "cut", lambda self, layer: full)
     with pytest.raises(ModelError, match="got 2 prompts of 3 tokens, which do not fit into memory; expected fewer"):
         pocket.states(torch.zeros(2, 3, dtype=torch.int64), 4)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize(("place", "name"), [(models, "_stored"), (GPT2Model, "to")])
+def test_out_of_memory_while_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str, error: Exception
+) -> None:
+    """The layers or the format that fit are named, whether the weights are read or moved to the device."""
+    GPT2Model(GPT2Config(vocab_size=9, n_embd=64, n_layer=4, n_head=2, n_positions=9)).save_pretrained(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(place, name, full)
+    with pytest.raises(ModelError, match=r"out of memory: .* take .* expected one that fits: dtype=torch\.bfloat16"):
+        load(tmp_path, device="cpu")
+
+
+def test_options_reach_transformers_as_they_are(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format, the device map and the quantisation; and the weights stay where transformers has put them."""
+    given, quantised = {}, BitsAndBytesConfig(load_in_8bit=True)
+
+    def stored(place: str, **options: object) -> tuple[PreTrainedModel, dict]:
+        given.update(options)
+        return copy.deepcopy(pocket.decoder), {"missing_keys": []}
+
+    monkeypatch.setattr(models.AutoModel, "from_pretrained", stored)
+    monkeypatch.setattr(type(pocket.decoder), "to", lambda *_: pytest.fail("the model was moved"))
+    load(POCKET, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=quantised)
+    assert (given["dtype"], given["device_map"]) == (torch.bfloat16, {"": "cpu"})
+    assert given["quantization_config"] is quantised
 
 
 def test_a_model_that_accelerate_has_spread(pocket: LanguageModel) -> None:

@@ -125,5 +125,25 @@ def test_a_full_device_gets_fewer_candidates_a_pass(pocket: LanguageModel, monke
     torch.testing.assert_close(step.tokens(tokens), expected)
     assert max(sizes) > 20 and min(sizes) > 1 and sizes[-1] <= 20
     room = 0
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        ModelError, match=r"got one candidate after 2 tokens, which do not fit .* expected .* lower layer"
+    ):
         step.tokens(tokens)
+
+
+def test_a_full_device_is_an_answer(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Jacobian, a pass over a prompt: what was too much, and what may fit; other errors stay what they are."""
+    step, token = OneStepMap.after(pocket, 2, pocket.encode("full")), pocket.embeddings[5]
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(OneStepMap, "_run", full)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(ModelError, match="got a Jacobian of 256 rows after 2 tokens, which do not fit"):
+        step.jacobian(token)
+    with pytest.raises(ModelError, match="got 1 prompts of 3 tokens, which do not fit"):
+        step.extend(5)
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        step.jacobian(token)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sipit_lite import LanguageModel, StatesError, last_states, load, shards
+from sipit_lite import LanguageModel, ModelError, StatesError, last_states, load, shards
 
 
 def ragged(model: LanguageModel, count: int = 12) -> list[torch.Tensor]:
@@ -111,3 +111,14 @@ def test_last_states_refuse(pocket: LanguageModel, prompts: list, layers: list, 
     """Each refusal quotes what came and what was expected, before anything is computed."""
     with pytest.raises(ValueError, match=words):
         last_states(pocket, prompts, layers)
+
+
+def test_a_full_device_is_an_answer(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that did not fit, and what may, in place of a traceback of the allocator."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LanguageModel, "cut", lambda self, layer: full)
+    with pytest.raises(ModelError, match="got 12 prompts of 7 tokens, which do not fit into memory; expected fewer"):
+        last_states(pocket, [torch.arange(7)] * 12, [3])
