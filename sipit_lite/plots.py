@@ -324,10 +324,24 @@ def minima_by_layer(tests: dict[str, tuple[ArrayLike, ArrayLike]], threshold: fl
     'log'
     """
     ax = ax or plt.subplots()[1]
-    for (label, (layers, minima)), marker in zip(tests.items(), "o^sDv", strict=False):
-        ax.plot(layers, minima, marker=marker, label=label)
+    for i, (label, (layers, minima)) in enumerate(tests.items()):
+        ax.plot(layers, minima, marker="o^sDv"[i % 5], label=label)
     ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
     ax.set(yscale="log", xlabel="layer", ylabel="smallest distance")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small")
+    return ax
+
+
+def seconds_by_layer(times: dict[str, tuple[ArrayLike, ArrayLike]], ax: Axes | None = None) -> Axes:
+    """Seconds to invert a prompt over the layer, one line of (layers, seconds) for each length.
+
+    >>> seconds_by_layer({"20 tokens": ([1, 2], [0.1, 0.2])}).get_ylabel()
+    'seconds per prompt'
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, (layers, seconds)) in enumerate(times.items()):
+        ax.plot(layers, seconds, marker="o^sDv"[i % 5], label=label)
+    ax.set(yscale="log", xlabel="layer", ylabel="seconds per prompt")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small")
     return ax
 
