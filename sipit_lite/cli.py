@@ -254,7 +254,7 @@ def run_collisions(options: argparse.Namespace) -> int:
     """Compare all pairs of many prompts at the layers asked for; with ``--exhaustive``, all continuations of some."""
     if options.figure:
         _check_figure(options.figure)
-    model = _model(options)
+    model = _model(options, max(options.layers) if options.layers else None)
     if model.tokenizer is None:
         raise ModelError(f"got {model.name} without a readable tokenizer; the prompts need one")
     layers = options.layers or list(range(1, model.n_layers + 1))

@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     with ranks() as (rank, count):
-        model = load(options.model)
+        model = load(options.model, layers=max(options.layers) if options.layers else None)
         layers = options.layers or [model.n_layers]
         asked = _prompts(model, options)
         _gathered(None)  # all start together, or the slowest to load would be part of the time

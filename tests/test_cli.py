@@ -121,10 +121,14 @@ def test_unknown_options_end_with_code_2() -> None:
         assert stop.value.code == 2
 
 
-def test_collisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_collisions(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command finds what the function finds, says no collision where there is none, and draws."""
     figure = tmp_path / "nearest.png"
     command = ["collisions", "-n", "40", "--length", "8", "--layers", "2", "6", "--closest", "3", "--exhaustive", "1"]
+    loaded, honest = [], cli.load
+    monkeypatch.setattr(
+        cli, "load", lambda *given, **options: loaded.append(options["layers"]) or honest(*given, **options)
+    )
     assert main([*command, "--json", "--figure", str(figure), "--shards", str(tmp_path / "shards")]) == 0
     told = json.loads(capsys.readouterr().out)
     model = load("pocket-gpt2")
@@ -135,7 +139,8 @@ def test_collisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["layer"] for row in told["exhaustive"]] == [2, 6]
     assert all(row["compared"] == 4096 * 4095 // 2 and row["collisions"] == 0 for row in told["exhaustive"])
     assert figure.stat().st_size > 1000 and len(list((tmp_path / "shards").iterdir())) == 1
-    assert main([*command[:5], "--layers", "6"]) == 0
+    assert main([*command[:5], "--layers", "5"]) == 0
+    assert loaded == [6, 5], "blocks beyond the last layer are not loaded"
     assert "collisions: ℓ2 distance below 1e-6" in capsys.readouterr().out
 
 
