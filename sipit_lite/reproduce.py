@@ -104,7 +104,7 @@ def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
 
 
 def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Random prefixes before one suffix: the prompts with the most frequent greedy next token, and how close they come.
+    """Random tokens before one suffix: the prompts with the most frequent greedy next token, and how close they come.
 
     Raises ``ModelError`` for what ``unembedding`` refuses.
     """
@@ -205,7 +205,7 @@ EXPERIMENTS = {
     "times": Experiment(
         times, "Figure 6", Plan(10, lengths=(20, 50, 100, 150, 200)), Plan(2, lengths=(4, 8), ways=("here",), **_SMOKE)
     ),
-    "same-answer": Experiment(same_answer, "E.3", Plan(10_000), Plan(200, **_SMOKE)),
+    "same-answer": Experiment(same_answer, "E.3", Plan(10_000, PREFIX), Plan(200, PREFIX, **_SMOKE)),
     "shape": Experiment(shape, "Table 11", Plan(100), Plan(4, 16, tokens=100, **_SMOKE)),
 }  # fmt: skip
 
@@ -295,7 +295,7 @@ def _begun(model: LanguageModel, ids: Int[Tensor, " pos"]) -> Int[Tensor, " pos"
 
 
 def _before_one_suffix(model: LanguageModel, plan: Plan) -> Int[Tensor, "n pos"]:
-    drawn = torch.stack(at_random(model, plan.prompts, replace(plan, length=PREFIX)))
+    drawn = torch.stack(at_random(model, plan.prompts, plan))
     if model.tokenizer is None:
         return torch.cat([drawn, drawn[:1].flip(1).expand(len(drawn), -1)], 1)
     suffix = model.encode(SUFFIX)[int(model.begin is not None) :]
