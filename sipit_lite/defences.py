@@ -10,8 +10,8 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -24,9 +24,13 @@ from tqdm import tqdm
 from sipit_lite.models import LanguageModel, ModelError, landmarks, load
 from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.prompts import prompts
-from sipit_lite.verify import distance_to_stored, noise_floor
+from sipit_lite.verify import SAFETY, distance_to_stored, noise_floor
 
 Z = 1.959963984540054  # the normal law is within ± Z with probability 0.95
+STEPS, HALVINGS = 8, 5  # of Gauss and Newton in one solution, and of one step of theirs
+LONG = 64  # tokens of the texts on which the loss is measured
+NARROW = 3  # dropped tokens in a row for which a second round is worth its time
+RIDGE, TIGHT = 1e-3, 1e-4  # added to the covariance of embeddings; the smallest noise, over the size of a state
 REACH = 5.0  # a Gaussian vector of unit variance is longer than √d + REACH with probability below exp(−REACH²/2)
 
 
@@ -290,19 +294,20 @@ def loss(
     return cross_entropy(logits.float(), ids.to(model.device)[predicts.to(model.device) + 1], reduction="none")
 
 
-def extra_loss(
+def extra_losses(
     model: LanguageModel, texts: Sequence[Int[Tensor, " pos"]], layer: int, defence: Defence | Dropping, seed: int = 0
-) -> float:
-    """What a defence costs: mean loss with it minus mean loss without it, nats a token, on the same predicted tokens.
+) -> Float[Tensor, " predicted"]:
+    """What a defence costs at each predicted token: the loss with it minus the loss without it, in nats.
 
+    Where states are dropped, the positions of those that were sent alone predict, and are compared.
     Raises ``DefenceError`` for no texts, or texts that are too short to predict anything; see also ``continued``.
 
     >>> model = load(device="cpu")
     >>> texts = [model.encode("the hidden states of a prompt")]
-    >>> extra_loss(model, texts, 3, Rounding(1)) > extra_loss(model, texts, 3, Rounding(12))
-    True
+    >>> extra_losses(model, texts, 3, Rounding(1)).mean() > extra_losses(model, texts, 3, Rounding(12)).mean()
+    tensor(True)
     """
-    before, after = [], []
+    found = [torch.zeros(0, device=model.device)]
     for i, ids in enumerate(texts):
         states, kept = model.states(ids, layer), torch.arange(len(ids))
         clean = loss(model, ids, states, layer)
@@ -311,18 +316,20 @@ def extra_loss(
             sent = states[kept.to(states.device)]
         else:
             sent = defence.send(states, seed + i)
-        after.append(loss(model, ids, sent, layer, kept))
-        before.append(clean[kept[: len(after[-1])].to(clean.device)])
-    if not sum(map(len, after)):
+        defended = loss(model, ids, sent, layer, kept)
+        found.append(defended - clean[kept[: len(defended)].to(clean.device)])
+    if not sum(map(len, found)):
         raise DefenceError(f"got {len(texts)} texts that predict no token; expected texts of several tokens")
-    return float(torch.cat(after).mean() - torch.cat(before).mean())
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
 class Score:
     """What an attack recovered: tokens right by likelihood alone, and with the model's own next-token probabilities.
 
-    ``verified`` counts the tokens where exactly one candidate fitted, ``false`` those of them that are wrong.
+    ``verified`` counts the tokens where exactly one candidate fitted, ``false`` those of them that are wrong. Of the
+    ``prompts``, ``whole`` are right at every position with the probabilities: an attacker who is granted no prefix, and
+    goes on from the tokens found, recovers just these. ``certain`` are the prompts with every token verified.
     """
 
     trials: int = 0
@@ -330,9 +337,17 @@ class Score:
     posterior: int = 0
     verified: int = 0
     false: int = 0
+    prompts: int = 0
+    whole: int = 0
+    certain: int = 0
 
     def __add__(self, other: "Score") -> "Score":
         return Score(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+    def of_prompt(self) -> "Score":
+        """The same counts, as those of all positions of one prompt."""
+        whole, certain = self.posterior == self.trials, self.verified == self.trials
+        return replace(self, prompts=1, whole=int(whole), certain=int(certain))
 
 
 def recovery(
@@ -359,15 +374,16 @@ def recovery(
         states = model.states(ids, layer)
         sent = [defence.send(states, seed + i) for defence in defences]
         prior = log_softmax(continued(model, states, layer).double(), -1)
-        step = OneStepMap.after(model, layer)
+        step, own = OneStepMap.after(model, layer), [Score()] * len(defences)
         for t, token in enumerate(ids.tolist()):
             cloud = step.tokens(torch.arange(model.vocab_size, device=model.device))
             expected = prior[t - 1] if t else torch.zeros_like(prior[0])
-            scores = [
+            own = [
                 score + _attack(defence, x[t], cloud, expected, token, floor)
-                for score, defence, x in zip(scores, defences, sent, strict=True)
+                for score, defence, x in zip(own, defences, sent, strict=True)
             ]
             step = step.extend(token) if t + 1 < len(ids) else step
+        scores = [score + of_one.of_prompt() for score, of_one in zip(scores, own, strict=True)]
     return scores
 
 
@@ -379,14 +395,15 @@ def _attack(
     token: int,
     floor: float,
 ) -> Score:
-    surprise, fitting = defence.surprise(sent, cloud, floor), defence.fits(sent, cloud, floor).nonzero()[:, 0].tolist()
+    fitting = defence.fits(sent, cloud, floor).nonzero()[:, 0].tolist()
+    surprise = defence.surprise(sent, cloud, floor / SAFETY)  # to fit, the noise is taken with its safety factor
     verified = len(fitting) == 1
     return Score(
         1,
-        int(surprise.argmin()) == token,
-        int((surprise - prior).argmin()) == token,
-        verified,
-        verified and fitting != [token],
+        int(surprise.argmin() == token),
+        int((surprise - prior).argmin() == token),
+        int(verified),
+        int(verified and fitting != [token]),
     )
 
 
@@ -405,21 +422,22 @@ def recovery_of_dropped(
 
     >>> model = load(device="cpu")
     >>> recovery_of_dropped(model, [model.encode("hidden states")[:2]], 1, Dropping(2))
-    Score(trials=2, likelihood=2, posterior=2, verified=2, false=0)
+    Score(trials=2, likelihood=2, posterior=2, verified=2, false=0, prompts=1, whole=1, certain=1)
     """
     score = Score()
     for ids in tqdm(texts, "dropped", disable=None if progress else True):
         model.check_ids(ids)
         states, ids = model.states(ids, layer), ids.to(model.device)
-        prior = log_softmax(continued(model, states, layer), -1)
+        prior, own = log_softmax(continued(model, states, layer), -1), Score(trials=len(ids))
         for t in defence.kept(len(ids)).tolist():
             start = t - defence.period + 1
-            ranked = prior[start - 1].argsort(descending=True) if start else torch.arange(model.vocab_size)
-            found = repair(OneStepMap.after(model, layer, ids[:start]), states[t], t - start, ranked.to(ids))
+            expected = prior[start - 1] if start else torch.zeros_like(prior[0])
+            rounds = 2 if t - start <= NARROW else 1
+            found = repair(OneStepMap.after(model, layer, ids[:start]), states[t], t - start, expected, rounds)
             right = found.tokens == ids[start : t + 1]
             verified = len(right) if found.verified else 0
-            score += Score(0, int(right.sum()), int(right.sum()), verified, verified and int((~right).sum()))
-        score += Score(trials=len(ids))
+            own += Score(0, int(right.sum()), int(right.sum()), verified, verified and int((~right).sum()))
+        score += own.of_prompt()
     return score
 
 
@@ -432,34 +450,139 @@ class Repair:
 
 
 def repair(
-    step: OneStepMap, observed: Float[Tensor, " d_model"], gap: int, ranked: Int[Tensor, " vocab"], rounds: int = 2
+    step: OneStepMap, observed: Float[Tensor, " d_model"], gap: int, prior: Float[Tensor, " vocab"], rounds: int = 2
 ) -> Repair:
     """The ``gap`` dropped tokens behind a prefix and the one after them, from the one state that was sent.
 
-    The likeliest token, the first of ``ranked``, fills the gap, and the observed token is the nearest of the whole
-    vocabulary. A gap of one is then searched as well, the whole vocabulary again, and so on in turn until a state
-    agrees within float noise, or for so many ``rounds``: about 2·|V| tests each. Wider gaps stay guesses.
+    In each round the observed token is the nearest of the whole vocabulary behind the gap as it is believed to be, at
+    first the mean embedding. The embeddings of the gap are then the likeliest under a normal law of embeddings, by
+    Gauss and Newton, and the nearest tokens to them are tried in every order; where none agrees, the surer half is set
+    to its tokens, and the rest solved for again. ``prior`` has the log probabilities of the first token of the gap.
+    Verified where all tokens together give the state within float noise; otherwise a guess.
     """
-    size = torch.linalg.vector_norm(observed.double())
-    radius = noise_floor(step.model, step.layer) * size
-    guess, everything = ranked[:1].repeat(gap + 1), torch.arange(len(ranked), device=ranked.device)
-    for _ in range(rounds if gap == 1 else 1):
-        behind = step.follow(guess[:gap])[1] if gap else step
-        guess[gap], distance = _nearest(behind.tokens(everything), observed, everything)
-        if gap == 1 and distance > radius:
-            pairs = torch.stack([ranked, guess[1].expand(len(ranked))], 1)
-            last = torch.cat([step.branch(rows)[0][:, -1] for rows in pairs.split(ROWS)])
-            guess[0], distance = _nearest(last, observed, ranked)
-        if distance <= radius:
-            return Repair(guess, True)
+    table, law = step.model.embeddings, _NormalLaw.of(step.model.embeddings)
+    guess, embeds = torch.zeros(gap + 1, dtype=torch.long, device=table.device), law.mean.repeat(gap, 1)
+    for rate in (0.5, *[0.3] * (rounds - 1)):  # how fast the noise is annealed
+        everything = torch.arange(len(table), device=table.device)
+        guess[gap] = everything[_distance(_behind(step, embeds).tokens(everything), observed).argmin()]
+        embeds, free = torch.cat([embeds, table[guess[gap:]]]), torch.arange(gap, device=table.device)
+        while len(free):
+            embeds = _likeliest(step, observed, embeds, free, law, rate)
+            surprise = _surprise(step, observed, embeds, free, law)
+            surprise[free == 0] -= prior.to(surprise)
+            best = surprise.topk(2, largest=False)
+            guess[free] = best.indices[:, 0]
+            guess, verified = _best_order(step, observed, guess)
+            if verified:
+                return Repair(guess, True)
+            order = (best.values[:, 1] - best.values[:, 0]).argsort(descending=True)
+            sure, unsure = order[: (len(free) + 1) // 2], order[(len(free) + 1) // 2 :]
+            embeds[free[sure]] = table[best.indices[sure, 0]]
+            free = free[unsure].sort().values
+        embeds = (table[guess[:gap]] + law.mean) / 2
     return Repair(guess, False)
 
 
-def _nearest(
-    states: Float[Tensor, "cand d_model"], observed: Float[Tensor, " d_model"], tokens: Int[Tensor, " cand"]
-) -> tuple[Int[Tensor, ""], float]:
-    distance = torch.linalg.vector_norm((states - observed).double(), dim=1)
-    return tokens[distance.argmin()], float(distance.min())
+def _best_order(
+    step: OneStepMap, observed: Float[Tensor, " d_model"], guess: Int[Tensor, " pos"]
+) -> tuple[Int[Tensor, " pos"], bool]:
+    """The order of the gap whose state is nearest, and whether it agrees: right tokens in a wrong order are common."""
+    orders = torch.tensor(list(islice(permutations(range(len(guess) - 1)), ROWS)), device=guess.device)
+    rows = torch.cat([guess[orders], guess[-1:].expand(len(orders), 1)], 1)
+    distance = _distance(step.branch(rows)[0][:, -1], observed)
+    radius = noise_floor(step.model, step.layer) * torch.linalg.vector_norm(observed.double())
+    return rows[distance.argmin()], bool(distance.min() <= radius)
+
+
+def _distance(states: Float[Tensor, "cand d_model"], observed: Float[Tensor, " d_model"]) -> Float64[Tensor, " cand"]:
+    return torch.linalg.vector_norm((states - observed).double(), dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _NormalLaw:
+    """A normal law of embeddings: mean and inverse covariance of those of the vocabulary."""
+
+    mean: Float[Tensor, " d_model"]
+    precision: Float[Tensor, "d_model d_model"]
+
+    @classmethod
+    def of(cls, table: Float[Tensor, "vocab d_model"]) -> "_NormalLaw":
+        covariance = torch.cov(table.T)
+        ridge = RIDGE * covariance.trace() / len(covariance) * torch.eye(len(covariance)).to(table)
+        return cls(table.mean(0), torch.linalg.inv(covariance + ridge))
+
+
+def _behind(step: OneStepMap, embeds: Float[Tensor, "pos d_model"]) -> OneStepMap:
+    """The one-step map after further inputs that are embeddings of no token."""
+    cache = step._cache(1)
+    with torch.no_grad():
+        step._run(embeds[None], cache)
+    past = tuple((x.keys, x.values) for x in cache.layers)
+    return replace(step, position=step.position + len(embeds), past=past)
+
+
+def _last(step: OneStepMap, embeds: Float[Tensor, "pos d_model"]) -> Float[Tensor, " d_model"]:
+    return step._run(embeds[None], step._cache(1))[0, -1]
+
+
+def _slope(
+    step: OneStepMap, embeds: Float[Tensor, "pos d_model"], free: Int[Tensor, " free"]
+) -> tuple[Float[Tensor, "d_model numbers"], Float[Tensor, " d_model"]]:
+    """Jacobian of the last state with respect to the free embeddings, all their numbers in a row; and the state."""
+    with torch.enable_grad():
+        e = embeds.detach().clone().requires_grad_()
+        state = _last(step, e)
+        rows = torch.autograd.grad(state, e, torch.eye(len(state)).to(state), is_grads_batched=True)[0]
+    return rows[:, free].flatten(1), state.detach()
+
+
+def _likeliest(
+    step: OneStepMap,
+    observed: Float[Tensor, " d_model"],
+    embeds: Float[Tensor, "pos d_model"],
+    free: Int[Tensor, " free"],
+    law: _NormalLaw,
+    rate: float,
+) -> Float[Tensor, "pos d_model"]:
+    """Gauss–Newton on ‖ĥ − f(e)‖²/σ² + Σ (e_t − μ)ᵀ P (e_t − μ) over the free e_t, with σ² shrinking step by step."""
+    precision = torch.block_diag(*[law.precision] * len(free))
+    for k in range(STEPS):
+        slope, state = _slope(step, embeds, free)
+        noise = (rate**k * (observed - state).square().mean()).clamp_min(TIGHT * observed.square().mean())
+        away = (embeds[free] - law.mean).flatten()
+        pull = slope.T @ (observed - state) / noise - precision @ away
+        change = torch.linalg.solve(slope.T @ slope / noise + precision, pull).view(len(free), -1)
+
+        def cost(e: Tensor, noise: Tensor = noise) -> Tensor:
+            apart = (e[free] - law.mean).flatten()
+            with torch.no_grad():
+                return (observed - _last(step, e)).square().sum() / noise + apart @ precision @ apart
+
+        moved = (embeds.index_add(0, free, change / 2**half) for half in range(HALVINGS))
+        now = cost(embeds)
+        embeds = next((e for e in moved if cost(e) < now), embeds)
+    return embeds
+
+
+def _surprise(
+    step: OneStepMap,
+    observed: Float[Tensor, " d_model"],
+    embeds: Float[Tensor, "pos d_model"],
+    free: Int[Tensor, " free"],
+    law: _NormalLaw,
+) -> Float[Tensor, "free vocab"]:
+    """−log of the posterior of each token at each free position, up to a constant: its Laplace approximation."""
+    slope, table = _slope(step, embeds, free)[0], step.model.embeddings
+    precision = torch.block_diag(*[law.precision] * len(free))
+    spread = torch.linalg.inv(slope.T @ slope / (TIGHT * observed.square().mean()) + precision)
+    width, found = embeds.shape[1], []
+    for i, t in enumerate(free.tolist()):
+        own = spread[i * width : (i + 1) * width, i * width : (i + 1) * width]
+        away = table - embeds[t]
+        found.append(
+            (away @ torch.linalg.inv(own + 1e-6 * own.trace() / width * torch.eye(width).to(own)) * away).sum(1) / 2
+        )
+    return torch.stack(found)
 
 
 def keys_and_values(step: OneStepMap, tokens: Int[Tensor, " cand"]) -> Float[Tensor, "cand width"]:
@@ -501,21 +624,24 @@ def study(
 ) -> dict:
     """Every defence at every strength: recovery on ``count`` prompts of bundled prose, extra loss on as many long ones.
 
-    What ``python -m sipit_lite.defences FILE.json`` writes. The layer is the middle one unless given.
+    Half as many prompts where states are dropped, since that attack is slow. What ``python -m sipit_lite.defences
+    FILE.json`` writes: a row has the counts of ``Score``, the mean extra loss, and the standard error of that mean.
+    The layer is the middle one unless given.
     """
     layer = max(1, model.n_layers // 2) if layer is None else layer
-    short, long = (list(islice(prompts(model.tokenizer, "prose", n), count)) for n in (length, 64))
+    short, long = (list(islice(prompts(model.tokenizer, "prose", n), count)) for n in (length, LONG))
     masks = [d for name in ("noise", "rounding", "projection") for d in STRENGTHS[name]]
     scores = dict(zip(masks, recovery(model, short, layer, masks, progress=progress), strict=True))
-    scores |= {d: recovery_of_dropped(model, short, layer, d, progress=progress) for d in STRENGTHS["dropping"]}
-    rows = [
-        {"defence": name, "strength": strength(d), "extra": round(extra_loss(model, long, layer, d), 4)}
-        | asdict(scores[d])
-        for name, some in STRENGTHS.items()
-        for d in some
-    ]
+    fewer = short[: (count + 1) // 2]
+    scores |= {d: recovery_of_dropped(model, fewer, layer, d, progress=progress) for d in STRENGTHS["dropping"]}
+    rows = []
+    for name, some in STRENGTHS.items():
+        for d in some:
+            extra = extra_losses(model, long, layer, d).double()
+            cost = {"extra": round(float(extra.mean()), 4), "error": round(float(extra.std() / len(extra) ** 0.5), 4)}
+            rows.append({"defence": name, "strength": strength(d)} | cost | asdict(scores[d]))
     clean = torch.cat([loss(model, ids, model.states(ids, layer), layer) for ids in long])
-    told = {"model": model.name, "layer": layer, "prompts": count, "length": length, "predicted": len(clean)}
+    told = {"model": model.name, "layer": layer, "count": count, "length": length, "predicted": len(clean)}
     return told | {"loss": round(float(clean.mean()), 4), "rows": rows}
 
 

@@ -19,7 +19,7 @@ from sipit_lite.defences import (
     Rounding,
     Score,
     continued,
-    extra_loss,
+    extra_losses,
     keys_and_values,
     loss,
     main,
@@ -116,7 +116,8 @@ def test_recovery_is_exact_where_the_defence_is_a_known_function(family: Family,
             recovery(family[1], [prompt], 2, MASKS)
         return
     for score in recovery(family[1], [prompt[:6]], 2, [Rounding(2), Projection(8)]):
-        assert score == Score(6, 6, 6, score.verified, 0) and score.verified >= 5
+        assert score == Score(6, 6, 6, score.verified, 0, 1, 1, score.certain) and score.verified >= 5
+        assert score.certain == (score.verified == 6)
 
 
 def test_loud_noise_verifies_nothing(tied: Family, prompt: torch.Tensor) -> None:
@@ -173,27 +174,40 @@ def test_loss_is_that_of_transformers(tied: Family, prompt: torch.Tensor) -> Non
 def test_extra_loss_of_almost_nothing_is_almost_nothing(pocket: LanguageModel) -> None:
     """Sixteen bits cost nothing, one bit does; dropping after the last block costs the positions kept nothing."""
     texts = [pocket.encode("Return the number of times that the given value occurs in the list.")]
-    assert abs(extra_loss(pocket, texts, 3, Rounding(16))) < 1e-3 < 0.1 < extra_loss(pocket, texts, 3, Rounding(1))
-    assert extra_loss(pocket, texts, pocket.n_layers, Dropping(3)) == pytest.approx(0, abs=1e-4)
+    fine, coarse = (extra_losses(pocket, texts, 3, Rounding(bits)).mean() for bits in (16, 1))
+    assert abs(fine) < 1e-3 < 0.1 < coarse
+    last = extra_losses(pocket, texts, pocket.n_layers, Dropping(3))
+    assert torch.allclose(last, torch.zeros_like(last), atol=1e-4) and len(last) == (len(texts[0]) - 1) // 3
     with pytest.raises(DefenceError, match="got 1 texts that predict no token"):
-        extra_loss(pocket, [texts[0][:1]], 3, Rounding(1))
+        extra_losses(pocket, [texts[0][:1]], 3, Rounding(1))
 
 
 def test_repair_finds_the_only_pair(tied: Family, prompt: torch.Tensor) -> None:
-    """Of all |V|² pairs behind the prefix, the one whose last state is that which was sent."""
-    model, step = tied[1], OneStepMap.after(tied[1], 2, prompt[:3])
-    observed = model.states(prompt[:5], 2)[4]
+    """Of all |V|² pairs behind a prefix, the one whose last state was sent, or it says that it has not found it.
+
+    A random model's own token is now and then misjudged behind an unknown one, so one prefix of two is asked for.
+    """
+    model, found = tied[1], []
     pairs = torch.tensor(list(product(range(model.vocab_size), repeat=2)), device=model.device)
-    distance = torch.cat([step.branch(rows)[0][:, -1] for rows in pairs.split(600)]).sub(observed).norm(dim=1)
-    found = repair(step, observed, 1, torch.arange(model.vocab_size, device=model.device), rounds=8)
-    assert found.verified and float(distance.min()) < 1e-4
-    assert found.tokens.tolist() == pairs[distance.argmin()].tolist() == prompt[3:5].tolist()
+    for start in (2, 5):
+        step, observed = OneStepMap.after(model, 2, prompt[:start]), model.states(prompt[: start + 2], 2)[-1]
+        distance = torch.cat([step.branch(rows)[0][:, -1] for rows in pairs.split(600)]).sub(observed).norm(dim=1)
+        assert pairs[distance.argmin()].tolist() == prompt[start : start + 2].tolist() and float(distance.min()) < 1e-4
+        found.append(repair(step, observed, 1, torch.zeros(model.vocab_size, device=model.device)))
+        assert not found[-1].verified or torch.equal(found[-1].tokens, prompt[start : start + 2])
+    assert any(f.verified for f in found)
+
+
+def test_a_state_of_another_prompt_is_not_repaired(pocket: LanguageModel) -> None:
+    """A state that no run of tokens has is not called verified."""
+    step, observed = OneStepMap.after(pocket, 2), pocket.states("Return the", 2)[1] * 1.5
+    assert not repair(step, observed, 1, torch.zeros(pocket.vocab_size), rounds=1).verified
 
 
 def test_single_gaps_are_repaired(pocket: LanguageModel) -> None:
     """Every second state dropped: all tokens come back, verified; of wider gaps only what is verified is said so."""
     ids = pocket.encode("Return the number of times")[:4]
-    assert recovery_of_dropped(pocket, [ids], 2, Dropping(2)) == Score(4, 4, 4, 4, 0)
+    assert recovery_of_dropped(pocket, [ids], 2, Dropping(2)) == Score(4, 4, 4, 4, 0, 1, 1, 1)
     score = recovery_of_dropped(pocket, [ids], 2, Dropping(4))
     assert score.trials == 4 and score.likelihood >= 1 and score.false == 0
 
@@ -247,7 +261,7 @@ def test_study_and_command_line(tied: Family, tmp_path: Path, monkeypatch: pytes
     assert main([str(tmp_path / "found.json"), "--prompts", "2", "--length", "12"]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found == study(model, 2, 12) and [row["defence"] for row in found["rows"]] == ["rounding", "dropping"]
-    assert [row["trials"] for row in found["rows"]] == [24, 24] and found["layer"] == 1
+    assert [row["trials"] for row in found["rows"]] == [24, 12] and found["layer"] == 1
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "none.json"), "--layer", "9"])
     assert stop.value.code == 2 and "defences: got layer 9" in capsys.readouterr().err
