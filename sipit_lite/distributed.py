@@ -107,12 +107,13 @@ def closest_pairs(
     """The k closest pairs among the states of all ranks, one layer, each rank giving its own rows.
 
     The blocks travel around a ring; every two meet on one rank, where ``collisions.closest_pairs`` compares all of
-    theirs, so the result is certified as there. No rank holds more than three blocks. ``prompts``, one for each row
-    of this rank, leave repeated prompts out, wherever they are. Raises ``StatesError`` as it does there.
+    theirs, so the result is certified as there. A rank holds its own block, the visiting one, and the two side by
+    side; ``ring_bytes`` says what it sends. ``prompts``, one for each row of this rank, leave repeated prompts out,
+    wherever they are. Raises ``StatesError`` as it does there.
     """
     rank, count = _place()
     kept = _first_of_each(rows, prompts) if prompts is not None else torch.ones(len(rows), dtype=torch.bool)
-    mine = (rows[kept], states[kept.to(states.device)].contiguous())
+    mine = (rows, states) if bool(kept.all()) else (rows[kept], states[kept.to(states.device)])  # no needless copy
     sizes = _gathered(len(mine[0]))
     total = sum(sizes)
     if not 1 <= k <= _pairs(total):
@@ -124,8 +125,7 @@ def closest_pairs(
     for step in range(1, count // 2 + 1):
         visiting = _passed_on(visiting, sizes[(rank + step) % count])
         if 2 * step < count or rank < step:  # half way round an even ring every two meet twice
-            both = torch.cat([mine[1], visiting[1]])
-            met.append((torch.cat([mine[0], visiting[0]]), collisions.closest_pairs(both, min(k, _pairs(len(both))))))
+            met.append(_met(mine, visiting, k))
     found = {
         tuple(sorted(numbers[pair].tolist())): distance
         for numbers, report in met
@@ -148,6 +148,17 @@ def closest_pairs(
     )
 
 
+def ring_bytes(prompts: int, d_model: int, ranks: int, itemsize: int = 4) -> int:
+    """Bytes that each of so many ranks sends in ``closest_pairs``, one layer: half of all states, however many ranks.
+
+    The block of N/R rows, each with its int64 number, is passed on ⌊R/2⌋ times; N is taken as a multiple of R.
+
+    >>> ring_bytes(1200, 256, 2), ring_bytes(1200, 256, 4), ring_bytes(1200, 256, 3)
+    (619200, 619200, 412800)
+    """
+    return ranks // 2 * (prompts // ranks) * (d_model * itemsize + 8)
+
+
 def many_inverted(
     states: Sequence[Tensor], model: LanguageModel, layer: int, *, lens: Lens | None = None, seed: int = 0
 ) -> list[Outcome]:
@@ -160,6 +171,14 @@ def many_inverted(
     rank, count = _place()
     dealt = _gathered(invert_many(states[rank::count], model, layer, lens=lens, seed=seed))
     return [dealt[i % count][i // count] for i in range(len(states))]
+
+
+def _met(
+    mine: tuple[Tensor, Tensor], visiting: tuple[Tensor, Tensor], k: int
+) -> tuple[Int[Tensor, " rows"], collisions.CollisionReport]:
+    """Numbers and closest pairs of two blocks together; the copy of both is gone before the next block comes."""
+    both = torch.cat([mine[1], visiting[1]])
+    return torch.cat([mine[0], visiting[0]]), collisions.closest_pairs(both, min(k, _pairs(len(both))))
 
 
 def _place() -> tuple[int, int]:

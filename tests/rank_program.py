@@ -51,6 +51,21 @@ def outcomes_equal_one_process(rank: int, count: int, folder: str) -> None:
     assert found[2].position == alone[2].position and isinstance(found[3], StatesError)
 
 
+def traffic_is_as_told(rank: int, count: int, folder: str) -> None:
+    """The bytes of all blocks that this rank passes on, counted."""
+    x, sent, honest = torch.randn(12 * count, 8, generator=torch.Generator().manual_seed(3)), [], distributed._passed_on
+
+    def counted(block: tuple[torch.Tensor, torch.Tensor], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sent.append(sum(part.nbytes for part in block))
+        return honest(block, size)
+
+    distributed._passed_on = counted
+    mine = torch.arange(len(x))[rank::count]
+    distributed.closest_pairs(mine, x[mine], 1)
+    distributed._passed_on = honest
+    assert sum(sent) == distributed.ring_bytes(len(x), 8, count)
+
+
 def corpora_are_streamed_once(rank: int, count: int, folder: str) -> None:
     """The first rank alone opens them, and all get its prompts."""
     streams, opened = {"pages": [{"text": text} for text in bundled("prose")]}, []
@@ -63,8 +78,13 @@ def corpora_are_streamed_once(rank: int, count: int, folder: str) -> None:
 
 def equal_to_one_process(rank: int, count: int, folder: str) -> None:
     """All of it, in one start of the processes."""
-    cases = (pairs_equal_one_process, states_equal_one_process, outcomes_equal_one_process, corpora_are_streamed_once)
-    for case in cases:
+    for case in (
+        pairs_equal_one_process,
+        states_equal_one_process,
+        outcomes_equal_one_process,
+        traffic_is_as_told,
+        corpora_are_streamed_once,
+    ):
         case(rank, count, folder)
 
 

@@ -22,9 +22,9 @@ def torchrun(count: int, *program: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=alone, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, 3, 4])
 def test_equal_to_one_process(count: int, tmp_path: Path) -> None:
-    """Pairs, states and outcomes; an even and an odd ring."""
+    """Pairs, states, outcomes, traffic; even and odd rings, and one in which every two meet twice half way round."""
     run = torchrun(count, PROGRAM, "equal_to_one_process", str(tmp_path))
     assert run.returncode == 0, run.stderr
 
