@@ -2,13 +2,14 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
+export CHROMIUM ?= chromium
 
-.PHONY: demo test lint unit notebooks book lab clean .venv
+.PHONY: demo test lint unit notebooks book site browser lab clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
 
-test: lint unit notebooks book
+test: browser lint unit notebooks site
 
 lint: .venv
 	$(BIN)/ruff check .
@@ -25,6 +26,15 @@ notebooks: .venv
 book: .venv
 	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going
 	for page in book/*.ipynb book/*.md; do test -s _build/html/$$(basename $${page%.*}).html || exit 1; done
+
+# The pages and the printed book in a browser of the system.
+site: browser book
+	$(BIN)/jupyter-book build book --config _config.yml --path-output . --builder custom --custom-builder singlehtml -W -n --keep-going
+	$(BIN)/python -m pytest -o addopts= -n 2 --dist loadfile tests/site
+
+# Asked first, since it would be missed last.
+browser:
+	@command -v "$(CHROMIUM)" > /dev/null || { echo "got no browser '$(CHROMIUM)'; expected a Chromium, as by: apt-get install chromium; or name yours: make $(MAKECMDGOALS) CHROMIUM=google-chrome" >&2; exit 1; }
 
 lab: .venv
 	$(BIN)/jupyter lab book

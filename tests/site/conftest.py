@@ -1,0 +1,111 @@
+"""The built book in a real browser, headless: what it logs is read, and a request that leaves the book is stopped."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from playwright.sync_api import Browser, Page, Request, Route, sync_playwright
+
+BUILD = Path(__file__).parents[2] / "_build"
+CHROMIUM = os.environ.get("CHROMIUM", "chromium")  # a command or a path
+# Playwright switches the background traffic of the browser off. Besides, no name has an address but this machine's:
+# what bypasses the gate below, as a look-up ahead of a click, finds nobody.
+NO_NAMES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+TYPESET = "async () => { await window.MathJax?.startup?.promise; await document.fonts.ready }"
+
+
+@dataclass(frozen=True)
+class Visit:
+    """An open page, the errors on its console, and the addresses outside the book that it asked for."""
+
+    page: Page
+    errors: list[str]
+    outside: list[str]
+
+
+Visitor = Callable[[str, str], Visit]
+
+
+def pytest_configure() -> None:
+    """Say in one line what is missing, before any test runs."""
+    if shutil.which(CHROMIUM) is None:
+        raise pytest.UsageError(
+            f"got no browser {CHROMIUM!r}; expected a Chromium, as by: apt-get install chromium;"
+            " the variable CHROMIUM names another command"
+        )
+    for builder in ("html", "singlehtml"):
+        if not (BUILD / builder / "intro.html").exists():
+            raise pytest.UsageError(f"got no {BUILD / builder / 'intro.html'}; expected the built book: make site")
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a server of one folder, on this machine alone."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session", params=["disk", "server"])
+def book(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of the book: a folder on the disk, and a server."""
+    if request.param == "disk":
+        yield (BUILD / "html").as_uri()
+    else:
+        with serving(BUILD / "html") as address:
+            yield address
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The system's browser; Playwright's own is never downloaded."""
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=shutil.which(CHROMIUM), args=[NO_NAMES]) as started,
+    ):
+        yield started
+
+
+@contextmanager
+def window(browser: Browser) -> Iterator[Visitor]:
+    """A fresh window, and what opens a page of a book in it and waits until its formulas are set."""
+    with browser.new_context(service_workers="block") as context:
+
+        def opened(book: str, name: str) -> Visit:
+            visit = Visit(context.new_page(), [], [])
+
+            def gate(route: Route, request: Request) -> None:
+                if request.url.startswith((f"{book}/", "data:", "blob:")):
+                    route.continue_()
+                else:
+                    visit.outside.append(request.url)
+                    route.abort()
+
+            visit.page.route("**/*", gate)
+            visit.page.on("console", lambda m: visit.errors.append(m.text) if m.type == "error" else None)
+            visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
+            visit.page.goto(f"{book}/{name}", timeout=120_000)
+            visit.page.evaluate(TYPESET)
+            return visit
+
+        yield opened
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Visitor]:
+    """What opens pages in a window of this test."""
+    with window(browser) as opened:
+        yield opened

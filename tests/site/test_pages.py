@@ -1,0 +1,176 @@
+"""Every page in a real browser; what a reader does with a page, from the disk and from a server."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import BUILD, Visit, Visitor
+from playwright.sync_api import Locator
+
+WIDTHS = {"phone": 375, "tablet": 768, "desk": 1280}  # of the window, in CSS pixels
+DISK = (BUILD / "html").as_uri()
+PAGES = sorted(path.name for path in (BUILD / "html").glob("*.html") if path.name != "index.html")
+# A command, an opening bracket of a formula, or a dollar.
+RAW_TEX = re.compile(r".{0,30}(?:\\[a-zA-Z(\[]|\$).{0,30}")
+# Code is code, and MathJax keeps the source of a formula nowhere else than in itself.
+PROSE = """() => {
+    const nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [document.title];
+    while (nodes.nextNode())
+        if (!nodes.currentNode.parentElement.closest('code, pre, script, style, mjx-container'))
+            found.push(nodes.currentNode.data);
+    return found.join('\\n');
+}"""
+UNFOLD = """() => {
+    document.querySelectorAll('.toggle-hidden').forEach(e => e.classList.remove('toggle-hidden'));
+    document.querySelectorAll('details').forEach(e => e.open = true);
+}"""
+WIDER = """() => [...document.querySelectorAll('article *')]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+    .slice(0, 3).map(e => `${e.tagName} .${e.getAttribute('class')}`)"""
+
+
+def console_errors(visit: Visit) -> list[str]:
+    """What the page logged as an error, or did not catch."""
+    return [f"console error: {error}" for error in visit.errors]
+
+
+def requests_outside(visit: Visit) -> list[str]:
+    """Addresses that are not the book's."""
+    return [f"asked for {url}" for url in visit.outside]
+
+
+def formulas_not_set(visit: Visit) -> list[str]:
+    """Formulas that MathJax left alone, or could not read."""
+    left = visit.page.locator(".math:not(:has(mjx-container))").all_text_contents()
+    refused = visit.page.locator("[data-mml-node=merror]").all_text_contents()
+    return [f"formula not set: {text}" for text in left + refused]
+
+
+def raw_tex(visit: Visit) -> list[str]:
+    """TeX in the text of the page, opened solutions included."""
+    return [f"raw TeX: {found}" for found in RAW_TEX.findall(visit.page.evaluate(PROSE))]
+
+
+def sideways_scroll(visit: Visit) -> list[str]:
+    """What makes the page wider than some window, with everything unfolded."""
+    visit.page.evaluate(UNFOLD)
+    found = []
+    for window, width in WIDTHS.items():
+        visit.page.set_viewport_size({"width": width, "height": 800})
+        more = visit.page.evaluate("document.scrollingElement.scrollWidth - innerWidth")
+        found += [f"{more} pixels wider than a {window}: {visit.page.evaluate(WIDER)}"] if more > 1 else []
+    return found
+
+
+CHECKS = (console_errors, requests_outside, formulas_not_set, raw_tex, sideways_scroll)
+
+
+def complaints(visit: Visit) -> list[str]:
+    """What is wrong with a page."""
+    return [complaint for check in CHECKS for complaint in check(visit)]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_sound(name: str, visit: Visitor) -> None:
+    """From the disk: formulas set, a silent console, no request outside, no window too narrow."""
+    assert complaints(visit(DISK, name)) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "check"),
+    [
+        ("<script>undefined_name()</script>", console_errors),
+        ("<img src='missing.png'>", console_errors),
+        ("<img src='http://192.0.2.1/tracker.png'>", requests_outside),
+        (r"<span class='math'>\(x\)</span>", formulas_not_set),
+        (r"<p>the norm \(x\) of a state</p>", raw_tex),
+        (r"<p>half, that is \frac12</p>", raw_tex),
+        ("<p>a layer $l$</p>", raw_tex),
+        ("<p style='width: 400px'>wide</p>", sideways_scroll),
+        ("<details><p style='width: 400px'>wide</p></details>", sideways_scroll),
+    ],
+)
+def test_unsound_page_is_caught(body: str, check: Callable[[Visit], list[str]], tmp_path: Path, visit: Visitor) -> None:
+    """Each check can fail."""
+    (tmp_path / "broken.html").write_text(f"<!doctype html><title>broken</title><article>{body}</article>")
+    assert check(visit(tmp_path.as_uri(), "broken.html"))
+
+
+def test_formulas_are_there(visit: Visitor) -> None:
+    """The check of formulas has formulas to check."""
+    page = visit(DISK, "claim.html").page
+    assert page.locator(".math mjx-container svg").count() > 100
+
+
+def test_front_page_leads_to_the_introduction(book: str, visit: Visitor) -> None:
+    """The address of the folder is enough."""
+    page = visit(book, "intro.html").page
+    page.goto(f"{book}/index.html", wait_until="commit")
+    page.wait_for_url("**/intro.html")
+
+
+def test_search_answers(book: str, visit: Visitor) -> None:
+    """A word of the book finds its pages, another word none, and a result opens."""
+    found = visit(book, "intro.html")
+    results = found.page.locator("#search-results li a")
+    for word, expected in (("separation margin", True), ("xylophone", False)):
+        if not found.page.url.partition("?")[0].endswith("search.html"):
+            found.page.locator("button.search-button__button:visible").first.click()
+        found.page.locator("input[type=search]:visible").fill(word)
+        with found.page.expect_navigation():
+            found.page.keyboard.press("Enter")
+        found.page.get_by_text(re.compile("Search finished|did not match any")).wait_for()
+        assert any("one_step_map" in link for link in results.evaluate_all("a => a.map(x => x.href)")) is expected
+    found.page.go_back()
+    results.first.click()
+    found.page.locator("article h1").wait_for()
+    assert console_errors(found) + requests_outside(found) == []
+
+
+def test_hidden_solution_opens_and_closes(book: str, visit: Visitor) -> None:
+    """A solution is folded until its title is clicked."""
+    found = visit(book, "claim.html")
+    solutions = found.page.locator(".solution.dropdown").all()
+    assert len(solutions) >= 3
+    for solution in solutions:
+        content, title = solution.locator("p:not(.admonition-title)").first, solution.locator(".admonition-title")
+        for seen in (False, True, False):
+            assert content.is_visible() is seen
+            title.click()
+    assert complaints(found) == []
+
+
+def test_hidden_cell_opens(book: str, visit: Visitor) -> None:
+    """The code of a figure is folded until its line is clicked."""
+    page = visit(book, "claim.html").page
+    folded = page.locator("details:visible").first
+    assert not folded.locator("pre").first.is_visible()
+    folded.locator("summary").click()
+    assert folded.locator("pre").first.is_visible()
+
+
+def test_animation_plays(book: str, visit: Visitor) -> None:
+    """Play shows one frame after the other, and pause stops."""
+    animated = [name for name in PAGES if 'class="animation"' in (BUILD / "html" / name).read_text(encoding="utf-8")]
+    assert animated
+    for name in animated:
+        found = visit(book, name)
+        animation = found.page.locator(".animation").first
+        frame = animation.locator("img")
+
+        def moves(frame: Locator = frame) -> bool:
+            before = frame.get_attribute("src")
+            frame.page.wait_for_timeout(500)  # a few frames
+            return frame.get_attribute("src") != before
+
+        animation.get_by_title("First frame").click()
+        assert not moves()
+        seen = {frame.get_attribute("src")}
+        animation.get_by_title("Play", exact=True).click()
+        while len(seen) < 4:  # or the time of this test is up
+            found.page.wait_for_timeout(50)
+            seen.add(frame.get_attribute("src"))
+        animation.get_by_title("Pause").click()
+        assert not moves()
+        assert complaints(found) == []
