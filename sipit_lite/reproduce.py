@@ -342,7 +342,7 @@ def ways_to_invert(
             "exact": bench.share(torch.equal(o.tokens, ids.cpu()) for o, ids in zip(found, asked, strict=True)),
             "seconds": float(np.mean(seconds)), "spread": float(np.std(seconds, ddof=1)) if len(seconds) > 1 else None,
             "explored, %": None if way == "hard prompts" else 100 * float(tested.mean()) / model.vocab_size,
-            "within the limit": bench.share(getattr(outcome, "finished", True) for outcome in found),
+            "finished": bench.share(getattr(outcome, "finished", True) for outcome in found),
         })  # fmt: skip
     return rows
 
