@@ -31,6 +31,7 @@ from sipit_lite.reported import DEPTHS
 from sipit_lite.shards import last_states
 from sipit_lite.sipit import NotVerified, Recovery, invert
 from sipit_lite.survey import DIMENSION_ROWS, LENGTHS, different, short, survey, survey_lengths, windows
+from sipit_lite.verify import noise_floor, separated
 
 Row = dict[str, Any]
 SUFFIX, PREFIX = " the quick brown fox jumps over the lazy", 12
@@ -329,8 +330,10 @@ def ways_to_invert(
 ) -> list[Row]:
     """Mean seconds with standard deviation, share of exact prompts, and share of the vocabulary tested for a token.
 
-    The seconds that it took to fit the lens are not in them (chapter 12 has those).
+    What is done once for a model and a layer is not in the seconds: the fit of the lens (chapter 12 has its time), and
+    the noise floor.
     """
+    separated(model, layer), noise_floor(model, layer)
     states, rows = [model.states(ids, layer) for ids in asked], []
     for way in plan.ways:
         bar = tqdm(states, way, disable=None if plan.progress else True)
