@@ -81,14 +81,14 @@ class Lens:
             raise LensError(f"got tokens={tokens}, features={features}; expected at least {model.d_model} and 0")
         generator = torch.Generator().manual_seed(seed)
         directions = (torch.randn(model.d_model, features, generator=generator) / model.d_model**0.5).to(model.device)
-        moments = _Moments.zero(2 * model.d_model + features + 1, model)
+        moments = Moments.zero(2 * model.d_model + features + 1, model.d_model, model.device)
         bar = tqdm(total=tokens, desc="lens", disable=None if progress else True)
-        for ids in _passes(prompts if prompts is not None else own_prompts(model, seed)):
+        for ids in same_lengths(prompts if prompts is not None else own_prompts(model, seed)):
             states, embeddings = (
                 model.states(ids, layer).flatten(0, 1),
                 model.embeddings[ids.to(model.device).flatten()],
             )
-            moments.add(_features(states, directions), embeddings.float())
+            moments.add(regressors(states, directions), embeddings.float())
             bar.update(ids.numel())
             if moments.count >= tokens:
                 break
@@ -99,7 +99,7 @@ class Lens:
 
     def embeddings(self, states: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """The embeddings ê that the regression predicts for states of any leading shape."""
-        return _features(states, self.directions) @ self.slope + self.intercept
+        return regressors(states, self.directions) @ self.slope + self.intercept
 
     def rank(self, states: Float[Tensor, "*rows d_model"], count: int) -> Int[Tensor, "*rows {count}"]:
         """The ``count`` likeliest tokens for each state, likeliest first."""
@@ -195,7 +195,7 @@ def _windows(model: LanguageModel, seed: int, length: int) -> Iterator[Int[Tenso
     yield from (ids for ids in rows if ids is not None)
 
 
-def _passes(prompts: Iterable[Tensor]) -> Iterator[Int[Tensor, "row pos"]]:
+def same_lengths(prompts: Iterable[Tensor]) -> Iterator[Int[Tensor, "row pos"]]:
     """Consecutive prompts of equal length together, up to ``PASS`` tokens."""
     batch: list[Tensor] = []
     for ids in prompts:
@@ -207,7 +207,7 @@ def _passes(prompts: Iterable[Tensor]) -> Iterator[Int[Tensor, "row pos"]]:
         yield torch.stack(batch)
 
 
-def _features(
+def regressors(
     states: Float[Tensor, "*rows d_model"], directions: Float[Tensor, "d_model features"]
 ) -> Float[Tensor, "*rows inputs"]:
     """What the regression sees: the state, the state normalised, and GELU features of that."""
@@ -217,21 +217,22 @@ def _features(
 
 
 @dataclass(eq=False)
-class _Moments:
+class Moments:
     """Sums of products in float64: all that a least-squares fit needs, in one pass over the states."""
 
     xx: Float64[Tensor, "inputs inputs"]
-    xy: Float64[Tensor, "inputs d_model"]
-    yy: Float64[Tensor, "d_model d_model"]
+    xy: Float64[Tensor, "inputs outputs"]
+    yy: Float64[Tensor, "outputs outputs"]
     count: int
 
     @classmethod
-    def zero(cls, inputs: int, model: LanguageModel) -> "_Moments":
-        new = {"dtype": torch.float64, "device": model.device}
-        d = model.d_model
-        return cls(torch.zeros(inputs, inputs, **new), torch.zeros(inputs, d, **new), torch.zeros(d, d, **new), 0)
+    def zero(cls, inputs: int, outputs: int, device: torch.device) -> "Moments":
+        """Nothing seen yet; ``inputs`` counts the intercept."""
+        shapes = (inputs, inputs), (inputs, outputs), (outputs, outputs)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes), 0)
 
-    def add(self, x: Float[Tensor, "rows features"], y: Float[Tensor, "rows d_model"]) -> None:
+    def add(self, x: Float[Tensor, "rows features"], y: Float[Tensor, "rows outputs"]) -> None:
+        """See more rows of inputs, without the intercept, and outputs."""
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         self.xx += x.T @ x
         self.xy += x.T @ y
@@ -240,8 +241,16 @@ class _Moments:
 
     def solve(
         self,
-    ) -> tuple[Float[Tensor, "inputs d_model"], Float[Tensor, " d_model"], Float[Tensor, "d_model d_model"]]:
-        """Slope, intercept, and the whitening of the residuals."""
+    ) -> tuple[Float[Tensor, "inputs outputs"], Float[Tensor, " outputs"], Float[Tensor, "outputs outputs"]]:
+        """Slope, intercept, and the whitening of the residuals.
+
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> moments = Moments.zero(2, 1, torch.device("cpu"))
+        >>> moments.add(x, 3 * x + 1)
+        >>> slope, intercept, _ = moments.solve()
+        >>> round(slope.item(), 3), round(intercept.item(), 3)
+        (3.0, 1.0)
+        """
         scale = self.xx.diagonal()
         damped = self.xx + RIDGE * torch.diag(scale + RIDGE * scale.mean())
         weight = torch.linalg.solve(damped, self.xy)
