@@ -84,9 +84,9 @@ def chapters_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
     return missing
 
 
-def printed(visit: Visit) -> PdfReader:
-    """The page on paper."""
-    return PdfReader(BytesIO(visit.page.pdf(tagged=True, outline=True, prefer_css_page_size=True)))
+def printed(visit: Visit, path: Path) -> PdfReader:
+    """The page on paper, kept as a file."""
+    return PdfReader(BytesIO(visit.page.pdf(path=path, tagged=True, outline=True, prefer_css_page_size=True)))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_long_page_has_what_is_checked(book: Visit) -> None:
 
 def test_printed_book_is_whole(book: Visit) -> None:
     """The pictures, formulas and chapters of the long page are on paper."""
-    paper = printed(book)
+    paper = printed(book, BUILD / "book.pdf")
     assert pictures_not_printed(book, paper) == []
     assert formulas_not_printed(book, paper) == []
     assert chapters_not_printed(book, paper) == []
@@ -164,6 +164,6 @@ def test_what_is_not_printed_is_missed(
     style = f"<style>@media print {{ {selector} {{ display: none }} }}</style>"
     (tmp_path / "small.html").write_text(SMALL + style)
     found = visit(tmp_path.as_uri(), "small.html")
-    paper = printed(found)
+    paper = printed(found, tmp_path / "small.pdf")
     checks = (pictures_not_printed, formulas_not_printed, chapters_not_printed)
     assert [failed for failed in checks if failed(found, paper)] == ([check] if check else [])
