@@ -746,10 +746,12 @@ def scales(sizes: dict[str, ArrayLike], label: str, ax: Axes | None = None) -> A
     return ax
 
 
-def defence_curves(curves: dict[str, Sequence[ArrayLike]], guessed: float, ax: Axes | None = None) -> Axes:
+def defence_curves(
+    curves: dict[str, Sequence[ArrayLike]], guessed: float, at_least: Sequence[str] = (), ax: Axes | None = None
+) -> Axes:
     """Share of tokens recovered over what the defence costs: (cost, its error, share, lower end, upper end) each.
 
-    ``guessed`` is the share that the model itself guesses, without any state.
+    ``guessed`` is the share that the model itself guesses, without any state; curves that are lower bounds are hollow.
 
     >>> len(defence_curves({"noise": ([0.1, 2], [0, 0.1], [1, 0.5], [0.9, 0.4], [1, 0.6])}, 0.3).containers)
     1
@@ -757,8 +759,11 @@ def defence_curves(curves: dict[str, Sequence[ArrayLike]], guessed: float, ax: A
     ax = ax or plt.subplots()[1]
     for i, (name, (cost, error, share, low, high)) in enumerate(curves.items()):
         ends = np.clip([np.subtract(share, low), np.subtract(high, share)], 0, None)
-        ax.errorbar(cost, share, ends, error, fmt="os^D"[i % 4] + "-", color=f"C{i}", label=name, capsize=2)
-    ax.axhline(guessed, color=RADIUS, linestyle="--", label="guessed without a state")
+        style, face = ("--", "white") if name in at_least else ("-", f"C{i}")
+        label = f"{name}, at least" if name in at_least else name
+        looks = {"color": f"C{i}", "markerfacecolor": face, "capsize": 2, "label": label}
+        ax.errorbar(cost, share, ends, error, fmt="os^D"[i % 4] + style, **looks)
+    ax.axhline(guessed, color=RADIUS, linestyle=":", label="guessed without a state")
     ax.set(xlabel="extra loss (nats a token)", ylabel="share of tokens recovered", ylim=(-0.03, 1.05))
     _legend_above(ax)
     return ax
