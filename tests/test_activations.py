@@ -1,11 +1,13 @@
 """States of a running model survive the disk; the prompt is not in the file unless asked for; bad files are refused."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -145,6 +147,17 @@ def test_neither_text_nor_ids_unless_asked(pocket: LanguageModel, tmp_path: Path
     write_states(tmp_path / "kept.safetensors", pocket, TEXT, 2, keep_text=True)
     assert read_states(tmp_path / "kept.safetensors").text == TEXT
     assert torch.equal(load_file(tmp_path / "kept.safetensors")["ids"], pocket.encode(TEXT).cpu())
+
+
+def test_the_layout_is_the_one_in_the_readme(tmp_path: Path) -> None:
+    """Every tensor and every entry of the metadata has its line there, and every line something in the file."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| ((?:tensor|metadata) [^|]*) \|", readme, re.MULTILINE)
+    told = {name for line in lines for name in re.findall(r"`([^`]*)`", line)}
+    write_states(tmp_path / "s.safetensors", with_begin(tmp_path, 3), "t7", 2, dtype=torch.int8, keep_text=True)
+    with safe_open(tmp_path / "s.safetensors", "pt") as stored:
+        assert told == {name.replace("2", "ℓ") for name in stored.keys()} | set(stored.metadata())
+        assert f"`{stored.metadata()['format']}`" in readme
 
 
 def test_the_older_layout_is_read(pocket: LanguageModel, tmp_path: Path) -> None:

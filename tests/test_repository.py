@@ -94,6 +94,13 @@ def test_readme_is_true() -> None:
     assert abs(said - lines) <= 200
 
 
+def test_readme_names_every_module() -> None:
+    """All that are there, and none that is not."""
+    inside = README.split("\n## Inside\n")[1]
+    modules = {path.stem for path in (ROOT / "sipit_lite").glob("[!_]*.py")}
+    assert set(re.findall(r"`(\w+)`", inside)) - {"sipit_lite"} == modules
+
+
 @pytest.mark.parametrize("name", ["sipit_lite/pocket_gpt2/model.safetensors", "sipit_lite/pocket_gpt2/held_out.json"])
 def test_wheel_carries_the_model(name: str, wheel: Path) -> None:
     """The model and its prompts travel with the package."""
