@@ -8,7 +8,7 @@ whatever is done to the states by a known function, the attacker does to the sta
 import argparse
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, permutations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sipit_lite.models import LanguageModel, ModelError, landmarks, load
 from sipit_lite.onestep import ROWS, OneStepMap
-from sipit_lite.prompts import prompts
+from sipit_lite.prompts import bundled
 from sipit_lite.verify import SAFETY, distance_to_stored, noise_floor
 
 Z = 1.959963984540054  # the normal law is within ± Z with probability 0.95
@@ -619,20 +619,33 @@ def strength(defence: Defence | Dropping) -> float | int:
     return next(iter(asdict(defence).values()))
 
 
-def study(
-    model: LanguageModel, count: int = 16, length: int = 12, layer: int | None = None, *, progress: bool = False
-) -> dict:
-    """Every defence at every strength: recovery on ``count`` prompts of bundled prose, extra loss on as many long ones.
+def openings(model: LanguageModel, length: int, seed: int = 0) -> Iterator[Int[Tensor, " pos"]]:
+    """The first ``length`` tokens of every bundled passage of prose that is long enough: no two from one passage.
 
-    Half as many prompts where states are dropped, since that attack is slow. What ``python -m sipit_lite.defences
+    >>> len(next(openings(load(device="cpu"), 12)))
+    12
+    """
+    texts = bundled("prose")
+    for i in torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist():
+        ids = model.tokenizer(texts[i], return_tensors="pt", verbose=False)["input_ids"][0, :length]
+        if len(ids) == length:
+            yield ids.to(model.device)
+
+
+def study(
+    model: LanguageModel, count: int = 12, length: int = 12, layer: int | None = None, *, progress: bool = False
+) -> dict:
+    """Every defence at every strength: recovery on ``count`` openings of passages, extra loss on as many longer ones.
+
+    A third as many prompts where states are dropped, since that attack is slow. What ``python -m sipit_lite.defences
     FILE.json`` writes: a row has the counts of ``Score``, the mean extra loss, and the standard error of that mean.
     The layer is the middle one unless given.
     """
     layer = max(1, model.n_layers // 2) if layer is None else layer
-    short, long = (list(islice(prompts(model.tokenizer, "prose", n), count)) for n in (length, LONG))
+    short, long = (list(islice(openings(model, n), count)) for n in (length, LONG))
     masks = [d for name in ("noise", "rounding", "projection") for d in STRENGTHS[name]]
     scores = dict(zip(masks, recovery(model, short, layer, masks, progress=progress), strict=True))
-    fewer = short[: (count + 1) // 2]
+    fewer = short[: -(-count // 3)]
     scores |= {d: recovery_of_dropped(model, fewer, layer, d, progress=progress) for d in STRENGTHS["dropping"]}
     rows = []
     for name, some in STRENGTHS.items():
@@ -649,7 +662,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The defences of chapter 15, recovery and extra loss, into one JSON file; 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m sipit_lite.defences", description=main.__doc__)
     parser.add_argument("file", type=Path, metavar="FILE.json")
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--length", type=int, default=12, help="tokens of each prompt that is attacked")
     parser.add_argument("--layer", type=int, help="default: the middle one")
     parser.add_argument("--model", help="pocket-gpt2 (default), a folder, or a name on the Hugging Face hub")

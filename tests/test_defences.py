@@ -23,6 +23,7 @@ from sipit_lite.defences import (
     keys_and_values,
     loss,
     main,
+    openings,
     recovery,
     recovery_of_dropped,
     repair,
@@ -30,6 +31,7 @@ from sipit_lite.defences import (
     wilson,
 )
 from sipit_lite.perturb import twins
+from sipit_lite.prompts import bundled
 
 Family = tuple[PreTrainedModel, LanguageModel]
 ROWS = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 40)[:, None]
@@ -251,13 +253,22 @@ def test_every_defence_has_five_strengths() -> None:
     assert min(map(len, STRENGTHS.values())) >= 5
 
 
+def test_openings_are_of_different_passages(pocket: LanguageModel) -> None:
+    """Each begins a bundled passage of its own, and the seed orders them alone."""
+    found, texts = list(openings(pocket, 12)), bundled("prose")
+    starts = [pocket.decode(ids) for ids in found]
+    assert all(sum(text.startswith(start) for text in texts) == 1 for start in starts) and len(set(starts)) > 40
+    assert {pocket.decode(ids) for ids in openings(pocket, 12, seed=1)} == set(starts)
+
+
 def test_study_and_command_line(tied: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The file holds one row a strength; a bad layer ends with 2 and one line."""
     model = tied[1]
     few = {"rounding": (Rounding(2),), "dropping": (Dropping(2),)}
     monkeypatch.setattr("sipit_lite.defences.STRENGTHS", {name: few.get(name, ()) for name in STRENGTHS})
     monkeypatch.setattr("sipit_lite.defences.load", lambda name, device: model)
-    monkeypatch.setattr("sipit_lite.defences.prompts", lambda *_: iter([torch.arange(2, 14, device=model.device)] * 2))
+    some = [torch.arange(2, 14, device=model.device)] * 2
+    monkeypatch.setattr("sipit_lite.defences.openings", lambda *_: iter(some))
     assert main([str(tmp_path / "found.json"), "--prompts", "2", "--length", "12"]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found == study(model, 2, 12) and [row["defence"] for row in found["rows"]] == ["rounding", "dropping"]
