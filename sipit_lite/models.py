@@ -489,11 +489,16 @@ def landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
     depth, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
     blocks = [name for name, child in children.items() if isinstance(child, nn.ModuleList) and len(child) == depth]
     norms = [name for name, child in children.items() if _is_norm(child, width)]
-    if len(blocks) != 1 or not norms or not hasattr(config, "max_position_embeddings"):
+    wanted = {
+        f"one torch.nn.ModuleList of config.num_hidden_layers = {depth} blocks": len(blocks) == 1,
+        f"a norm of config.hidden_size = {width} numbers": bool(norms),
+        "config.max_position_embeddings": hasattr(config, "max_position_embeddings"),
+    }
+    if not all(wanted.values()):
+        lacking = [what for what, there in wanted.items() if not there]
         raise ModelError(
-            f"got {type(decoder).__name__} with parts {list(children)}; expected a decoder: among its parts one "
-            f"torch.nn.ModuleList of config.num_hidden_layers = {depth} blocks and a norm of config.hidden_size = "
-            f"{width} numbers, and config.max_position_embeddings"
+            f"got {type(decoder).__name__} with parts {list(children)} and without {' and '.join(lacking)}; expected a "
+            f"decoder-only language model, which has among its own parts {', '.join(wanted)}"
         )
     return blocks[0], norms[-1]  # a norm of the embeddings comes first, the final norm last
 

@@ -17,6 +17,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
+    MambaConfig,
+    MambaModel,
     ModernBertConfig,
     ModernBertModel,
     PreTrainedModel,
@@ -157,10 +159,16 @@ def test_other_structures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"whose first state moves by .* expected a causal decoder"):
         load(tmp_path / "b")
     BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "c")
+    blocks, norm = r"one torch\.nn\.ModuleList of config\.num_hidden_layers = 2", r"norm of config\.hidden_size = 8"
     with pytest.raises(
-        ModelError, match=r"got BertModel with parts .*torch\.nn\.ModuleList of config\.num_hidden_layers = 2"
+        ModelError, match=rf"got BertModel with .* without {blocks} .* {norm} numbers; expected a decoder"
     ):
         load(tmp_path / "c")
+    MambaModel(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2)).save_pretrained(tmp_path / "d")
+    with pytest.raises(
+        ModelError, match=r"got MambaModel with parts .* and without config\.max_position_embeddings; expec"
+    ):
+        load(tmp_path / "d")
 
 
 def test_a_gated_model_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
