@@ -606,7 +606,7 @@ STRENGTHS: dict[str, tuple[Defence | Dropping, ...]] = {
     "noise": tuple(map(Noise, (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0))),
     "rounding": tuple(map(Rounding, (8, 6, 4, 3, 2, 1))),
     "projection": tuple(map(Projection, (192, 128, 64, 16, 4, 1))),
-    "dropping": tuple(map(Dropping, (2, 3, 4, 6, 12))),
+    "dropping": tuple(map(Dropping, (2, 3, 4, 5, 6))),
 }
 
 
@@ -637,7 +637,7 @@ def study(
 ) -> dict:
     """Every defence at every strength: recovery on ``count`` openings of passages, extra loss on as many longer ones.
 
-    A third as many prompts where states are dropped, since that attack is slow. What ``python -m sipit_lite.defences
+    A quarter as many prompts where states are dropped, since that attack is slow. What ``python -m sipit_lite.defences
     FILE.json`` writes: a row has the counts of ``Score``, the mean extra loss, and the standard error of that mean.
     The layer is the middle one unless given.
     """
@@ -645,7 +645,7 @@ def study(
     short, long = (list(islice(openings(model, n), count)) for n in (length, LONG))
     masks = [d for name in ("noise", "rounding", "projection") for d in STRENGTHS[name]]
     scores = dict(zip(masks, recovery(model, short, layer, masks, progress=progress), strict=True))
-    fewer = short[: -(-count // 3)]
+    fewer = short[: -(-count // 4)]
     scores |= {d: recovery_of_dropped(model, fewer, layer, d, progress=progress) for d in STRENGTHS["dropping"]}
     rows = []
     for name, some in STRENGTHS.items():
