@@ -1,0 +1,549 @@
+"""The prompt from one vector: the state of its last token at one layer, all others withheld (chapter 17).
+
+The paper proves that the last-token state determines the prompt and leaves an algorithm open. This one keeps a belief,
+a probability for every token at every position, and sharpens it: linearise the model at the mean embeddings, measure
+how wrong the linear model is on prompts drawn from the belief, and score every token against what is left of the state.
+Then small blocks of positions are forgotten and found again while the rest stays fixed. Whatever is returned was read
+by the model once more and agrees with the state within the noise floor; else the search ends in an error.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from sipit_lite.lens import Moments, regressors
+from sipit_lite.models import LanguageModel
+from sipit_lite.onestep import ROWS
+from sipit_lite.sipit import SALT, Recovery
+from sipit_lite.verify import Observation
+
+LONGEST = 16  # tokens of the longest prompt looked for, where no length is given
+FEATURES, TOKENS = 512, 20_000  # of the regression that reads last token and length
+DRAWN = 96  # prompts drawn from the belief in a round; the error of the linear model is measured on them
+DAMPING = 0.5  # share of the log-belief that a round replaces
+WHOLE, BLOCK = 5, 3  # rounds over all positions; rounds over a block of positions that was forgotten
+BLOCKS = 16  # blocks tried in a row before a search gives way to the next restart
+TRUST = 0.5  # share of the log-likelihood of the regression that is believed: its residuals are not normal
+TILT = 2.0  # standard deviation by which a restart tilts the logarithm of its prior
+LOOKED_AT = 6  # lengths that are tried, the likeliest first
+RIVALS = 8  # tokens with the nearest embeddings that are put in the place of each token found
+HOPE = 1e-3  # least share of the prior in any belief about the last token
+
+
+_FITTED: WeakKeyDictionary[LanguageModel, dict[tuple[int, int], "Ends"]] = WeakKeyDictionary()
+
+
+class LastStateError(ValueError):
+    """A question about a last state that has no answer: a length beyond the context, no budget, a prior of no law."""
+
+
+class NotRecovered(LastStateError):
+    """The budget is spent and no prompt re-encodes to the state; ``best`` is the closest one, not verified."""
+
+    def __init__(self, message: str, best: Recovery):
+        super().__init__(message)
+        self.best = best
+
+
+class Collision(NotRecovered):
+    """Several prompts re-encode to the state within the radius; ``best`` is one of them, ``other`` another."""
+
+    def __init__(self, message: str, best: Recovery, other: Int[Tensor, " pos"]):
+        super().__init__(message, best)
+        self.other = other
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C during the search; ``best`` is the closest prompt so far, not verified."""
+
+    def __init__(self, best: Recovery):
+        super().__init__(f"stopped with {best.text!r} at distance {float(best.distance[-1]):.3g}, not verified")
+        self.best = best
+
+
+def invert_last(
+    state: Tensor,
+    model: LanguageModel,
+    layer: int | None = None,
+    length: int | None = None,
+    *,
+    prior: Float[Tensor, " vocab"] | None = None,
+    ends: "Ends | None" = None,
+    longest: int = LONGEST,
+    chains: int = 1,
+    restarts: int = 4,
+    seconds: float = 300.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> Recovery:
+    """Recover the exact prompt from its last-token state alone, shape (d_model,), at one layer (the last by default).
+
+    ``length`` is T where it is known; else up to ``longest``, and it is found too, as the last token is. ``prior`` is
+    the probability of each token anywhere in the prompt; the default is half uniform, half how often the model itself
+    writes the token. ``ends`` was fitted before for this model and layer; without it, it is fitted now and kept.
+    ``chains`` searches of a length run as one batch, each begun ``restarts`` times at most, for ``seconds`` in all.
+    The prompt returned was read by the model once more, alone: its ``distance`` is inside the ``radius`` at the last
+    position, the only one that was observed (NaN at the others); ``runner_up`` is the distance of the closest prompt
+    that has one other token in it, of those with near embeddings; ``tested`` counts all prompts read.
+
+    Raises ``StatesError`` for a state that no prompt has by its shape, format or numbers, ``ModelError`` for a bad
+    layer, ``LastStateError`` for a bad length, prior or budget, ``NotRecovered`` where no prompt is found that
+    re-encodes to the state, ``Collision`` where more than one is, ``Stopped`` on Ctrl-C; the last three carry the
+    closest prompt. There is no guarantee that a prompt is found, and nothing returned is a guess (chapter 17).
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> invert_last(model.states("hidden states", 6)[-1], model, 6, length=2).text
+    'hidden states'
+    """
+    begun, layer = time.perf_counter(), model.n_layers if layer is None else layer
+    observed = Observation.of(state[None] if isinstance(state, Tensor) else state, model, layer)
+    check_asked(model, layer, length, prior, longest, chains, restarts, seconds)
+    ends = ends or fitted_ends(model, layer, max(longest, length or 1))
+    ends.check(model, layer, length or longest)
+    anywhere = (ends.frequency / 2 + 1 / (2 * model.vocab_size) if prior is None else prior / prior.sum()).log()
+    generator = torch.Generator().manual_seed(seed + SALT)
+    problem = Problem(LastMap.of(model, layer), observed, anywhere.to(model.device), generator)
+    joint = ends.read(observed.states[0])
+    lengths = [length] if length else (joint.logsumexp(0).argsort(descending=True) + 1)[:LOOKED_AT].tolist()
+    priors = {n: problem.prior(joint[:, n - 1], n) for n in lengths}
+    best = Closest(torch.zeros(1, dtype=torch.long), torch.inf)
+    try:
+        with tqdm(desc="inverting", total=None, disable=None if progress else True) as bar:
+            for best in problem.closest(priors, chains, restarts):
+                bar.set_postfix_str(f"distance {best.distance:.3g}, {len(best.ids)} tokens")
+                bar.update()
+                if best.distance <= float(observed.radius) or time.perf_counter() - begun > seconds:
+                    break
+    except KeyboardInterrupt:
+        raise Stopped(recovery(problem, best, begun)) from None
+    return checked(problem, recovery(problem, best, begun))
+
+
+@dataclass(frozen=True, eq=False)
+class LastMap:
+    """F(e_1, …, e_T) = h_T: the last-token state of one layer as a function of all input embeddings.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> last = LastMap.of(model, 6)
+    >>> torch.allclose(last.tokens(torch.tensor([[5, 6, 7]]))[0], model.states(torch.tensor([5, 6, 7]), 6)[-1])
+    True
+    """
+
+    model: LanguageModel
+    layer: int
+    cut: nn.Module
+
+    @classmethod
+    def of(cls, model: LanguageModel, layer: int) -> "LastMap":
+        """The map of one layer. Raises ``ModelError`` for a layer outside 0..L."""
+        return cls(model, layer, model.cut(layer))
+
+    def embeddings(self, e: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row d_model"]:
+        """The state of each row of embeddings; differentiable in e."""
+        return self.cut(inputs_embeds=e, use_cache=False).last_hidden_state[:, -1].to(self.model.device)
+
+    def tokens(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row d_model"]:
+        """The state of each row of token ids."""
+        with torch.no_grad():
+            return torch.cat([self.embeddings(self.model.embeddings[rows]) for rows in ids.split(ROWS)])
+
+    def linear(
+        self, e: Float[Tensor, "chain pos d_model"], blocks: Int[Tensor, "chain block"]
+    ) -> tuple[Float[Tensor, "chain d_model"], Float[Tensor, "chain block d_model d_model"]]:
+        """F(e), and ∂F/∂e_t for the positions t of each row's block: one batched reverse pass for all rows.
+
+        >>> from sipit_lite import load
+        >>> model = load(device="cpu")
+        >>> state, slope = LastMap.of(model, 0).linear(model.embeddings[None, 5:7], torch.tensor([[0, 1]]))
+        >>> bool(slope[0, 0].any()), slope[0, 1].equal(torch.eye(256))  # layer 0 sees the last token alone
+        (False, True)
+        """
+        rows = torch.arange(len(e), device=e.device)[:, None]
+        with torch.enable_grad():
+            free = e[rows, blocks].detach().clone().requires_grad_()
+            states = self.embeddings(e.detach().index_put((rows, blocks), free))
+            each = torch.eye(e.shape[-1]).to(states)[:, None].expand(-1, len(e), -1)
+            (slopes,) = torch.autograd.grad(states, free, each, is_grads_batched=True, materialize_grads=True)
+        return states.detach(), slopes.permute(1, 2, 0, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """What a last-token state says of the last token and of the length T, by one regression for both.
+
+    Fitted once for a model and a layer, on random prompts and on prompts that the model wrote itself; ``frequency``
+    holds how often it wrote each token. Like a lens, it only proposes.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> ends = Ends.fit(model, 6, longest=4, tokens=4000, features=0)
+    >>> likely = ends.read(model.states("hidden states", 6)[-1])
+    >>> tuple(likely.shape), model.decode(likely.logsumexp(1).argmax()[None])
+    ((4096, 4), ' states')
+    """
+
+    layer: int
+    directions: Float[Tensor, "d_model features"]
+    slope: Float[Tensor, "inputs outputs"]
+    intercept: Float[Tensor, " outputs"]
+    whiten: Float[Tensor, "outputs outputs"]
+    table: Float[Tensor, "vocab d_model"]
+    frequency: Float[Tensor, " vocab"]
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest prompt that it knows."""
+        return len(self.intercept) - self.table.shape[1]
+
+    @classmethod
+    def fit(
+        cls,
+        model: LanguageModel,
+        layer: int,
+        longest: int = LONGEST,
+        *,
+        tokens: int = TOKENS,
+        features: int = FEATURES,
+        seed: int = 0,
+    ) -> "Ends":
+        """Fit on so many tokens in prompts of up to ``longest``. Raises ``ModelError`` for a bad layer."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = max(1, tokens // longest // 2)
+        drawn = torch.randint(model.vocab_size, (rows, longest), generator=generator).to(model.device)
+        own = written(model, rows, longest, generator)
+        directions = (torch.randn(model.d_model, features, generator=generator) / model.d_model**0.5).to(model.device)
+        moments = Moments.zero(2 * model.d_model + features + 1, model.d_model + longest, model.device)
+        for ids in torch.cat([drawn, own]).split(ROWS):
+            length = torch.eye(longest, device=model.device).repeat(len(ids), 1)
+            goal = torch.cat([model.embeddings[ids.flatten()].float(), length], 1)
+            moments.add(regressors(model.states(ids, layer).flatten(0, 1), directions), goal)
+        seen = torch.bincount(own.flatten(), minlength=model.vocab_size).float() + 0.5
+        return cls(layer, directions, *moments.solve(), model.embeddings, seen / seen.sum())
+
+    def check(self, model: LanguageModel, layer: int, length: int) -> None:
+        """Raise ``LastStateError`` unless it was fitted on this model and layer, for prompts of that length."""
+        if self.table is not model.embeddings or self.layer != layer or self.longest < length:
+            raise LastStateError(
+                f"got a fit for layer {self.layer} and up to {self.longest} tokens of "
+                f"{'this' if self.table is model.embeddings else 'another'} model; expected one for layer {layer} of "
+                f"{model.name} and {length} tokens"
+            )
+
+    def read(self, state: Float[Tensor, " d_model"]) -> Float[Tensor, "vocab longest"]:
+        """The logarithm of the probability of each last token and length, together, shape (|V|, longest)."""
+        table, lengths = self.whiten.split([self.table.shape[1], self.longest])
+        left = (regressors(state, self.directions) @ self.slope + self.intercept) @ self.whiten
+        rows = self.table.float() @ table - left
+        far = rows.square().sum(1)[:, None] + 2 * rows @ lengths.T + lengths.square().sum(1)
+        return (-TRUST / 2 * far).flatten().log_softmax(0).view(far.shape)
+
+
+def fitted_ends(model: LanguageModel, layer: int, longest: int) -> Ends:
+    """``Ends.fit`` with its defaults, once for a model, a layer and a length."""
+    known = _FITTED.setdefault(model, {})
+    if (layer, longest) not in known:
+        known[layer, longest] = Ends.fit(model, layer, longest)
+    return known[layer, longest]
+
+
+def written(
+    model: LanguageModel, count: int, length: int, generator: torch.Generator
+) -> Int[Tensor, "{count} {length}"]:
+    """Prompts that the model writes itself: a first token at random, the others drawn from its next-token law.
+
+    A model whose unembedding is not its table of embeddings, and so not kept, gives random tokens.
+
+    >>> from sipit_lite import load
+    >>> written(load(device="cpu"), 2, 5, torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 5])
+    """
+    first = torch.randint(model.vocab_size, (count, length), generator=generator).to(model.device)
+    if not model.decoder.config.tie_word_embeddings:
+        return first
+    ids, cache, table = first[:, :1], DynamicCache(), model.decoder.get_input_embeddings().weight
+    with torch.no_grad():
+        for _ in range(length - 1):
+            out = model.decoder(inputs_embeds=model.embeddings[ids[:, -1:]], past_key_values=cache, use_cache=True)
+            law = (out.last_hidden_state[:, -1] @ table.T).float().softmax(-1).cpu()
+            ids = torch.cat([ids, torch.multinomial(law, 1, generator=generator).to(ids)], 1)
+    return ids
+
+
+@dataclass(frozen=True, eq=False)
+class Belief:
+    """What is believed of a block of positions of each chain: log-probabilities of every token, (chain, block, vocab).
+
+    ``blocks`` says which positions; the others are those of ``ids``, shape (chain, pos).
+    """
+
+    log: Float[Tensor, "chain block vocab"]
+    ids: Int[Tensor, "chain pos"]
+    blocks: Int[Tensor, "chain block"]
+
+    def draw(self, count: int, generator: torch.Generator) -> Int[Tensor, "chain {count} pos"]:
+        """Prompts drawn from the belief, position by position; the first takes the likeliest token everywhere."""
+        chains, block, _ = self.log.shape
+        drawn = torch.multinomial(self.log.exp().flatten(0, 1).cpu(), count, replacement=True, generator=generator)
+        drawn = drawn.to(self.ids).view(chains, block, count)
+        drawn[..., 0] = self.log.argmax(-1)
+        prompts = self.ids[:, None].repeat(1, count, 1)
+        return prompts.scatter(2, self.blocks[:, None].expand(-1, count, -1), drawn.transpose(1, 2))
+
+    def moments(
+        self, table: Float[Tensor, "vocab d_model"]
+    ) -> tuple[Float[Tensor, "chain block d_model"], Float[Tensor, "chain block d_model d_model"]]:
+        """Mean and covariance of the embedding at each position."""
+        law = self.log.exp()
+        mean = law @ table
+        square = torch.stack([torch.stack([(table * q[:, None]).T @ table for q in chain]) for chain in law])
+        return mean, square - mean[..., :, None] * mean[..., None, :]
+
+
+def sharpened(
+    belief: Belief,
+    prior: Float[Tensor, "chain block vocab"],
+    observed: Float[Tensor, " d_model"],
+    last: LastMap,
+    drawn: Int[Tensor, "chain draw pos"],
+    states: Float[Tensor, "chain draw d_model"],
+) -> Belief:
+    """One round: the belief after the state is compared with a linear model of the map at the mean embeddings.
+
+    With J_t the Jacobian at position t, m_t and C_t mean and covariance of its embedding, and R the covariance of the
+    error of the linear model on the drawn prompts, what the state says of position t is a normal law whose covariance
+    is R + Σ J_u C_u J_uᵀ over the other positions u. The logarithm of its density at each token, plus the prior, is the
+    new belief, of which ``DAMPING`` is taken.
+    """
+    table, chains = last.model.embeddings, torch.arange(len(belief.ids), device=belief.ids.device)[:, None]
+    mean, spread = belief.moments(table)
+    at = table[belief.ids].index_put((chains, belief.blocks), mean)
+    centre, slopes = last.linear(at, belief.blocks)
+    away = table[drawn.gather(2, belief.blocks[:, None].expand(-1, drawn.shape[1], -1))] - mean[:, None]
+    error = states - centre[:, None] - torch.einsum("cnij,csnj->csi", slopes, away)
+    parts = slopes @ spread @ slopes.mT
+    residual = observed - centre
+    noise = error_covariance(error, residual, parts.sum(1))
+    others = noise[:, None] + parts.sum(1, keepdim=True) - parts
+    left = residual[:, None] + (slopes @ mean[..., None])[..., 0]
+    solved = torch.cholesky_solve(torch.cat([slopes, left[..., None]], -1), torch.linalg.cholesky(others))
+    projected = slopes.mT @ solved  # J_tᵀ S⁻¹ [J_t, y]
+    linear, quadratic = table @ projected[..., -1:], (table @ projected[..., :-1] * table).sum(-1)
+    new = (prior + linear[..., 0] - quadratic / 2).log_softmax(-1)
+    return replace(belief, log=((1 - DAMPING) * belief.log + DAMPING * new).log_softmax(-1))
+
+
+def error_covariance(
+    error: Float[Tensor, "chain draw d_model"],
+    residual: Float[Tensor, "chain d_model"],
+    explained: Float[Tensor, "chain d_model d_model"],
+) -> Float[Tensor, "chain d_model d_model"]:
+    """Covariance of the error of a linear model, from fewer samples than dimensions: half way to a multiple of I.
+
+    Where the state is further from the mean than error and spread explain, all directions get what is missing: a belief
+    that has settled on the wrong tokens is not certain any more.
+
+    >>> found = error_covariance(torch.zeros(1, 3, 2), torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2, 2))
+    >>> found.diagonal(dim1=1, dim2=2).tolist()
+    [[12.5, 12.5]]
+    """
+    width = error.shape[-1]
+    sample = error.mT @ error / error.shape[1]
+    size = sample.diagonal(dim1=1, dim2=2).mean(-1) / 2
+    told = 2 * size * width + explained.diagonal(dim1=1, dim2=2).sum(-1)
+    missing = (residual.square().sum(-1) - told) / width
+    least = residual.square().sum(-1).clamp_min(torch.finfo(residual.dtype).tiny) * 1e-6
+    extra = size + torch.maximum(missing, least)
+    return sample / 2 + extra[:, None, None] * torch.eye(width).to(error)
+
+
+class Closest(NamedTuple):
+    """A prompt, the distance of its last state from the observed one, and how many prompts were read so far."""
+
+    ids: Int[Tensor, " pos"]
+    distance: float
+    tested: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is to be explained, and what is expected: an observed last state, and log-priors of tokens."""
+
+    last: LastMap
+    observed: Observation
+    anywhere: Float[Tensor, " vocab"]
+    generator: torch.Generator
+
+    def prior(self, last_token: Float[Tensor, " vocab"], length: int) -> Float[Tensor, "{length} vocab"]:
+        """The log-prior of each position: the same anywhere, but for the last, where ``Ends`` is believed."""
+        told = last_token.log_softmax(0) + math.log1p(-HOPE)
+        end = torch.logaddexp(told, self.anywhere + math.log(HOPE))
+        return torch.cat([self.anywhere.repeat(length - 1, 1), end[None]])
+
+    def closest(self, priors: dict[int, Tensor], chains: int, restarts: int) -> Iterator[Closest]:
+        """The closest prompt so far, after each step of the search of some length.
+
+        Length 1 is settled by reading all |V| prompts. Every other length gets a first step, the likeliest first; from
+        then on steps are shared out in proportion to 1/distance², so that what comes close is followed up.
+        """
+        best, searches = Closest(torch.zeros(1, dtype=torch.long), torch.inf), {}
+        if 1 in priors:
+            states = self.last.tokens(torch.arange(len(self.anywhere), device=self.anywhere.device)[:, None])
+            far, token = self.observed.distance(0, states).min(0)
+            best = Closest(token[None], float(far), len(states))
+            yield best
+        searches = {n: self.search(prior, chains, restarts) for n, prior in priors.items() if n > 1}
+        spent, nearest = dict.fromkeys(searches, 0), dict.fromkeys(searches, 0.0)
+        while searches:
+            n = min(searches, key=lambda n: spent[n] * nearest[n] ** 2)
+            step = next(searches[n], None)
+            if step is None:
+                del searches[n]
+                continue
+            far, chain = step[1].min(0)
+            nearest[n] = min(float(far), nearest[n]) if spent[n] else float(far)
+            spent[n] += 1
+            tested = best.tested + chains * DRAWN * (WHOLE if spent[n] == 1 else BLOCK)
+            closer = float(far) < best.distance
+            best = Closest(step[0][chain], float(far), tested) if closer else best._replace(tested=tested)
+            yield best
+
+    def rounds(
+        self, belief: Belief, prior: Float[Tensor, "chain block vocab"], count: int
+    ) -> tuple[Int[Tensor, "chain pos"], Float[Tensor, " chain"]]:
+        """Sharpen a belief so often, and return the closest prompt that each chain has read, and its distance."""
+        chains = len(belief.ids)
+        ids, nearest = belief.ids, torch.full((chains,), torch.inf, device=belief.ids.device)
+        for k in range(count + 1):
+            drawn = belief.draw(DRAWN, self.generator)
+            states = self.last.tokens(drawn.flatten(0, 1))
+            far, which = self.observed.distance(0, states).view(chains, -1).min(1)
+            closer = drawn[torch.arange(chains), which]
+            ids = torch.where((far < nearest)[:, None], closer, ids)
+            nearest = torch.minimum(far, nearest)
+            if k == count or bool((nearest <= self.observed.radius).any()):
+                break
+            belief = sharpened(belief, prior, self.observed.states[0], self.last, drawn, states.view(chains, DRAWN, -1))
+        return ids, nearest
+
+    def search(
+        self, prior: Float[Tensor, "pos vocab"], chains: int, restarts: int
+    ) -> Iterator[tuple[Int[Tensor, "chain pos"], Float[Tensor, " chain"]]]:
+        """Prompts of one length: all positions at once, then blocks forgotten and found again; then anew.
+
+        Yields the current prompts of all chains, and their distances, after each step; ends after the restarts.
+        """
+        length, device = len(prior), prior.device
+        everywhere = torch.arange(length, device=device).expand(chains, -1)
+        for restart in range(restarts):
+            noise = torch.randn(chains, length, prior.shape[1], generator=self.generator).to(prior)
+            tilted = prior + (TILT if restart else 0.0) * noise
+            start = Belief(tilted.log_softmax(-1), torch.zeros_like(everywhere), everywhere)
+            ids, far = self.rounds(start, prior.expand(chains, -1, -1), WHOLE)
+            yield ids, far
+            for k in range(BLOCKS):
+                order = torch.rand(chains, length, generator=self.generator).argsort(1).to(device)
+                blocks = order[:, : min(length, 3 - k % 2)].sort(1).values
+                forgotten = Belief(prior[blocks], ids, blocks)
+                found, distance = self.rounds(forgotten, prior[blocks], BLOCK)
+                ids = torch.where((distance < far)[:, None], found, ids)
+                far = torch.minimum(distance, far)
+                yield ids, far
+
+
+def recovery(problem: Problem, best: Closest, begun: float, *, verified: bool = False) -> Recovery:
+    """A prompt as a ``Recovery``: what was observed is the last position alone, so the others have NaN."""
+    ids, length = best.ids.cpu(), len(best.ids)
+
+    def at_the_end(value: float) -> Float[Tensor, " pos"]:
+        return torch.tensor([torch.nan] * (length - 1) + [value])
+
+    return Recovery(
+        tokens=ids,
+        text=problem.last.model.decode(ids),
+        distance=at_the_end(best.distance),
+        runner_up=at_the_end(torch.inf),
+        radius=at_the_end(float(problem.observed.radius)),
+        tested=torch.tensor([0] * (length - 1) + [best.tested]),
+        verified=torch.full((length,), verified),
+        margin=torch.full((length,), torch.nan),
+        seconds=time.perf_counter() - begun,
+        layer=problem.last.layer,
+    )
+
+
+def checked(problem: Problem, found: Recovery) -> Recovery:
+    """Read the prompt once more, alone, and its rivals: those with one token changed for one of near embedding.
+
+    Raises ``NotRecovered`` where the prompt is outside the radius, ``Collision`` where a rival is inside too.
+    """
+    model, radius = problem.last.model, float(problem.observed.radius)
+    ids = found.tokens.to(model.device)
+    distance = float(problem.observed.distance(0, model.states(ids, problem.last.layer)[-1:]))
+    told = f"{found.text!r} ({len(ids)} tokens) is {distance:.3g} away, radius {radius:.3g}"
+    if not (distance <= radius and float(found.distance[-1]) <= radius):
+        raise NotRecovered(
+            f"no prompt was found whose last state is the observed one: the closest of {int(found.tested[-1])} read, "
+            f"{told}, after {found.seconds:.0f} s",
+            found,
+        )
+    others = rivals(model, ids)
+    far, which = problem.observed.distance(0, problem.last.tokens(others)).min(0)
+    end = torch.arange(len(ids)) == len(ids) - 1
+    found = replace(
+        found, distance=torch.where(end, distance, torch.nan), runner_up=torch.where(end, float(far), torch.nan)
+    )
+    if float(far) <= radius:
+        raise Collision(f"{told}; so is {model.decode(others[which])!r}, {float(far):.3g} away", found, others[which])
+    return replace(found, verified=torch.ones_like(found.verified))
+
+
+def rivals(model: LanguageModel, ids: Int[Tensor, " pos"]) -> Int[Tensor, "rival pos"]:
+    """The prompts that differ from one in a single token, each token changed for ``RIVALS`` of nearest embedding.
+
+    >>> from sipit_lite import load
+    >>> rivals(load(device="cpu"), torch.tensor([5, 6])).shape
+    torch.Size([16, 2])
+    """
+    table, count = model.embeddings.float(), min(RIVALS, model.vocab_size - 1)
+    apart = torch.cdist(table[ids], table).scatter(1, ids[:, None], torch.inf)
+    near = apart.topk(count, largest=False).indices
+    prompts = ids.repeat(len(ids), count, 1)
+    prompts[torch.arange(len(ids)), :, torch.arange(len(ids))] = near
+    return prompts.flatten(0, 1)
+
+
+def check_asked(
+    model: LanguageModel,
+    layer: int,
+    length: int | None,
+    prior: Tensor | None,
+    longest: int,
+    chains: int,
+    restarts: int,
+    seconds: float,
+) -> None:
+    """Raise ``LastStateError`` for a question that cannot be answered, ``ModelError`` for a bad layer."""
+    model.check_layer(layer)
+    for name, value in (("length", length), ("longest", longest)):
+        if value is not None and not 1 <= value <= model.n_positions:
+            raise LastStateError(f"got {name}={value}; {model.name} reads 1 to {model.n_positions} tokens")
+    if layer == 0 and length != 1:
+        raise LastStateError("got layer 0, whose last state knows the last token alone; expected length=1, or layer 1")
+    for name, value in (("chains", chains), ("restarts", restarts), ("seconds", seconds)):
+        if not value > 0:
+            raise LastStateError(f"got {name}={value}; expected a budget above 0")
+    if prior is None:
+        return
+    if prior.shape != (model.vocab_size,) or not bool((prior.isfinite() & (prior > 0)).all()):
+        raise LastStateError(f"got a prior of shape {tuple(prior.shape)}; expected {model.vocab_size} numbers above 0")
