@@ -30,9 +30,14 @@ LONGEST = 16  # tokens of the longest prompt looked for, where no length is give
 FEATURES, TOKENS = 512, 20_000  # of the regression that reads last token and length
 DRAWN = 96  # prompts drawn from the belief in a round; the error of the linear model is measured on them
 DAMPING = 0.5  # share of the log-belief that a round replaces
-WHOLE, BLOCK = 5, 3  # rounds over all positions; rounds over a block of positions that was forgotten
+WHOLE, BLOCK, SIZES = (
+    5,
+    3,
+    (3, 2, 1),
+)  # rounds over all positions; rounds over a block that was forgotten, and its positions in turn
 BLOCKS = 16  # blocks tried in a row before a search gives way to the next restart
 TRUST = 0.5  # share of the log-likelihood of the regression that is believed: its residuals are not normal
+CALM = 0.16  # and of that, the share believed of the last token: where held-out last tokens are likeliest
 TILT = 2.0  # standard deviation by which a restart tilts the logarithm of its prior
 LOOKED_AT = 6  # lengths that are tried, the likeliest first
 RIVALS = 8  # tokens with the nearest embeddings that are put in the place of each token found
@@ -292,11 +297,18 @@ class Belief:
     blocks: Int[Tensor, "chain block"]
 
     def draw(self, count: int, generator: torch.Generator) -> Int[Tensor, "chain {count} pos"]:
-        """Prompts drawn from the belief, position by position; the first takes the likeliest token everywhere."""
-        chains, block, _ = self.log.shape
-        drawn = torch.multinomial(self.log.exp().flatten(0, 1).cpu(), count, replacement=True, generator=generator)
-        drawn = drawn.to(self.ids).view(chains, block, count)
-        drawn[..., 0] = self.log.argmax(-1)
+        """Prompts drawn from the belief, position by position; the first takes the likeliest token everywhere.
+
+        For a block of one position they are the likeliest tokens, each once.
+        """
+        chains, block, vocab = self.log.shape
+        if block == 1 and count <= vocab:
+            drawn = self.log.topk(count).indices
+        else:
+            law = self.log.exp().flatten(0, 1).cpu()
+            drawn = torch.multinomial(law, count, replacement=True, generator=generator)
+            drawn = drawn.to(self.ids).view(chains, block, count)
+            drawn[..., 0] = self.log.argmax(-1)
         prompts = self.ids[:, None].repeat(1, count, 1)
         return prompts.scatter(2, self.blocks[:, None].expand(-1, count, -1), drawn.transpose(1, 2))
 
@@ -386,7 +398,7 @@ class Problem:
 
     def prior(self, last_token: Float[Tensor, " vocab"], length: int) -> Float[Tensor, "{length} vocab"]:
         """The log-prior of each position: the same anywhere, but for the last, where ``Ends`` is believed."""
-        told = last_token.log_softmax(0) + math.log1p(-HOPE)
+        told = (CALM * last_token).log_softmax(0) + math.log1p(-HOPE)
         end = torch.logaddexp(told, self.anywhere + math.log(HOPE))
         return torch.cat([self.anywhere.repeat(length - 1, 1), end[None]])
 
@@ -453,8 +465,10 @@ class Problem:
             yield ids, far
             for k in range(BLOCKS):
                 order = torch.rand(chains, length, generator=self.generator).argsort(1).to(device)
-                blocks = order[:, : min(length, 3 - k % 2)].sort(1).values
-                forgotten = Belief(prior[blocks], ids, blocks)
+                blocks = order[:, : SIZES[k % len(SIZES)]].sort(1).values
+                tilt = TILT * torch.rand(chains, 1, 1, generator=self.generator).to(prior) * (k > 0)
+                noise = torch.randn(*blocks.shape, prior.shape[1], generator=self.generator).to(prior)
+                forgotten = Belief((prior[blocks] + tilt * noise).log_softmax(-1), ids, blocks)
                 found, distance = self.rounds(forgotten, prior[blocks], BLOCK)
                 ids = torch.where((distance < far)[:, None], found, ids)
                 far = torch.minimum(distance, far)
