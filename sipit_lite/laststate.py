@@ -40,6 +40,7 @@ TRUST = 0.5  # share of the log-likelihood of the regression that is believed: i
 CALM = 0.16  # and of that, the share believed of the last token: where held-out last tokens are likeliest
 TILT = 2.0  # standard deviation by which a restart tilts the logarithm of its prior
 LOOKED_AT = 6  # lengths that are tried, the likeliest first
+FAR = 8.0  # distance that a length is taken to have before its first step
 RIVALS = 8  # tokens with the nearest embeddings that are put in the place of each token found
 HOPE = 1e-3  # least share of the prior in any belief about the last token
 
@@ -58,6 +59,10 @@ class NotRecovered(LastStateError):
         super().__init__(message)
         self.best = best
 
+    def __reduce__(self) -> tuple:
+        # Errors with two arguments cannot be pickled as they come, and outcomes have to travel between processes.
+        return type(self), (str(self), self.best)
+
 
 class Collision(NotRecovered):
     """Several prompts re-encode to the state within the radius; ``best`` is one of them, ``other`` another."""
@@ -65,6 +70,9 @@ class Collision(NotRecovered):
     def __init__(self, message: str, best: Recovery, other: Int[Tensor, " pos"]):
         super().__init__(message, best)
         self.other = other
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.best, self.other)
 
 
 class Stopped(KeyboardInterrupt):
@@ -81,7 +89,7 @@ def invert_last(
     layer: int | None = None,
     length: int | None = None,
     *,
-    prior: Float[Tensor, " vocab"] | None = None,
+    prior: Tensor | None = None,
     ends: "Ends | None" = None,
     longest: int = LONGEST,
     chains: int = 1,
@@ -98,7 +106,8 @@ def invert_last(
     ``chains`` searches of a length run as one batch, each begun ``restarts`` times at most, for ``seconds`` in all.
     The prompt returned was read by the model once more, alone: its ``distance`` is inside the ``radius`` at the last
     position, the only one that was observed (NaN at the others); ``runner_up`` is the distance of the closest prompt
-    that has one other token in it, of those with near embeddings; ``tested`` counts all prompts read.
+    that has one other token in it, of those with near embeddings, or, where the length was not given, its first token
+    once less or once more; ``tested`` counts all prompts read.
 
     Raises ``StatesError`` for a state that no prompt has by its shape, format or numbers, ``ModelError`` for a bad
     layer, ``LastStateError`` for a bad length, prior or budget, ``NotRecovered`` where no prompt is found that
@@ -118,20 +127,22 @@ def invert_last(
     anywhere = (ends.frequency / 2 + 1 / (2 * model.vocab_size) if prior is None else prior / prior.sum()).log()
     generator = torch.Generator().manual_seed(seed + SALT)
     problem = Problem(LastMap.of(model, layer), observed, anywhere.to(model.device), generator)
-    joint = ends.read(observed.states[0])
-    lengths = [length] if length else (joint.logsumexp(0).argsort(descending=True) + 1)[:LOOKED_AT].tolist()
+    joint = ends.read(observed.states[0])[:, : length or longest]
+    told = joint.logsumexp(0)
+    lengths = [length] if length else (told.argsort(descending=True) + 1)[:LOOKED_AT].tolist()
+    likely = {n: max(float(told[n - 1].exp()), 1e-9) for n in lengths}
     priors = {n: problem.prior(joint[:, n - 1], n) for n in lengths}
     best = Closest(torch.zeros(1, dtype=torch.long), torch.inf)
     try:
         with tqdm(desc="inverting", total=None, disable=None if progress else True) as bar:
-            for best in problem.closest(priors, chains, restarts):
+            for best in problem.closest(priors, likely, chains, restarts):
                 bar.set_postfix_str(f"distance {best.distance:.3g}, {len(best.ids)} tokens")
                 bar.update()
                 if best.distance <= float(observed.radius) or time.perf_counter() - begun > seconds:
                     break
+        return checked(problem, recovery(problem, best, begun), None if length else longest)
     except KeyboardInterrupt:
         raise Stopped(recovery(problem, best, begun)) from None
-    return checked(problem, recovery(problem, best, begun))
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,11 +413,13 @@ class Problem:
         end = torch.logaddexp(told, self.anywhere + math.log(HOPE))
         return torch.cat([self.anywhere.repeat(length - 1, 1), end[None]])
 
-    def closest(self, priors: dict[int, Tensor], chains: int, restarts: int) -> Iterator[Closest]:
+    def closest(
+        self, priors: dict[int, Tensor], likely: dict[int, float], chains: int, restarts: int
+    ) -> Iterator[Closest]:
         """The closest prompt so far, after each step of the search of some length.
 
-        Length 1 is settled by reading all |V| prompts. Every other length gets a first step, the likeliest first; from
-        then on steps are shared out in proportion to 1/distance², so that what comes close is followed up.
+        Length 1 is settled by reading all |V| prompts. The steps are shared out over the other lengths in proportion to
+        √(probability of the length) / distance², so that what comes close is followed up.
         """
         best, searches = Closest(torch.zeros(1, dtype=torch.long), torch.inf), {}
         if 1 in priors:
@@ -415,9 +428,9 @@ class Problem:
             best = Closest(token[None], float(far), len(states))
             yield best
         searches = {n: self.search(prior, chains, restarts) for n, prior in priors.items() if n > 1}
-        spent, nearest = dict.fromkeys(searches, 0), dict.fromkeys(searches, 0.0)
+        spent, nearest = dict.fromkeys(searches, 0), dict.fromkeys(searches, FAR)
         while searches:
-            n = min(searches, key=lambda n: spent[n] * nearest[n] ** 2)
+            n = min(searches, key=lambda n: (spent[n] + 1) * nearest[n] ** 2 / likely[n] ** 0.5)
             step = next(searches[n], None)
             if step is None:
                 del searches[n]
@@ -496,8 +509,8 @@ def recovery(problem: Problem, best: Closest, begun: float, *, verified: bool = 
     )
 
 
-def checked(problem: Problem, found: Recovery) -> Recovery:
-    """Read the prompt once more, alone, and its rivals: those with one token changed for one of near embedding.
+def checked(problem: Problem, found: Recovery, longest: int | None) -> Recovery:
+    """Read the prompt once more, alone, and its rivals, those of other lengths too unless ``longest`` is None.
 
     Raises ``NotRecovered`` where the prompt is outside the radius, ``Collision`` where a rival is inside too.
     """
@@ -511,14 +524,17 @@ def checked(problem: Problem, found: Recovery) -> Recovery:
             f"{told}, after {found.seconds:.0f} s",
             found,
         )
-    others = rivals(model, ids)
-    far, which = problem.observed.distance(0, problem.last.tokens(others)).min(0)
+    others = [rivals(model, ids), *([] if longest is None else resized(ids, longest))]
+    far, which = torch.cat([problem.observed.distance(0, problem.last.tokens(rows)) for rows in others]).min(0)
     end = torch.arange(len(ids)) == len(ids) - 1
     found = replace(
         found, distance=torch.where(end, distance, torch.nan), runner_up=torch.where(end, float(far), torch.nan)
     )
     if float(far) <= radius:
-        raise Collision(f"{told}; so is {model.decode(others[which])!r}, {float(far):.3g} away", found, others[which])
+        other = [row for rows in others for row in rows][int(which)].cpu()
+        raise Collision(
+            f"{told}; so is {model.decode(other)!r} ({len(other)} tokens), {float(far):.3g} away", found, other
+        )
     return replace(found, verified=torch.ones_like(found.verified))
 
 
@@ -535,6 +551,18 @@ def rivals(model: LanguageModel, ids: Int[Tensor, " pos"]) -> Int[Tensor, "rival
     prompts = ids.repeat(len(ids), count, 1)
     prompts[torch.arange(len(ids)), :, torch.arange(len(ids))] = near
     return prompts.flatten(0, 1)
+
+
+def resized(ids: Int[Tensor, " pos"], longest: int) -> list[Int[Tensor, "1 _"]]:
+    """A prompt without its first token, and with that token twice, where they have 1 to ``longest`` tokens.
+
+    A model that knows relative positions alone cannot tell how often one token was repeated, and one with a window not
+    how long the run before it was (chapter 5).
+
+    >>> [rows.tolist() for rows in resized(torch.tensor([5, 6]), 3)]
+    [[[6]], [[5, 5, 6]]]
+    """
+    return [rows[None] for rows in (ids[1:], torch.cat([ids[:1], ids])) if 1 <= len(rows) <= longest]
 
 
 def check_asked(
