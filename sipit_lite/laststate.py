@@ -24,7 +24,7 @@ from sipit_lite.lens import Moments, regressors
 from sipit_lite.models import LanguageModel
 from sipit_lite.onestep import ROWS
 from sipit_lite.sipit import SALT, Recovery
-from sipit_lite.verify import Observation
+from sipit_lite.verify import Observation, StatesError
 
 LONGEST = 16  # tokens of the longest prompt looked for, where no length is given
 FEATURES, TOKENS = 512, 20_000  # of the regression that reads last token and length
@@ -120,14 +120,16 @@ def invert_last(
     'hidden states'
     """
     begun, layer = time.perf_counter(), model.n_layers if layer is None else layer
+    if isinstance(state, Tensor) and state.ndim != 1:
+        raise StatesError(f"got a state of shape {tuple(state.shape)}; expected one position's, ({model.d_model},)")
     observed = Observation.of(state[None] if isinstance(state, Tensor) else state, model, layer)
     check_asked(model, layer, length, prior, longest, chains, restarts, seconds)
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
     ends.check(model, layer, length or longest)
     anywhere = (ends.frequency / 2 + 1 / (2 * model.vocab_size) if prior is None else prior / prior.sum()).log()
     generator = torch.Generator().manual_seed(seed + SALT)
-    problem = Problem(LastMap.of(model, layer), observed, anywhere.to(model.device), generator)
-    joint = ends.read(observed.states[0])[:, : length or longest]
+    problem = Problem(LastMap.of(model, layer), observed, anywhere.to(model.embeddings), generator)
+    joint = ends.read(observed.states[0])[:, : length or longest].to(model.dtype)
     told = joint.logsumexp(0)
     lengths = [length] if length else (told.argsort(descending=True) + 1)[:LOOKED_AT].tolist()
     likely = {n: max(float(told[n - 1].exp()), 1e-9) for n in lengths}
@@ -577,6 +579,10 @@ def check_asked(
 ) -> None:
     """Raise ``LastStateError`` for a question that cannot be answered, ``ModelError`` for a bad layer."""
     model.check_layer(layer)
+    if torch.finfo(model.dtype).bits <= 16:
+        raise LastStateError(
+            f"got a model that computes in {model.dtype}; expected torch.float32 or torch.float64, whatever the state's"
+        )
     for name, value in (("length", length), ("longest", longest)):
         if value is not None and not 1 <= value <= model.n_positions:
             raise LastStateError(f"got {name}={value}; {model.name} reads 1 to {model.n_positions} tokens")
@@ -588,4 +594,7 @@ def check_asked(
     if prior is None:
         return
     if prior.shape != (model.vocab_size,) or not bool((prior.isfinite() & (prior > 0)).all()):
-        raise LastStateError(f"got a prior of shape {tuple(prior.shape)}; expected {model.vocab_size} numbers above 0")
+        raise LastStateError(
+            f"got a prior of shape {tuple(prior.shape)} with {int((~(prior > 0)).sum())} numbers that are not above 0; "
+            f"expected {model.vocab_size} finite numbers above 0"
+        )
