@@ -767,3 +767,61 @@ def defence_curves(
     ax.set(xlabel="extra loss (nats a token)", ylabel="share of tokens recovered", ylim=(-0.03, 1.05))
     _legend_above(ax)
     return ax
+
+
+def partners_in_space(tokens: ArrayLike, partners: ArrayLike, right: int, shown: int, ax: Axes | None = None) -> Axes:
+    """Embeddings in space, and for each first token the second embedding that the state asks for.
+
+    ``right`` is the first token whose partner is a token; the line holds the partners of all points on the straight
+    line from it to the token ``shown``.
+
+    >>> len(partners_in_space([[0, 0, 0], [1, 0, 0]], [[1, 0, 0], [2, 2, 2]], 0, 1).lines)
+    4
+    """
+    ax, asked = ax or plt.figure().add_subplot(projection="3d"), np.asarray(partners, dtype=float)
+    steps = np.linspace(-0.6, 1.6, 2)[:, None]
+    ax.plot(*(asked[right] + steps * (asked[shown] - asked[right])).T, "-", color=RADIUS, label="a line of solutions")
+    ax.plot(*np.asarray(tokens, dtype=float).T, "o", color=ACCEPTED, label="tokens")
+    ax.plot(*np.delete(asked, right, 0).T, "x", color=RUNNER_UP, label="partners asked for")
+    ax.plot(*asked[[right]].T, "o", color="black", markersize=11, fillstyle="none", label="partner and token")
+    ax.set(xlabel="first number", ylabel="second number", zlabel="third number")
+    _legend_above(ax)
+    return ax
+
+
+def belief_bars(
+    shares: ArrayLike, labels: Sequence[Sequence[str]], right: ArrayLike, note: str = "", ax: Axes | None = None
+) -> Axes:
+    """A belief: for each position a bar of its likeliest tokens by their probabilities, the right one in blue.
+
+    >>> len(belief_bars([[0.5, 0.3]], [["a", "b"]], [[True, False]]).patches)
+    2
+    """
+    ax, shares = ax or plt.subplots()[1], np.asarray(shares, dtype=float)
+    left = np.cumsum(shares, axis=1) - shares
+    for t, row in enumerate(shares):
+        for k, share in enumerate(row):
+            colour = ACCEPTED if np.asarray(right)[t][k] else RUNNER_UP
+            ax.barh(t + 1, share, left=left[t, k], color=colour, alpha=0.75, edgecolor="white")
+            if share > 0.12:
+                ax.text(left[t, k] + share / 2, t + 1, labels[t][k], ha="center", va="center", fontsize="small")
+    ax.set(xlabel=f"probability {note}".strip(), ylabel="position", xlim=(0, 1), ylim=(len(shares) + 0.5, 0.5))
+    ax.set_yticks(range(1, len(shares) + 1))
+    return ax
+
+
+def success_by_length(groups: dict[str, Sequence[ArrayLike]], ax: Axes | None = None) -> Axes:
+    """Share of prompts recovered over their length: (lengths, share, lower end, upper end of the interval) each.
+
+    >>> success_by_length({"prose": ([1, 2], [1, 0.9], [0.9, 0.8], [1, 1])}).get_xlabel()
+    'tokens in the prompt'
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (name, (lengths, share, low, high)) in enumerate(groups.items()):
+        ends = np.clip([np.subtract(share, low), np.subtract(high, share)], 0, None)
+        at = np.asarray(lengths) + 0.06 * (i - (len(groups) - 1) / 2)  # side by side, so that no bar hides another
+        ax.errorbar(at, share, ends, fmt="os^D"[i % 4] + "-", color=f"C{i}", capsize=3, label=name)
+    ax.set(xlabel="tokens in the prompt", ylabel="share recovered exactly", ylim=(-0.03, 1.05))
+    ax.set_xticks(sorted({int(n) for lengths, *_ in groups.values() for n in lengths}))
+    _legend_above(ax)
+    return ax
