@@ -169,3 +169,93 @@ def _whole_model(model: LanguageModel, rows: Float[Tensor, "pos d_model"], layer
         last = model.decoder(inputs_embeds=rows[None], use_cache=False).last_hidden_state
         _ = last @ model.embeddings.T
     return states[layer][0]
+
+
+CANDIDATES, BATCH = 64, 256  # substitutions kept for each position, and prompts read in a step, of the greedy search
+
+
+def greedy_coordinate(
+    state: Float[Tensor, " d_model"],
+    model: LanguageModel,
+    layer: int,
+    length: int,
+    *,
+    seed: int = 0,
+    limit: float = torch.inf,
+) -> Attempt:
+    """Greedy coordinate gradient (GCG) for one last-token state of a prompt of known length.
+
+    From random tokens: the gradient of ½‖F − ĥ‖² at each position ranks all substitutions, ``BATCH`` of the best
+    ``CANDIDATES`` a position are read, and the closest prompt is kept. Where none is closer, one token is drawn anew.
+    Ends when a prompt verifies, or at the limit. Raises ``StatesError`` for a state that no prompt has.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> greedy_coordinate(model.states("a", 1)[-1], model, 1, 1, limit=20).finished
+    True
+    """
+    observed, begun = Observation.of(state[None], model, layer), time.perf_counter()
+    table, generator = model.embeddings, torch.Generator().manual_seed(seed)
+    cut, radius, tested = model.cut(layer), float(observed.radius), 0
+    ids = torch.randint(len(table), (length,), generator=generator)
+    best, least = ids, torch.inf
+    while time.perf_counter() - begun <= limit:
+        rows = table[ids].detach().clone().requires_grad_()
+        error = (cut(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -1] - observed.states[0]).square()
+        gradient = torch.autograd.grad(error.sum() / 2, rows)[0]
+        if (now := float(error.detach().sum().sqrt())) < least:
+            best, least = ids, now
+        if least <= radius:
+            break
+        promising = (gradient @ table.T).topk(CANDIDATES, largest=False).indices.cpu()
+        where = torch.randint(length, (BATCH,), generator=generator)
+        which = torch.randint(CANDIDATES, (BATCH,), generator=generator)
+        crowd = ids.repeat(BATCH, 1)
+        crowd[torch.arange(BATCH), where] = promising[where, which]
+        with torch.no_grad():
+            states = cut(inputs_embeds=table[crowd], use_cache=False).last_hidden_state[:, -1]
+        far, winner = observed.distance(0, states).min(0)
+        tested += BATCH
+        if float(far) < now:
+            ids = crowd[int(winner)]
+        else:
+            ids = ids.clone()
+            ids[int(where[0])] = int(torch.randint(len(table), (), generator=generator))
+    return Attempt(best, torch.tensor([tested]), least <= radius, time.perf_counter() - begun)
+
+
+def hard_prompts_last(
+    state: Float[Tensor, " d_model"],
+    model: LanguageModel,
+    layer: int,
+    length: int,
+    *,
+    rate: float = 0.1,
+    seed: int = 0,
+    limit: float = torch.inf,
+) -> Attempt:
+    """HardPrompts (PEZ) for one last-token state of a prompt of known length, up to ``limit`` seconds.
+
+    As ``hard_prompts``, with the error of the last position alone. Raises ``StatesError`` for a state that no prompt
+    has.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> hard_prompts_last(model.states("a", 1)[-1], model, 1, 1, limit=0.1).tokens.shape
+    torch.Size([1])
+    """
+    observed, begun = Observation.of(state[None], model, layer), time.perf_counter()
+    table, generator = model.embeddings, torch.Generator().manual_seed(seed)
+    cut, radius, tested = model.cut(layer), float(observed.radius), 0
+    best = torch.randint(len(table), (length,), generator=generator).to(table.device)
+    proxy, least = table[best].clone().requires_grad_(), torch.inf
+    optimiser = torch.optim.Adam([proxy], rate)
+    while time.perf_counter() - begun <= limit and least > radius:
+        ids, tested = torch.cdist(proxy.detach(), table).argmin(1), tested + 1
+        hard = table[ids].clone().requires_grad_()
+        error = (cut(inputs_embeds=hard[None], use_cache=False).last_hidden_state[0, -1] - observed.states[0]).square()
+        if (now := float(error.detach().sum().sqrt())) < least:
+            best, least = ids, now
+        proxy.grad = torch.autograd.grad(error.sum(), hard)[0]
+        optimiser.step()
+    return Attempt(best.cpu(), torch.tensor([tested]), least <= radius, time.perf_counter() - begun)

@@ -18,6 +18,7 @@ from sipit_lite import bench
 from sipit_lite.activations import read_states, write_states
 from sipit_lite.bench_collisions import collisions
 from sipit_lite.bench_inversion import inversion
+from sipit_lite.bench_laststate import laststate
 from sipit_lite.bench_scale import scale
 from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs, continuations
 from sipit_lite.corpora import SOURCES, from_source
@@ -45,7 +46,7 @@ POLICIES: dict[str, Policy | str] = {
 }
 BENCHES = {
     "exactness": bench.exactness, "scan": bench.scan, "collisions": collisions, "inversion": inversion, "scale": scale,
-    "families": families,
+    "families": families, "laststate": laststate,
 }  # fmt: skip
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt can be read back, word for word.",

@@ -11,7 +11,7 @@ from sipit_lite.bench import Check, candidate_counts, table
 from sipit_lite.cli import main, speed_figure
 
 
-@pytest.mark.parametrize("name", ["exactness", "scan", "collisions", "inversion", "scale", "families"])
+@pytest.mark.parametrize("name", ["exactness", "scan", "collisions", "inversion", "scale", "families", "laststate"])
 def test_quick_run_keeps_the_contract(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every check has a name, value, target, direction and verdict; the verdict follows from them."""
     assert main(["bench", name, "--quick", "--json", "--device", "cpu"]) == 0

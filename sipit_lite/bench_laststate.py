@@ -1,0 +1,173 @@
+"""How often the last state alone gives the prompt back: by length and kind of text, and beside two other searches."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+
+from sipit_lite.baselines import Attempt, greedy_coordinate, hard_prompts_last
+from sipit_lite.bench import Check
+from sipit_lite.bench_inversion import sample
+from sipit_lite.defences import wilson
+from sipit_lite.laststate import LOOKED_AT, Collision, Ends, NotRecovered, fitted_ends, invert_last
+from sipit_lite.models import LanguageModel
+
+KINDS = ("prose", "random")
+SECONDS = {1: 10.0, 2: 30.0, 3: 60.0, 4: 60.0, 6: 75.0, 8: 120.0}  # the budget of one prompt, by its length
+ASKED = {1: 60, 2: 60, 3: 60, 4: 60, 6: 60, 8: 12}  # prompts of each length and kind
+BESIDE, TRIED = (2, 3, 4), 6  # lengths and prompts of each kind for the comparison
+
+
+def laststate(
+    model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
+) -> tuple[list[Check], dict]:
+    """``invert_last`` at the last layer, last token and length not given, on held-out prose and random tokens.
+
+    The other searches get the same states, the same seconds, and the true length.
+    """
+    asked = {1: 2, 2: 1} if quick else ASKED
+    ends = (
+        Ends.fit(model, model.n_layers, tokens=4000, features=64) if quick else fitted_ends(model, model.n_layers, 16)
+    )
+    cells = [
+        cell(model, ends, kind, length, count, 5.0 if quick else SECONDS[length], seed, progress)
+        for length, count in asked.items()
+        for kind in KINDS
+    ]
+    beside = [
+        compared(model, ends, kind, length, 1 if quick else TRIED, 2.0 if quick else SECONDS[length], seed, progress)
+        for length in ((2,) if quick else BESIDE)
+        for kind in KINDS
+    ]
+    return checks(cells), {"reported": reported(cells), "cells": cells, "beside": beside}
+
+
+def checks(cells: list[dict]) -> list[Check]:
+    """The lines of the closing table: the worse of the two kinds for each length."""
+    found = {}
+    for row in cells:
+        found.setdefault(row["length"], []).append(row)
+    lines = [
+        Check.of(f"exact, T = {length}", min(row["exact"] / row["prompts"] for row in rows))
+        for length, rows in found.items()
+        if length != 8
+    ]
+    lines += [Check.of("false successes", sum(row["false successes"] for row in cells))]
+    return lines + [
+        Check.of(f"seconds, last state, T = {length}", max(row["seconds"] for row in found[length]))
+        for length in (3, 4, 6)
+        if length in found
+    ]
+
+
+def reported(cells: list[dict]) -> dict[str, float]:
+    """Shares with both ends of their 95 % intervals, and median seconds, by kind and length."""
+    told = {}
+    for row in cells:
+        name = f"{row['kind']}, T = {row['length']}"
+        told |= {f"exact, {name}": row["exact"] / row["prompts"], f"seconds, {name}": row["seconds"]}
+        told |= {f"exact, {name}: {end} of the interval": row[end] for end in ("low", "high")}
+    return told
+
+
+def cell(
+    model: LanguageModel,
+    ends: Ends,
+    kind: str,
+    length: int,
+    count: int,
+    seconds: float,
+    seed: int,
+    progress: bool = False,
+) -> dict:
+    """Prompts of one kind and length: how many came back exactly, and what became of the others.
+
+    Of those that did not, ``length not tried`` counts where the true length was not among the likeliest, and
+    ``local minimum`` where it was: the true prompt explains the state exactly, and the search did not come to it.
+    """
+    runs = [
+        one(model, ends, ids, seconds)
+        for ids in tqdm(
+            sample(model, kind, count, length, seed), f"{kind}, T = {length}", disable=None if progress else True
+        )
+    ]
+    exact = sum(run["exact"] for run in runs)
+    low, high = wilson(exact, len(runs))
+    return {
+        "kind": kind,
+        "length": length,
+        "prompts": len(runs),
+        "exact": exact,
+        "low": low,
+        "high": high,
+        "false successes": sum(run["false success"] for run in runs),
+        "collisions": sum(run["collision"] for run in runs),
+        "length not tried": sum(not run["exact"] and not run["length tried"] for run in runs),
+        "local minimum": sum(not run["exact"] and run["length tried"] for run in runs),
+        "seconds": statistics.median(run["seconds"] for run in runs),
+        "runs": runs,
+    }
+
+
+def one(model: LanguageModel, ends: Ends, ids: Int[Tensor, " pos"], seconds: float) -> dict:
+    """One prompt through ``invert_last``: what came of it, in how many seconds."""
+    state, begun = model.states(ids, ends.layer)[-1], time.perf_counter()
+    found, collision = None, False
+    try:
+        found = invert_last(state, model, ends.layer, ends=ends, seconds=seconds).tokens
+    except Collision:
+        collision = True
+    except NotRecovered:
+        pass
+    spent = time.perf_counter() - begun
+    likeliest = (ends.read(state).logsumexp(0).argsort(descending=True) + 1)[:LOOKED_AT].tolist()
+    exact = found is not None and torch.equal(found, ids.cpu())
+    return {
+        "exact": exact,
+        "false success": found is not None and not exact,
+        "collision": collision,
+        "length tried": len(ids) in likeliest,
+        "seconds": round(spent, 3),
+    }
+
+
+def compared(
+    model: LanguageModel,
+    ends: Ends,
+    kind: str,
+    length: int,
+    count: int,
+    seconds: float,
+    seed: int,
+    progress: bool = False,
+) -> dict:
+    """The same states, seconds and length for ``invert_last``, a greedy coordinate search, and HardPrompts."""
+    ways: dict[str, Callable[[Tensor], bool]] = {
+        "invert_last": lambda ids: _by_ours(model, ends, ids, seconds),
+        "greedy coordinate": partial(_by_other, greedy_coordinate, model, ends.layer, seconds),
+        "HardPrompts": partial(_by_other, hard_prompts_last, model, ends.layer, seconds),
+    }
+    asked = sample(model, kind, count, length, seed)
+    bar: Iterable = tqdm(ways.items(), f"beside, {kind}, T = {length}", disable=None if progress else True)
+    exact = {name: sum(way(ids) for ids in asked) for name, way in bar}
+    return {"kind": kind, "length": length, "prompts": len(asked), "seconds": seconds, "exact": exact}
+
+
+def _by_ours(model: LanguageModel, ends: Ends, ids: Tensor, seconds: float) -> bool:
+    try:
+        found = invert_last(
+            model.states(ids, ends.layer)[-1], model, ends.layer, len(ids), ends=ends, seconds=seconds
+        ).tokens
+    except NotRecovered:
+        return False
+    return torch.equal(found, ids.cpu())
+
+
+def _by_other(search: Callable[..., Attempt], model: LanguageModel, layer: int, seconds: float, ids: Tensor) -> bool:
+    found = search(model.states(ids, layer)[-1], model, layer, len(ids), limit=seconds)
+    return found.finished and torch.equal(found.tokens, ids.cpu())
