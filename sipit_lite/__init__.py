@@ -2,6 +2,7 @@
 
 from sipit_lite.activations import Captured, capture, read_states, write_states
 from sipit_lite.collisions import CollisionReport, closest_pairs, continuations
+from sipit_lite.laststate import LastStateError, NotRecovered, invert_last
 from sipit_lite.lens import Lens, LensError
 from sipit_lite.margin import Margins, margins
 from sipit_lite.models import LanguageModel, ModelError, load
@@ -12,8 +13,8 @@ from sipit_lite.sipit import Ambiguous, Interrupted, NotVerified, Recovery, inve
 from sipit_lite.verify import Observation, StatesError, noise_floor
 
 __all__ = [
-    "Ambiguous", "Captured", "CollisionReport", "Gradient", "Interrupted", "LanguageModel", "Lens", "LensError",
-    "Margins", "ModelError", "Newton", "NotVerified", "Observation", "OneStepMap", "Policy", "Random", "Recovery",
-    "StatesError", "capture", "closest_pairs", "continuations", "invert", "invert_many", "last_states", "load",
-    "margins", "noise_floor", "read_states", "write_states",
+    "Ambiguous", "Captured", "CollisionReport", "Gradient", "Interrupted", "LanguageModel", "LastStateError", "Lens",
+    "LensError", "Margins", "ModelError", "Newton", "NotRecovered", "NotVerified", "Observation", "OneStepMap",
+    "Policy", "Random", "Recovery", "StatesError", "capture", "closest_pairs", "continuations", "invert",
+    "invert_last", "invert_many", "last_states", "load", "margins", "noise_floor", "read_states", "write_states",
 ]  # fmt: skip

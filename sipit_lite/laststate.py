@@ -30,11 +30,8 @@ LONGEST = 16  # tokens of the longest prompt looked for, where no length is give
 FEATURES, TOKENS = 512, 20_000  # of the regression that reads last token and length
 DRAWN = 96  # prompts drawn from the belief in a round; the error of the linear model is measured on them
 DAMPING = 0.5  # share of the log-belief that a round replaces
-WHOLE, BLOCK, SIZES = (
-    5,
-    3,
-    (3, 2, 1),
-)  # rounds over all positions; rounds over a block that was forgotten, and its positions in turn
+WHOLE, BLOCK = 5, 3  # rounds over all positions, and over a block that was forgotten
+SIZES = (3, 2, 1)  # positions of the blocks, in turn
 BLOCKS = 16  # blocks tried in a row before a search gives way to the next restart
 TRUST = 0.5  # share of the log-likelihood of the regression that is believed: its residuals are not normal
 CALM = 0.16  # and of that, the share believed of the last token: where held-out last tokens are likeliest
@@ -43,8 +40,6 @@ LOOKED_AT = 6  # lengths that are tried, the likeliest first
 FAR = 8.0  # distance that a length is taken to have before its first step
 RIVALS = 8  # tokens with the nearest embeddings that are put in the place of each token found
 HOPE = 1e-3  # least share of the prior in any belief about the last token
-
-
 _FITTED: WeakKeyDictionary[LanguageModel, dict[tuple[int, int], "Ends"]] = WeakKeyDictionary()
 
 
@@ -90,6 +85,7 @@ def invert_last(
     length: int | None = None,
     *,
     prior: Tensor | None = None,
+    epsilon: float | None = None,
     ends: "Ends | None" = None,
     longest: int = LONGEST,
     chains: int = 1,
@@ -102,8 +98,10 @@ def invert_last(
 
     ``length`` is T where it is known; else up to ``longest``, and it is found too, as the last token is. ``prior`` is
     the probability of each token anywhere in the prompt; the default is half uniform, half how often the model itself
-    writes the token. ``ends`` was fitted before for this model and layer; without it, it is fitted now and kept.
-    ``chains`` searches of a length run as one batch, each begun ``restarts`` times at most, for ``seconds`` in all.
+    writes the token. ``epsilon`` bounds noise that was added to the state on purpose. ``ends`` was fitted before for
+    this model and layer; without it, it is fitted now and kept. ``chains`` searches of a length run as one batch, each
+    begun ``restarts`` times at most, for ``seconds`` in all.
+
     The prompt returned was read by the model once more, alone: its ``distance`` is inside the ``radius`` at the last
     position, the only one that was observed (NaN at the others); ``runner_up`` is the distance of the closest prompt
     that has one other token in it, of those with near embeddings, or, where the length was not given, its first token
@@ -122,7 +120,7 @@ def invert_last(
     begun, layer = time.perf_counter(), model.n_layers if layer is None else layer
     if isinstance(state, Tensor) and state.ndim != 1:
         raise StatesError(f"got a state of shape {tuple(state.shape)}; expected one position's, ({model.d_model},)")
-    observed = Observation.of(state[None] if isinstance(state, Tensor) else state, model, layer)
+    observed = Observation.of(state[None] if isinstance(state, Tensor) else state, model, layer, epsilon)
     check_asked(model, layer, length, prior, longest, chains, restarts, seconds)
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
     ends.check(model, layer, length or longest)
@@ -260,11 +258,12 @@ class Ends:
 
     def read(self, state: Float[Tensor, " d_model"]) -> Float[Tensor, "vocab longest"]:
         """The logarithm of the probability of each last token and length, together, shape (|V|, longest)."""
-        table, lengths = self.whiten.split([self.table.shape[1], self.longest])
-        left = (regressors(state, self.directions) @ self.slope + self.intercept) @ self.whiten
-        rows = self.table.float() @ table - left
+        # The lengths sum to one, so one direction has hardly any residual: its huge terms cancel, but not in float32.
+        table, lengths = self.whiten.double().split([self.table.shape[1], self.longest])
+        left = (regressors(state, self.directions) @ self.slope + self.intercept).double() @ self.whiten.double()
+        rows = self.table.double() @ table - left
         far = rows.square().sum(1)[:, None] + 2 * rows @ lengths.T + lengths.square().sum(1)
-        return (-TRUST / 2 * far).flatten().log_softmax(0).view(far.shape)
+        return (-TRUST / 2 * far).flatten().log_softmax(0).view(far.shape).float()
 
 
 def fitted_ends(model: LanguageModel, layer: int, longest: int) -> Ends:
