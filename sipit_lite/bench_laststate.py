@@ -14,12 +14,12 @@ from sipit_lite.baselines import Attempt, greedy_coordinate, hard_prompts_last
 from sipit_lite.bench import Check
 from sipit_lite.bench_inversion import sample
 from sipit_lite.defences import wilson
-from sipit_lite.laststate import LOOKED_AT, Collision, Ends, NotRecovered, fitted_ends, invert_last
+from sipit_lite.laststate import Collision, Ends, NotRecovered, fitted_ends, invert_last
 from sipit_lite.models import LanguageModel
 
 KINDS = ("prose", "random")
-SECONDS = {1: 10.0, 2: 30.0, 3: 60.0, 4: 60.0, 6: 75.0, 8: 120.0}  # the budget of one prompt, by its length
-ASKED = {1: 60, 2: 60, 3: 60, 4: 60, 6: 60, 8: 12}  # prompts of each length and kind
+SECONDS = {1: 10.0, 2: 30.0, 3: 60.0, 4: 60.0, 6: 45.0}  # the budget of one prompt, by its length
+ASKED = {1: 60, 2: 60, 3: 60, 4: 60, 6: 60}  # prompts of each length and kind
 BESIDE, TRIED = (2, 3, 4), 6  # lengths and prompts of each kind for the comparison
 
 
@@ -55,7 +55,6 @@ def checks(cells: list[dict]) -> list[Check]:
     lines = [
         Check.of(f"exact, T = {length}", min(row["exact"] / row["prompts"] for row in rows))
         for length, rows in found.items()
-        if length != 8
     ]
     lines += [Check.of("false successes", sum(row["false successes"] for row in cells))]
     return lines + [
@@ -85,19 +84,26 @@ def cell(
     seed: int,
     progress: bool = False,
 ) -> dict:
-    """Prompts of one kind and length: how many came back exactly, and what became of the others.
+    """Prompts of one kind and length: how many came back exactly, and what became of the others, see ``summary``."""
+    asked = sample(model, kind, count, length, seed)
+    bar = tqdm(asked, f"{kind}, T = {length}", disable=None if progress else True)
+    return summary(kind, length, [one(model, ends, ids, seconds) for ids in bar])
 
-    Of those that did not, ``length not tried`` counts where the true length was not among the likeliest, and
-    ``local minimum`` where it was: the true prompt explains the state exactly, and the search did not come to it.
+
+def summary(kind: str, length: int, runs: list[dict]) -> dict:
+    """Counts over the runs of ``one``, with Wilson's 95 % interval of the share that is exact.
+
+    The true prompt explains its state exactly, so every other end is one in a local minimum: ``other length`` counts
+    those where the closest prompt had another length, ``local minimum`` those where it had the right one.
+
+    >>> run = {"exact": True, "false success": False, "collision": False, "right length": True, "seconds": 1.0}
+    >>> told = summary("prose", 3, [run, run | {"exact": False}])
+    >>> told["exact"], told["local minimum"], round(told["low"], 3), round(told["high"], 3)
+    (1, 1, 0.095, 0.905)
     """
-    runs = [
-        one(model, ends, ids, seconds)
-        for ids in tqdm(
-            sample(model, kind, count, length, seed), f"{kind}, T = {length}", disable=None if progress else True
-        )
-    ]
     exact = sum(run["exact"] for run in runs)
     low, high = wilson(exact, len(runs))
+    missed = [run for run in runs if not run["exact"]]
     return {
         "kind": kind,
         "length": length,
@@ -107,8 +113,8 @@ def cell(
         "high": high,
         "false successes": sum(run["false success"] for run in runs),
         "collisions": sum(run["collision"] for run in runs),
-        "length not tried": sum(not run["exact"] and not run["length tried"] for run in runs),
-        "local minimum": sum(not run["exact"] and run["length tried"] for run in runs),
+        "other length": sum(not run["right length"] for run in missed),
+        "local minimum": sum(run["right length"] for run in missed),
         "seconds": statistics.median(run["seconds"] for run in runs),
         "runs": runs,
     }
@@ -116,23 +122,18 @@ def cell(
 
 def one(model: LanguageModel, ends: Ends, ids: Int[Tensor, " pos"], seconds: float) -> dict:
     """One prompt through ``invert_last``: what came of it, in how many seconds."""
-    state, begun = model.states(ids, ends.layer)[-1], time.perf_counter()
-    found, collision = None, False
+    state, begun, collision = model.states(ids, ends.layer)[-1], time.perf_counter(), False
     try:
-        found = invert_last(state, model, ends.layer, ends=ends, seconds=seconds).tokens
-    except Collision:
-        collision = True
-    except NotRecovered:
-        pass
-    spent = time.perf_counter() - begun
-    likeliest = (ends.read(state).logsumexp(0).argsort(descending=True) + 1)[:LOOKED_AT].tolist()
-    exact = found is not None and torch.equal(found, ids.cpu())
+        found = best = invert_last(state, model, ends.layer, ends=ends, seconds=seconds)
+    except NotRecovered as error:
+        found, best, collision = None, error.best, isinstance(error, Collision)
+    exact = found is not None and torch.equal(found.tokens, ids.cpu())
     return {
         "exact": exact,
         "false success": found is not None and not exact,
         "collision": collision,
-        "length tried": len(ids) in likeliest,
-        "seconds": round(spent, 3),
+        "right length": len(best.tokens) == len(ids),
+        "seconds": round(time.perf_counter() - begun, 3),
     }
 
 

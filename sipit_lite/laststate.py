@@ -36,7 +36,6 @@ BLOCKS = 16  # blocks tried in a row before a search gives way to the next resta
 TRUST = 0.5  # share of the log-likelihood of the regression that is believed: its residuals are not normal
 CALM = 0.16  # and of that, the share believed of the last token: where held-out last tokens are likeliest
 TILT = 2.0  # standard deviation by which a restart tilts the logarithm of its prior
-LOOKED_AT = 6  # lengths that are tried, the likeliest first
 FAR = 8.0  # distance that a length is taken to have before its first step
 RIVALS = 8  # tokens with the nearest embeddings that are put in the place of each token found
 HOPE = 1e-3  # least share of the prior in any belief about the last token
@@ -129,7 +128,7 @@ def invert_last(
     problem = Problem(LastMap.of(model, layer), observed, anywhere.to(model.embeddings), generator)
     joint = ends.read(observed.states[0])[:, : length or longest].to(model.dtype)
     told = joint.logsumexp(0)
-    lengths = [length] if length else (told.argsort(descending=True) + 1)[:LOOKED_AT].tolist()
+    lengths = [length] if length else list(range(1, longest + 1))
     likely = {n: max(float(told[n - 1].exp()), 1e-9) for n in lengths}
     priors = {n: problem.prior(joint[:, n - 1], n) for n in lengths}
     best = Closest(torch.zeros(1, dtype=torch.long), torch.inf)
