@@ -15,7 +15,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from sipit_lite import bench
-from sipit_lite.activations import read_states, write_states
+from sipit_lite.activations import Captured, read_states, write_states
 from sipit_lite.bench_collisions import collisions
 from sipit_lite.bench_inversion import inversion
 from sipit_lite.bench_laststate import laststate
@@ -23,6 +23,7 @@ from sipit_lite.bench_scale import scale
 from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs, continuations
 from sipit_lite.corpora import SOURCES, from_source
 from sipit_lite.families import families
+from sipit_lite.laststate import LONGEST, LastStateError, Stopped, invert_last
 from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel, ModelError, load
 from sipit_lite.perturb import quantised
@@ -73,13 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if abs(options.seed) >= 2**62:
             raise ModelError(f"got seed {options.seed}; expected a whole number below 2**62")
         return options.run(options)
-    except (ModelError, StatesError, NotVerified) as error:
+    except (ModelError, StatesError, NotVerified, LastStateError) as error:
         print(f"sipit-lite {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(
-            f"sipit-lite {options.command}: {stop if isinstance(stop, Interrupted) else 'interrupted'}", file=sys.stderr
-        )
+        told = stop if isinstance(stop, Interrupted | Stopped) else "interrupted"
+        print(f"sipit-lite {options.command}: {told}", file=sys.stderr)
         return 130
 
 
@@ -123,6 +123,11 @@ def parser() -> argparse.ArgumentParser:
         "--lens", help="a file with the lens of this model and layer; fitted and written if not there yet"
     )
     back.add_argument("--on-fail", choices=("raise", "nearest"), default="raise", help="nearest: guess, and mark it")
+    back.add_argument("--last", action="store_true", help="from the state of the last token alone")
+    back.add_argument("--length", type=int, help="with --last: tokens of the prompt, where that is known")
+    back.add_argument("--longest", type=int, help=f"with --last: tokens of the longest that is tried ({LONGEST})")
+    back.add_argument("--seconds", type=float, help="with --last: when to give up (300)")
+    back.add_argument("--restarts", type=int, help="with --last: how often a search may begin (4)")
     back.set_defaults(run=run_invert)
 
     search = commands.add_parser("collisions", parents=[shared], help="the closest pairs among many prompts' states")
@@ -222,6 +227,7 @@ def run_capture(options: argparse.Namespace) -> int:
 
 def run_invert(options: argparse.Namespace) -> int:
     """Print the prompt whose hidden states are in a file, or of a text just captured."""
+    limits = _limits(options)
     layer = options.layer
     if options.text is None:
         states = read_states(options.file)
@@ -231,6 +237,8 @@ def run_invert(options: argparse.Namespace) -> int:
         model = _model(options, None if options.lens else layer)
         layer = _layer(options, model)
         states = model.states(options.text, layer)
+    if options.last:
+        return _run_last(options, states, model, layer, limits)
     recovery = invert(
         states,
         model,
@@ -248,6 +256,48 @@ def run_invert(options: argparse.Namespace) -> int:
     if not recovery.verified.all():
         guessed = (~recovery.verified).nonzero()[:, 0].tolist()
         print(f"not verified, nearest tokens only: positions {', '.join(map(str, guessed))}", file=sys.stderr)
+    return 0
+
+
+def _limits(options: argparse.Namespace) -> dict[str, int | float]:
+    """The options of ``--last`` that were given, which nothing else takes; what ``--last`` does not take is refused."""
+    given = {name: getattr(options, name) for name in ("length", "longest", "seconds", "restarts")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not options.last:
+        raise StatesError(f"got --{next(iter(given))} without --last; expected them together")
+    others = {"policy": options.policy != "auto", "certify": options.certify, "lens": options.lens is not None,
+              "on-fail": options.on_fail != "raise"}  # fmt: skip
+    if options.last and any(others.values()):
+        raise StatesError(
+            f"got --last with --{next(name for name, used in others.items() if used)}, which needs the states of all "
+            "positions; expected --epsilon, --length, --longest, --seconds or --restarts"
+        )
+    return given
+
+
+def _run_last(
+    options: argparse.Namespace,
+    states: Captured | torch.Tensor,
+    model: LanguageModel,
+    layer: int | None,
+    limits: dict[str, int | float],
+) -> int:
+    """Print the prompt found from the last row alone, and how it was verified."""
+    if isinstance(states, Captured):
+        states.check(model)
+        layer = states.layer if layer is None else layer
+        if layer in states.scales:
+            raise StatesError(f"got layer {layer} in 8-bit integers with --last; expected a floating-point format")
+        states = states.at(layer)
+    if states.ndim != 2 or not len(states):
+        raise StatesError(
+            f"got states of shape {tuple(states.shape)}; expected (T, {model.d_model}), the last row used"
+        )
+    found = invert_last(states[-1], model, layer, epsilon=options.epsilon, seed=options.seed, progress=True, **limits)
+    told = as_json(found) | {"model": model.name, "layer": layer}
+    print(json.dumps(told) if options.json else found.text)
+    at_the_end = {name: float(getattr(found, name)[-1]) for name in ("distance", "radius", "runner_up")}
+    print("verified: " + ", ".join(f"{name} {value:.2g}" for name, value in at_the_end.items()), file=sys.stderr)
     return 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sipit_lite import Lens, cli, closest_pairs, last_states, load
+from sipit_lite import Lens, cli, closest_pairs, last_states, laststate, load
 from sipit_lite.cli import main
 from sipit_lite.prompts import distinct
 
@@ -91,6 +91,14 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "pairs": (["collisions", "-n", "4", "--layers", "1", "--closest", "7"], "got k=7"),
         "unwritable shards": (["collisions", "-n", "4", "--shards", str(folder / "text" / "l")], "cannot be made"),
         "packages": (["invert", "--text", "x", "--weights", "fp4"], "pip install 'sipit-lite[quantised]'"),
+        "length without last": (["invert", "--text", "x", "--length", "2"], "got --length without --last"),
+        "lens with last": (["invert", "--text", "x", "--last", "--lens", "l"], "got --last with --lens"),
+        "all tokens with last": (["invert", "--text", "x", "--last", "--certify"], "got --last with --certify"),
+        "empty with last": (["invert", states_file(folder / "m", torch.zeros(0, 256)), "--last"], "(0, 256)"),
+        "NaN with last": (["invert", states_file(folder / "n", torch.full((2, 256), torch.nan)), "--last"], "got NaN"),
+        "no budget": (["invert", "--text", "x", "--last", "--seconds", "0"], "got seconds=0.0"),
+        "no length": (["invert", "--text", "x", "--last", "--length", "0"], "got length=0"),
+        "embeddings alone": (["invert", "--text", "x", "--last", "--layer", "0"], "expected length=1"),
         "no name": (["invert", "--text", "x", "--model", ""], "got model ''"),
     }
 
@@ -111,6 +119,51 @@ def test_ctrl_c_prints_the_prefix(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setitem(cli.POLICIES, "auto", test_sipit.StopsAt(1))
     assert main(["invert", "--text", "hidden states", "--layer", "2", *CPU]) == 130
     assert "interrupted after 1 verified tokens: 'h" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The regression that reads the last token, fitted in a second in place of several."""
+    small = functools.partial(laststate.Ends.fit, tokens=4000, features=32)
+    monkeypatch.setattr(laststate.Ends, "fit", small)
+
+
+def test_invert_from_the_last_state_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_ends: None) -> None:
+    """From a file with all rows, from one with the last row alone, and from a text: verified, as JSON too."""
+    ids = torch.tensor([50, 2000])
+    states = load(device="cpu").states(ids, 2)
+    text = load(device="cpu").decode(ids)
+    for name, rows in (("whole", states), ("row", states[-1:])):
+        assert main(["invert", states_file(tmp_path / name, rows, 2), "--last", "--longest", "4", *CPU]) == 0
+        out, err = capsys.readouterr()
+        assert out == text + "\n" and "verified: distance " in err.splitlines()[-1]
+    command = ["invert", "--text", "hidden states", "--last", "--layer", "2", "--length", "2", "--json"]
+    assert main([*command, "--seconds", "60", "--restarts", "2", *CPU]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["text"] == "hidden states" and told["verified"] == [True, True] and told["layer"] == 2
+    assert told["distance"][0] is None and told["distance"][1] <= told["radius"][1] < told["runner_up"][1]
+
+
+def test_a_last_state_of_no_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_ends: None) -> None:
+    """One line with the closest prompt and its distance, exit code 2."""
+    file = states_file(tmp_path / "noise", torch.randn(1, 256, generator=torch.Generator().manual_seed(0)), 2)
+    assert main(["invert", file, "--last", "--length", "2", "--seconds", "0.1", *CPU]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("inverting:")]
+    assert out == "" and len(lines) == 1 and "no prompt was found whose last state is the observed one" in lines[0]
+
+
+def test_ctrl_c_prints_the_closest(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick_ends: None
+) -> None:
+    """Exit code 130, and the best so far, called not verified."""
+
+    def pressed(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(laststate, "checked", pressed)
+    assert main(["invert", "--text", "hidden states", "--last", "--layer", "2", "--length", "2", *CPU]) == 130
+    assert "stopped with 'hidden states' at distance" in capsys.readouterr().err
 
 
 def test_unknown_options_end_with_code_2() -> None:

