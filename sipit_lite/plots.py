@@ -785,6 +785,7 @@ def partners_in_space(tokens: ArrayLike, partners: ArrayLike, right: int, shown:
     ax.plot(*np.delete(asked, right, 0).T, "x", color=RUNNER_UP, label="partners asked for")
     ax.plot(*asked[[right]].T, "o", color="black", markersize=11, fillstyle="none", label="partner and token")
     ax.set(xlabel="first number", ylabel="second number", zlabel="third number")
+    ax.locator_params(nbins=5)
     _legend_above(ax)
     return ax
 
