@@ -86,7 +86,7 @@ def invert_last(
     prior: Tensor | None = None,
     epsilon: float | None = None,
     ends: "Ends | None" = None,
-    longest: int = LONGEST,
+    longest: int | None = None,
     chains: int = 1,
     restarts: int = 4,
     seconds: float = 300.0,
@@ -95,16 +95,17 @@ def invert_last(
 ) -> Recovery:
     """Recover the exact prompt from its last-token state alone, shape (d_model,), at one layer (the last by default).
 
-    ``length`` is T where it is known; else up to ``longest``, and it is found too, as the last token is. ``prior`` is
-    the probability of each token anywhere in the prompt; the default is half uniform, half how often the model itself
-    writes the token. ``epsilon`` bounds noise that was added to the state on purpose. ``ends`` was fitted before for
-    this model and layer; without it, it is fitted now and kept. ``chains`` searches of a length run as one batch, each
-    begun ``restarts`` times at most, for ``seconds`` in all.
+    ``length`` is T where it is known; else up to ``longest`` (16, or the context), and it is found too, as the last
+    token is. ``prior`` is the probability of each token anywhere in the prompt; the default is half uniform, half how
+    often the model itself writes the token. ``epsilon`` bounds noise that was added to the state on purpose. ``ends``
+    was fitted before for this model and layer; without it, it is fitted now and kept. ``chains`` searches of a length
+    run as one batch, each begun ``restarts`` times at most, for ``seconds`` in all.
 
     The prompt returned was read by the model once more, alone: its ``distance`` is inside the ``radius`` at the last
     position, the only one that was observed (NaN at the others); ``runner_up`` is the distance of the closest prompt
     that has one other token in it, of those with near embeddings, or, where the length was not given, its first token
-    once less or once more; ``tested`` counts all prompts read.
+    once less or once more; ``tested`` counts the prompts read, rounds that ended early as whole ones. Nothing is known
+    of prompts that were not read: an ``epsilon`` as large as half the distance to one of them may hide it.
 
     Raises ``StatesError`` for a state that no prompt has by its shape, format or numbers, ``ModelError`` for a bad
     layer, ``LastStateError`` for a bad length, prior or budget, ``NotRecovered`` where no prompt is found that
@@ -120,6 +121,7 @@ def invert_last(
     if isinstance(state, Tensor) and state.ndim != 1:
         raise StatesError(f"got a state of shape {tuple(state.shape)}; expected one position's, ({model.d_model},)")
     observed = Observation.of(state[None] if isinstance(state, Tensor) else state, model, layer, epsilon)
+    longest = min(LONGEST, model.n_positions) if longest is None else longest
     check_asked(model, layer, length, prior, longest, chains, restarts, seconds)
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
     ends.check(model, layer, length or longest)
