@@ -20,7 +20,7 @@ from sipit_lite.models import LanguageModel
 KINDS = ("prose", "random")
 SECONDS = {1: 10.0, 2: 30.0, 3: 60.0, 4: 60.0, 6: 45.0}  # the budget of one prompt, by its length
 ASKED = {1: 60, 2: 60, 3: 60, 4: 60, 6: 60}  # prompts of each length and kind
-BESIDE, TRIED, EACH = (2, 3), 5, 20.0  # lengths, prompts of each kind, and seconds for the comparison
+BESIDE, TRIED = {2: 20.0, 3: 20.0, 6: 45.0}, 5  # seconds by length, and prompts of each kind, for the comparison
 
 
 def laststate(
@@ -40,7 +40,7 @@ def laststate(
         for kind in KINDS
     ]
     beside = [
-        compared(model, ends, kind, length, 1 if quick else TRIED, 2.0 if quick else EACH, seed, progress)
+        compared(model, ends, kind, length, 1 if quick else TRIED, 2.0 if quick else BESIDE[length], seed, progress)
         for length in ((2,) if quick else BESIDE)
         for kind in KINDS
     ]
