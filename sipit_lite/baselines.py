@@ -191,12 +191,13 @@ def greedy_coordinate(
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> greedy_coordinate(model.states("a", 1)[-1], model, 1, 1, limit=20).finished
-    True
+    >>> greedy_coordinate(model.states("a", 1)[-1], model, 1, 1, limit=0.1).tokens.shape
+    torch.Size([1])
     """
     observed, begun = Observation.of(state[None], model, layer), time.perf_counter()
     table, generator = model.embeddings, torch.Generator().manual_seed(seed)
     cut, radius, tested = model.cut(layer), float(observed.radius), 0
+    kept = min(CANDIDATES, len(table))
     ids = torch.randint(len(table), (length,), generator=generator)
     best, least = ids, torch.inf
     while time.perf_counter() - begun <= limit:
@@ -207,9 +208,9 @@ def greedy_coordinate(
             best, least = ids, now
         if least <= radius:
             break
-        promising = (gradient @ table.T).topk(CANDIDATES, largest=False).indices.cpu()
+        promising = (gradient @ table.T).topk(kept, largest=False).indices.cpu()
         where = torch.randint(length, (BATCH,), generator=generator)
-        which = torch.randint(CANDIDATES, (BATCH,), generator=generator)
+        which = torch.randint(kept, (BATCH,), generator=generator)
         crowd = ids.repeat(BATCH, 1)
         crowd[torch.arange(BATCH), where] = promising[where, which]
         with torch.no_grad():

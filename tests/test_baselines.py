@@ -1,12 +1,23 @@
 """The baselines do what the paper describes, and stop when told to."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sipit_lite import Gradient, LanguageModel, OneStepMap, Random, StatesError
-from sipit_lite.baselines import _candidates, brute_force, hard_prompts, published
+from sipit_lite.baselines import (
+    Attempt,
+    _candidates,
+    brute_force,
+    greedy_coordinate,
+    hard_prompts,
+    hard_prompts_last,
+    published,
+)
+from sipit_lite.families import small
 
 Family = tuple[PreTrainedModel, LanguageModel]
 
@@ -60,3 +71,14 @@ def test_bad_states_are_refused(pocket: LanguageModel) -> None:
     """As everywhere."""
     with pytest.raises(StatesError, match="got states of shape"):
         published(torch.zeros(2, 3), pocket, 1)
+
+
+@pytest.mark.parametrize(("search", "length"), [(greedy_coordinate, 2), (hard_prompts_last, 1)])
+def test_searches_from_the_last_state_find_a_short_prompt(search: Callable[..., Attempt], length: int) -> None:
+    """What they call finished is the true prompt; a state that no prompt has is never finished."""
+    model = small("GPT2", device="cpu")
+    ids = torch.tensor([7, 11])[:length]
+    state = model.states(ids, 1)[-1]
+    found = search(state, model, 1, length, limit=60.0)
+    assert found.finished and found.tokens.tolist() == ids.tolist()
+    assert not search(torch.randn(model.d_model), model, 1, length, limit=0.2).finished
