@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sipit_lite.models import LanguageModel
 from sipit_lite.verify import Observation
@@ -202,9 +202,9 @@ def greedy_coordinate(
     best, least = ids, torch.inf
     while time.perf_counter() - begun <= limit:
         rows = table[ids].detach().clone().requires_grad_()
-        error = (cut(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -1] - observed.states[0]).square()
-        gradient = torch.autograd.grad(error.sum() / 2, rows)[0]
-        if (now := float(error.detach().sum().sqrt())) < least:
+        error = _last_error(cut, rows, observed)
+        gradient = torch.autograd.grad(error / 2, rows)[0]
+        if (now := float(error.detach().sqrt())) < least:
             best, least = ids, now
         if least <= radius:
             break
@@ -254,9 +254,14 @@ def hard_prompts_last(
     while time.perf_counter() - begun <= limit and least > radius:
         ids, tested = torch.cdist(proxy.detach(), table).argmin(1), tested + 1
         hard = table[ids].clone().requires_grad_()
-        error = (cut(inputs_embeds=hard[None], use_cache=False).last_hidden_state[0, -1] - observed.states[0]).square()
-        if (now := float(error.detach().sum().sqrt())) < least:
+        error = _last_error(cut, hard, observed)
+        if (now := float(error.detach().sqrt())) < least:
             best, least = ids, now
-        proxy.grad = torch.autograd.grad(error.sum(), hard)[0]
+        proxy.grad = torch.autograd.grad(error, hard)[0]
         optimiser.step()
     return Attempt(best.cpu(), torch.tensor([tested]), least <= radius, time.perf_counter() - begun)
+
+
+def _last_error(cut: nn.Module, rows: Float[Tensor, "pos d_model"], observed: Observation) -> Float[Tensor, ""]:
+    """‖F − ĥ‖² of the last-token state for one prompt's embeddings."""
+    return (cut(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -1] - observed.states[0]).square().sum()

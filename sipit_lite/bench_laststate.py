@@ -44,7 +44,7 @@ def laststate(
         for length in ((2,) if quick else BESIDE)
         for kind in KINDS
     ]
-    return checks(cells), {"reported": reported(cells), "cells": cells, "beside": beside}
+    return checks(cells), {"reported": reported(cells, beside), "cells": cells, "beside": beside}
 
 
 def checks(cells: list[dict]) -> list[Check]:
@@ -64,13 +64,16 @@ def checks(cells: list[dict]) -> list[Check]:
     ]
 
 
-def reported(cells: list[dict]) -> dict[str, float]:
-    """Shares with both ends of their 95 % intervals, and median seconds, by kind and length."""
+def reported(cells: list[dict], beside: list[dict]) -> dict[str, float]:
+    """Shares with both ends of their 95 % intervals, and median seconds, by kind and length; then the comparison."""
     told = {}
     for row in cells:
         name = f"{row['kind']}, T = {row['length']}"
         told |= {f"exact, {name}": row["exact"] / row["prompts"], f"seconds, {name}": row["seconds"]}
         told |= {f"exact, {name}: {end} of the interval": row[end] for end in ("low", "high")}
+    for row in beside:
+        name = f"{row['kind']}, T = {row['length']}, length told"
+        told |= {f"exact, {name}: {way}": found / row["prompts"] for way, found in row["exact"].items()}
     return told
 
 
@@ -120,11 +123,11 @@ def summary(kind: str, length: int, runs: list[dict]) -> dict:
     }
 
 
-def one(model: LanguageModel, ends: Ends, ids: Int[Tensor, " pos"], seconds: float) -> dict:
-    """One prompt through ``invert_last``: what came of it, in how many seconds."""
+def one(model: LanguageModel, ends: Ends, ids: Int[Tensor, " pos"], seconds: float, length: int | None = None) -> dict:
+    """One prompt through ``invert_last``: what came of it, in how many seconds; ``length`` where it is told."""
     state, begun, collision = model.states(ids, ends.layer)[-1], time.perf_counter(), False
     try:
-        found = best = invert_last(state, model, ends.layer, ends=ends, seconds=seconds)
+        found = best = invert_last(state, model, ends.layer, length, ends=ends, seconds=seconds)
     except NotRecovered as error:
         found, best, collision = None, error.best, isinstance(error, Collision)
     exact = found is not None and torch.equal(found.tokens, ids.cpu())
@@ -149,7 +152,7 @@ def compared(
 ) -> dict:
     """The same states, seconds and length for ``invert_last``, a greedy coordinate search, and HardPrompts."""
     ways: dict[str, Callable[[Tensor], bool]] = {
-        "invert_last": lambda ids: _by_ours(model, ends, ids, seconds),
+        "invert_last": lambda ids: one(model, ends, ids, seconds, len(ids))["exact"],
         "greedy coordinate": partial(_by_other, greedy_coordinate, model, ends.layer, seconds),
         "HardPrompts": partial(_by_other, hard_prompts_last, model, ends.layer, seconds),
     }
@@ -157,16 +160,6 @@ def compared(
     bar: Iterable = tqdm(ways.items(), f"beside, {kind}, T = {length}", disable=None if progress else True)
     exact = {name: sum(way(ids) for ids in asked) for name, way in bar}
     return {"kind": kind, "length": length, "prompts": len(asked), "seconds": seconds, "exact": exact}
-
-
-def _by_ours(model: LanguageModel, ends: Ends, ids: Tensor, seconds: float) -> bool:
-    try:
-        found = invert_last(
-            model.states(ids, ends.layer)[-1], model, ends.layer, len(ids), ends=ends, seconds=seconds
-        ).tokens
-    except NotRecovered:
-        return False
-    return torch.equal(found, ids.cpu())
 
 
 def _by_other(search: Callable[..., Attempt], model: LanguageModel, layer: int, seconds: float, ids: Tensor) -> bool:

@@ -490,8 +490,8 @@ class Problem:
                 yield ids, far
 
 
-def recovery(problem: Problem, best: Closest, begun: float, *, verified: bool = False) -> Recovery:
-    """A prompt as a ``Recovery``: what was observed is the last position alone, so the others have NaN."""
+def recovery(problem: Problem, best: Closest, begun: float) -> Recovery:
+    """A prompt as a ``Recovery``, not verified; only the last position was observed, so the others have NaN."""
     ids, length = best.ids.cpu(), len(best.ids)
 
     def at_the_end(value: float) -> Float[Tensor, " pos"]:
@@ -504,7 +504,7 @@ def recovery(problem: Problem, best: Closest, begun: float, *, verified: bool = 
         runner_up=at_the_end(torch.inf),
         radius=at_the_end(float(problem.observed.radius)),
         tested=torch.tensor([0] * (length - 1) + [best.tested]),
-        verified=torch.full((length,), verified),
+        verified=torch.zeros(length, dtype=torch.bool),
         margin=torch.full((length,), torch.nan),
         seconds=time.perf_counter() - begun,
         layer=problem.last.layer,
