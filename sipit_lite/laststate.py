@@ -1,10 +1,10 @@
 """The prompt from one vector: the state of its last token at one layer, all others withheld (chapter 17).
 
 The paper proves that the last-token state determines the prompt and leaves an algorithm open. This one keeps a belief,
-a probability for every token at every position, and sharpens it: linearise the model at the mean embeddings, measure
-how wrong the linear model is on prompts drawn from the belief, and score every token against what is left of the state.
-Then small blocks of positions are forgotten and found again while the rest stays fixed. Whatever is returned was read
-by the model once more and agrees with the state within the noise floor; else the search ends in an error.
+a probability for every token at every position, and sharpens it: draw prompts from the belief, linearise the model at
+one of them, measure on all how wrong the linear model is, and score every token against what is left of the state.
+Then blocks of positions are forgotten and found again while the rest stays fixed. Whatever is returned was read by the
+model once more and agrees with the state within the noise floor; else the search ends in an error.
 """
 
 import math
@@ -30,16 +30,20 @@ LONGEST = 16  # tokens of the longest prompt looked for, where no length is give
 FEATURES, TOKENS = 512, 20_000  # of the regression that reads last token and length
 DRAWN = 96  # prompts drawn from the belief in a round; the error of the linear model is measured on them
 DAMPING = 0.5  # share of the log-belief that a round replaces
-WHOLE, BLOCK = 5, 3  # rounds over all positions, and over a block that was forgotten
-SIZES = (3, 2, 1)  # positions of the blocks, in turn
-BLOCKS = 16  # blocks tried in a row before a search gives way to the next restart
+WHOLE, BLOCK = 6, 5  # rounds over all positions, and over a block that was forgotten
+SURE = 0.9  # a belief that keeps its likeliest tokens, all of at least this probability, is not sharpened any further
+BLOCKS = 3  # blocks tried in a row before a search gives way to the next restart
+RESTARTS = 16  # how often a search may begin
+NEIGHBOURS = 0.5  # share of the law of a token that the token before it has; the rest is the law anywhere
+LARGEST = 16_384  # tokens of the largest vocabulary whose table of neighbours, a gigabyte then, is made
 TRUST = 0.5  # share of the log-likelihood of the regression that is believed: its residuals are not normal
 CALM = 0.16  # and of that, the share believed of the last token: where held-out last tokens are likeliest
-TILT = 2.0  # standard deviation by which a restart tilts the logarithm of its prior
+TILT = 1.0  # standard deviation by which a restart tilts the logarithm of its prior
 FAR = 8.0  # distance that a length is taken to have before its first step
 RIVALS = 8  # tokens with the nearest embeddings that are put in the place of each token found
 HOPE = 1e-3  # least share of the prior in any belief about the last token
 _FITTED: WeakKeyDictionary[LanguageModel, dict[tuple[int, int], "Ends"]] = WeakKeyDictionary()
+_FOLLOWERS: WeakKeyDictionary[LanguageModel, Tensor | None] = WeakKeyDictionary()
 
 
 class LastStateError(ValueError):
@@ -88,7 +92,7 @@ def invert_last(
     ends: "Ends | None" = None,
     longest: int | None = None,
     chains: int = 1,
-    restarts: int = 4,
+    restarts: int = RESTARTS,
     seconds: float = 300.0,
     seed: int = 0,
     progress: bool = False,
@@ -96,10 +100,11 @@ def invert_last(
     """Recover the exact prompt from its last-token state alone, shape (d_model,), at one layer (the last by default).
 
     ``length`` is T where it is known; else up to ``longest`` (16, or the context), and it is found too, as the last
-    token is. ``prior`` is the probability of each token anywhere in the prompt; the default is half uniform, half how
-    often the model itself writes the token. ``epsilon`` bounds noise that was added to the state on purpose. ``ends``
-    was fitted before for this model and layer; without it, it is fitted now and kept. ``chains`` searches of a length
-    run as one batch, each begun ``restarts`` times at most, for ``seconds`` in all.
+    token is. ``prior`` is the probability of each token anywhere in the prompt; the default is half the ``followers``
+    of the token before, a quarter uniform, a quarter how often the model itself writes the token. ``epsilon`` bounds
+    noise that was added to the state on purpose. ``ends`` was fitted before for this model and layer; without it, it is
+    fitted now and kept. ``chains`` searches of a length run as one batch, each begun ``restarts`` times at most, for
+    ``seconds`` in all.
 
     The prompt returned was read by the model once more, alone: its ``distance`` is inside the ``radius`` at the last
     position, the only one that was observed (NaN at the others); ``runner_up`` is the distance of the closest prompt
@@ -125,18 +130,19 @@ def invert_last(
     check_asked(model, layer, length, prior, longest, chains, restarts, seconds)
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
     ends.check(model, layer, length or longest)
-    anywhere = (ends.frequency / 2 + 1 / (2 * model.vocab_size) if prior is None else prior / prior.sum()).log()
-    generator = torch.Generator().manual_seed(seed + SALT)
-    problem = Problem(LastMap.of(model, layer), observed, anywhere.to(model.embeddings), generator)
+    anywhere = ends.frequency / 2 + 1 / (2 * model.vocab_size) if prior is None else prior / prior.sum()
+    after = followers(model) if prior is None and (length or longest) > 1 else None
+    law = Law(anywhere.to(model.embeddings), after)
+    problem = Problem(LastMap.of(model, layer), observed, law, torch.Generator().manual_seed(seed + SALT))
     joint = ends.read(observed.states[0])[:, : length or longest].to(model.dtype)
     told = joint.logsumexp(0)
     lengths = [length] if length else list(range(1, longest + 1))
     likely = {n: max(float(told[n - 1].exp()), 1e-9) for n in lengths}
-    priors = {n: problem.prior(joint[:, n - 1], n) for n in lengths}
+    laws = {n: law.ending(joint[:, n - 1]) for n in lengths}
     best = Closest(torch.zeros(1, dtype=torch.long), torch.inf)
     try:
         with tqdm(desc="inverting", total=None, disable=None if progress else True) as bar:
-            for best in problem.closest(priors, likely, chains, restarts):
+            for best in problem.closest(laws, likely, chains, restarts):
                 bar.set_postfix_str(f"distance {best.distance:.3g}, {len(best.ids)} tokens")
                 bar.update()
                 if best.distance <= float(observed.radius) or time.perf_counter() - begun > seconds:
@@ -298,6 +304,87 @@ def written(
     return ids
 
 
+def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
+    """How likely the model thinks each token after each single token, a row for the one before; made once for a model.
+
+    None for a vocabulary beyond ``LARGEST``, or an unembedding that is not the table of embeddings, and so not kept.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> model.decode(followers(model)[model.encode(" such")[0]].argmax()[None])
+    ' as'
+    """
+    if model not in _FOLLOWERS:
+        kept = model.decoder.config.tie_word_embeddings and model.vocab_size <= LARGEST
+        _FOLLOWERS[model] = torch.cat(list(_read_followers(model))) if kept else None
+    return _FOLLOWERS[model]
+
+
+def _read_followers(model: LanguageModel) -> Iterator[Float[Tensor, "row vocab"]]:
+    table = model.decoder.get_input_embeddings().weight
+    for rows in model.embeddings[:, None].split(ROWS):
+        with torch.no_grad():
+            out = model.decoder(inputs_embeds=rows, use_cache=False).last_hidden_state[:, -1]
+            yield (out @ table.T).softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Law:
+    """What is expected of a prompt before its state is looked at: a chain, each token given the one before it.
+
+    ``anywhere`` holds the probability of each token; ``after`` is None where tokens are independent, or the law of a
+    token by the one before it, of which ``NEIGHBOURS`` is believed; ``last`` is log-evidence about the last token.
+    """
+
+    anywhere: Float[Tensor, " vocab"]
+    after: Float[Tensor, "vocab vocab"] | None = None
+    last: Float[Tensor, " vocab"] | None = None
+
+    def ending(self, last_token: Float[Tensor, " vocab"]) -> "Law":
+        """The same with the log-probabilities that ``Ends`` gives the last token: ``CALM`` of them, and a floor."""
+        told = (CALM * last_token).log_softmax(0) + math.log1p(-HOPE)
+        return replace(self, last=torch.logaddexp(told, self.anywhere.log() + math.log(HOPE)))
+
+    def step(self, law: Float[Tensor, "chain vocab"], back: bool = False) -> Float[Tensor, "chain vocab"]:
+        """The law of the next token if this is the law of one; backward, the likelihood of the one before."""
+        law = law / law.sum(-1, keepdim=True)
+        if self.after is None:
+            return torch.ones_like(law) if back else self.anywhere.expand_as(law)
+        flat = law @ self.anywhere[:, None] if back else self.anywhere
+        return NEIGHBOURS * (law @ (self.after.T if back else self.after)) + (1 - NEIGHBOURS) * flat
+
+    def given(
+        self,
+        ids: Int[Tensor, "chain pos"],
+        blocks: Int[Tensor, "chain block"],
+        evidence: Float[Tensor, "chain block vocab"],
+    ) -> Float[Tensor, "chain block vocab"]:
+        """Log-probabilities of the tokens of a block of neighbours, given log-evidence on each, and all other tokens.
+
+        Evidence is multiplied along the chain, forward and backward.
+
+        >>> law = Law(torch.tensor([0.5, 0.5]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        >>> blocks = torch.tensor([[1]])
+        >>> law.given(torch.tensor([[0, 1, 0]]), blocks, torch.zeros(1, 1, 2)).exp().mul(10).round().tolist()
+        [[[1.0, 9.0]]]
+        """
+        before, behind = blocks[:, 0] - 1, blocks[:, -1] + 1
+        if self.last is not None:
+            evidence = evidence + torch.where((blocks == ids.shape[1] - 1)[..., None], self.last, 0.0)
+        weight = (evidence - evidence.amax(-1, keepdim=True)).exp()
+        known = nn.functional.one_hot(ids, len(self.anywhere)).to(self.anywhere)
+        rows = torch.arange(len(ids), device=ids.device)
+        start = self.step(known[rows, before.clamp_min(0)])
+        end = self.step(known[rows, behind.clamp_max(ids.shape[1] - 1)], back=True)
+        forward = [torch.where(before[:, None] < 0, self.anywhere, start)]
+        backward = [torch.where(behind[:, None] == ids.shape[1], 1.0, end)]
+        for k in range(blocks.shape[1] - 1):
+            forward.append(self.step(forward[-1] * weight[:, k]))
+            backward.append(self.step(backward[-1] * weight[:, -1 - k], back=True))
+        both = torch.stack(forward, 1).log() + torch.stack(backward[::-1], 1).log()
+        return (evidence + both).log_softmax(-1)
+
+
 @dataclass(frozen=True, eq=False)
 class Belief:
     """What is believed of a block of positions of each chain: log-probabilities of every token, (chain, block, vocab).
@@ -337,34 +424,35 @@ class Belief:
 
 def sharpened(
     belief: Belief,
-    prior: Float[Tensor, "chain block vocab"],
+    law: Law,
     observed: Float[Tensor, " d_model"],
     last: LastMap,
     drawn: Int[Tensor, "chain draw pos"],
     states: Float[Tensor, "chain draw d_model"],
 ) -> Belief:
-    """One round: the belief after the state is compared with a linear model of the map at the mean embeddings.
+    """One round: the belief after the state is compared with a linear model of the map.
 
-    With J_t the Jacobian at position t, m_t and C_t mean and covariance of its embedding, and R the covariance of the
-    error of the linear model on the drawn prompts, what the state says of position t is a normal law whose covariance
-    is R + Σ J_u C_u J_uᵀ over the other positions u. The logarithm of its density at each token, plus the prior, is the
-    new belief, of which ``DAMPING`` is taken.
+    With J_t the Jacobian at position t, at the second of the drawn prompts, F the mean state that they and J give for
+    the mean embeddings m_t, C_t the covariance of an embedding, and R that of the error of the linear model on the
+    drawn prompts, what the state says of position t is a normal law whose covariance is R + Σ J_u C_u J_uᵀ over the
+    other positions u. The logarithm of its density at each token is evidence; what it makes of the law of prompts is
+    the new belief, of which ``DAMPING`` is taken. A prompt at random, and another in each round, keeps a belief from
+    settling in the errors of one linear model, as it does if J is taken at the means.
     """
-    table, chains = last.model.embeddings, torch.arange(len(belief.ids), device=belief.ids.device)[:, None]
+    table = last.model.embeddings
     mean, spread = belief.moments(table)
-    at = table[belief.ids].index_put((chains, belief.blocks), mean)
-    centre, slopes = last.linear(at, belief.blocks)
+    _, slopes = last.linear(table[drawn[:, 1]], belief.blocks)
     away = table[drawn.gather(2, belief.blocks[:, None].expand(-1, drawn.shape[1], -1))] - mean[:, None]
-    error = states - centre[:, None] - torch.einsum("cnij,csnj->csi", slopes, away)
-    parts = slopes @ spread @ slopes.mT
-    residual = observed - centre
-    noise = error_covariance(error, residual, parts.sum(1))
+    error = states - torch.einsum("cnij,csnj->csi", slopes, away)
+    centre = error.mean(1)
+    parts, residual = slopes @ spread @ slopes.mT, observed - centre
+    noise = error_covariance(error - centre[:, None], residual, parts.sum(1))
     others = noise[:, None] + parts.sum(1, keepdim=True) - parts
     left = residual[:, None] + (slopes @ mean[..., None])[..., 0]
     solved = torch.cholesky_solve(torch.cat([slopes, left[..., None]], -1), torch.linalg.cholesky(others))
     projected = slopes.mT @ solved  # J_tᵀ S⁻¹ [J_t, y]
     linear, quadratic = table @ projected[..., -1:], (table @ projected[..., :-1] * table).sum(-1)
-    new = (prior + linear[..., 0] - quadratic / 2).log_softmax(-1)
+    new = law.given(belief.ids, belief.blocks, linear[..., 0] - quadratic / 2)
     return replace(belief, log=((1 - DAMPING) * belief.log + DAMPING * new).log_softmax(-1))
 
 
@@ -392,6 +480,14 @@ def error_covariance(
     return sample / 2 + extra[:, None, None] * torch.eye(width).to(error)
 
 
+class Step(NamedTuple):
+    """What one step of a search gives: the current prompt of each chain, its distance, how many prompts were read."""
+
+    ids: Int[Tensor, "chain pos"]
+    distances: Float[Tensor, " chain"]
+    tested: int
+
+
 class Closest(NamedTuple):
     """A prompt, the distance of its last state from the observed one, and how many prompts were read so far."""
 
@@ -402,92 +498,89 @@ class Closest(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is to be explained, and what is expected: an observed last state, and log-priors of tokens."""
+    """What is to be explained, and what is expected: an observed last state, and a law of prompts."""
 
     last: LastMap
     observed: Observation
-    anywhere: Float[Tensor, " vocab"]
+    law: Law
     generator: torch.Generator
 
-    def prior(self, last_token: Float[Tensor, " vocab"], length: int) -> Float[Tensor, "{length} vocab"]:
-        """The log-prior of each position: the same anywhere, but for the last, where ``Ends`` is believed."""
-        told = (CALM * last_token).log_softmax(0) + math.log1p(-HOPE)
-        end = torch.logaddexp(told, self.anywhere + math.log(HOPE))
-        return torch.cat([self.anywhere.repeat(length - 1, 1), end[None]])
-
-    def closest(
-        self, priors: dict[int, Tensor], likely: dict[int, float], chains: int, restarts: int
-    ) -> Iterator[Closest]:
+    def closest(self, laws: dict[int, Law], likely: dict[int, float], chains: int, restarts: int) -> Iterator[Closest]:
         """The closest prompt so far, after each step of the search of some length.
 
-        Length 1 is settled by reading all |V| prompts. The steps are shared out over the other lengths in proportion to
-        √(probability of the length) / distance², so that what comes close is followed up.
+        Time is shared out over the lengths in proportion to √(probability of the length) / distance, so that what comes
+        close is followed up; a step of a length is taken to cost as much as it has tokens.
         """
-        best, searches = Closest(torch.zeros(1, dtype=torch.long), torch.inf), {}
-        if 1 in priors:
-            states = self.last.tokens(torch.arange(len(self.anywhere), device=self.anywhere.device)[:, None])
-            far, token = self.observed.distance(0, states).min(0)
-            best = Closest(token[None], float(far), len(states))
-            yield best
-        searches = {n: self.search(prior, chains, restarts) for n, prior in priors.items() if n > 1}
+        best = Closest(torch.zeros(1, dtype=torch.long), torch.inf)
+        searches = {n: self.search(law, n, chains, restarts) if n > 1 else self.single() for n, law in laws.items()}
         spent, nearest = dict.fromkeys(searches, 0), dict.fromkeys(searches, FAR)
         while searches:
-            n = min(searches, key=lambda n: (spent[n] + 1) * nearest[n] ** 2 / likely[n] ** 0.5)
+            n = min(searches, key=lambda n: n * (spent[n] + 1) * nearest[n] / likely[n] ** 0.5)
             step = next(searches[n], None)
             if step is None:
                 del searches[n]
                 continue
-            far, chain = step[1].min(0)
+            ids, distances, tested = step
+            far, chain = distances.min(0)
             nearest[n] = min(float(far), nearest[n]) if spent[n] else float(far)
             spent[n] += 1
-            tested = best.tested + chains * DRAWN * (WHOLE if spent[n] == 1 else BLOCK)
-            closer = float(far) < best.distance
-            best = Closest(step[0][chain], float(far), tested) if closer else best._replace(tested=tested)
+            closer = Closest(ids[chain], float(far)) if float(far) < best.distance else best
+            best = closer._replace(tested=best.tested + tested)
             yield best
 
-    def rounds(
-        self, belief: Belief, prior: Float[Tensor, "chain block vocab"], count: int
-    ) -> tuple[Int[Tensor, "chain pos"], Float[Tensor, " chain"]]:
-        """Sharpen a belief so often, and return the closest prompt that each chain has read, and its distance."""
-        chains = len(belief.ids)
+    def rounds(self, belief: Belief, law: Law, count: int) -> Step:
+        """Sharpen a belief so often, or until it is sure; the closest prompt that each chain has read."""
+        chains, settled = len(belief.ids), None
         ids, nearest = belief.ids, torch.full((chains,), torch.inf, device=belief.ids.device)
         for k in range(count + 1):
             drawn = belief.draw(DRAWN, self.generator)
             states = self.last.tokens(drawn.flatten(0, 1))
             far, which = self.observed.distance(0, states).view(chains, -1).min(1)
-            closer = drawn[torch.arange(chains), which]
+            closer = drawn[torch.arange(chains, device=drawn.device), which]
             ids = torch.where((far < nearest)[:, None], closer, ids)
             nearest = torch.minimum(far, nearest)
-            if k == count or bool((nearest <= self.observed.radius).any()):
+            sure, likeliest = belief.log.max(-1)
+            stuck = settled is not None and likeliest.equal(settled) and bool((sure.exp() > SURE).all())
+            if k == count or stuck or bool((nearest <= self.observed.radius).any()):
                 break
-            belief = sharpened(belief, prior, self.observed.states[0], self.last, drawn, states.view(chains, DRAWN, -1))
-        return ids, nearest
+            settled, states = likeliest, states.view(chains, DRAWN, -1)
+            belief = sharpened(belief, law, self.observed.states[0], self.last, drawn, states)
+        return Step(ids, nearest, (k + 1) * chains * DRAWN)
 
-    def search(
-        self, prior: Float[Tensor, "pos vocab"], chains: int, restarts: int
-    ) -> Iterator[tuple[Int[Tensor, "chain pos"], Float[Tensor, " chain"]]]:
+    def single(self) -> Iterator[Step]:
+        """All |V| prompts of one token."""
+        states = self.last.tokens(torch.arange(len(self.law.anywhere), device=self.law.anywhere.device)[:, None])
+        far, token = self.observed.distance(0, states).min(0)
+        yield Step(token[None, None], far[None], len(states))
+
+    def search(self, law: Law, length: int, chains: int, restarts: int) -> Iterator[Step]:
         """Prompts of one length: all positions at once, then blocks forgotten and found again; then anew.
 
         Yields the current prompts of all chains, and their distances, after each step; ends after the restarts.
         """
-        length, device = len(prior), prior.device
+        device = law.anywhere.device
         everywhere = torch.arange(length, device=device).expand(chains, -1)
         for restart in range(restarts):
-            noise = torch.randn(chains, length, prior.shape[1], generator=self.generator).to(prior)
-            tilted = prior + (TILT if restart else 0.0) * noise
-            start = Belief(tilted.log_softmax(-1), torch.zeros_like(everywhere), everywhere)
-            ids, far = self.rounds(start, prior.expand(chains, -1, -1), WHOLE)
-            yield ids, far
+            nothing = torch.zeros_like(everywhere)
+            current = self.rounds(self.tilted(law, nothing, everywhere, TILT * (restart > 0)), law, WHOLE)
+            yield current
             for k in range(BLOCKS):
-                order = torch.rand(chains, length, generator=self.generator).argsort(1).to(device)
-                blocks = order[:, : SIZES[k % len(SIZES)]].sort(1).values
-                tilt = TILT * torch.rand(chains, 1, 1, generator=self.generator).to(prior) * (k > 0)
-                noise = torch.randn(*blocks.shape, prior.shape[1], generator=self.generator).to(prior)
-                forgotten = Belief((prior[blocks] + tilt * noise).log_softmax(-1), ids, blocks)
-                found, distance = self.rounds(forgotten, prior[blocks], BLOCK)
-                ids = torch.where((distance < far)[:, None], found, ids)
-                far = torch.minimum(distance, far)
-                yield ids, far
+                size = int(torch.randint(min(2, length - 1), length, (1,), generator=self.generator))
+                first = torch.randint(length - size + 1, (chains, 1), generator=self.generator).to(device)
+                blocks = first + torch.arange(size, device=device)
+                tilt = TILT * float(torch.rand(1, generator=self.generator)) * (k > 0)
+                found = self.rounds(self.tilted(law, current.ids, blocks, tilt), law, BLOCK)
+                closer = found.distances < current.distances
+                ids = torch.where(closer[:, None], found.ids, current.ids)
+                current = Step(ids, torch.minimum(found.distances, current.distances), found.tested)
+                yield current
+
+    def tilted(
+        self, law: Law, ids: Int[Tensor, "chain pos"], blocks: Int[Tensor, "chain block"], tilt: float
+    ) -> Belief:
+        """What the law says of a block when all else is known, as if there were random evidence of a size ``tilt``."""
+        noise = torch.randn(*blocks.shape, len(law.anywhere), generator=self.generator).to(law.anywhere)
+        return Belief(law.given(ids, blocks, tilt * noise), ids, blocks)
 
 
 def recovery(problem: Problem, best: Closest, begun: float) -> Recovery:

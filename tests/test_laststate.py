@@ -4,12 +4,13 @@ import copy
 import itertools
 import math
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from sipit_lite import (
     LanguageModel,
@@ -28,8 +29,10 @@ from sipit_lite.laststate import (
     Collision,
     Ends,
     LastMap,
+    Law,
     Stopped,
     error_covariance,
+    followers,
     resized,
     sharpened,
 )
@@ -38,6 +41,7 @@ from sipit_lite.prompts import prompts
 from sipit_lite.verify import noise_floor
 
 Family = tuple[PreTrainedModel, LanguageModel]
+POCKET = Path(__file__).parent.parent / "sipit_lite" / "pocket_gpt2"
 TRAINED = 6  # the last layer of pocket-gpt2
 ABSOLUTE = ("gpt2", "gpt_neo")  # model types that add a vector for each absolute position; the others rotate
 
@@ -168,22 +172,22 @@ def test_sharpened_is_a_likelihood_written_out(monkeypatch: pytest.MonkeyPatch) 
 
     table = normal(vocab, d)
     last = Linear(normal(3, d, d), normal(d), table)
-    belief, observed, prior = a_belief(chains, 2, vocab, 3, 1), normal(d), normal(chains, 2, vocab).log_softmax(-1)
+    belief, observed, law = a_belief(chains, 2, vocab, 3, 1), normal(d), Law(normal(vocab).softmax(0))
     drawn = belief.draw(50, generator)
     exact = torch.einsum("tij,cstj->csi", last.slopes, table[drawn]) + last.shift
     states = exact + 0.3 * normal(chains, 50, d)
-    new = sharpened(belief, prior, observed, last, drawn, states)
+    new = sharpened(belief, law, observed, last, drawn, states)
     for c in range(chains):
-        law = belief.log[c].exp()
-        means = [sum(law[k, v] * table[v] for v in range(vocab)) for k in range(2)]
+        q = belief.log[c].exp()
+        means = [sum(q[k, v] * table[v] for v in range(vocab)) for k in range(2)]
         spreads = [
-            sum(law[k, v] * torch.outer(table[v] - means[k], table[v] - means[k]) for v in range(vocab))
-            for k in range(2)
+            sum(q[k, v] * torch.outer(table[v] - means[k], table[v] - means[k]) for v in range(vocab)) for k in range(2)
         ]
         middle = last.slopes[0] @ table[belief.ids[c, 0]] + last.shift
-        centre = middle + last.slopes[1] @ means[0] + last.slopes[2] @ means[1]
+        off = (states - exact)[c].mean(0)  # the linear model is right about the mean of what was drawn
+        centre = middle + last.slopes[1] @ means[0] + last.slopes[2] @ means[1] + off
         explained = sum(last.slopes[1 + k] @ spreads[k] @ last.slopes[1 + k].T for k in range(2))
-        noise = error_covariance((states - exact)[c : c + 1], (observed - centre)[None], explained[None])[0]
+        noise = error_covariance((states - exact)[c : c + 1] - off, (observed - centre)[None], explained[None])[0]
         joint = torch.block_diag(spreads[0], spreads[1], noise)
         image = torch.cat([last.slopes[1], last.slopes[2], torch.eye(d, dtype=torch.float64)], 1)
         for k in range(2):
@@ -194,7 +198,7 @@ def test_sharpened_is_a_likelihood_written_out(monkeypatch: pytest.MonkeyPatch) 
             for v in range(vocab):
                 at = centre + last.slopes[1 + k] @ (table[v] - means[k])
                 scores.append(
-                    prior[c, k, v] + torch.distributions.MultivariateNormal(at, law_of_state).log_prob(observed)
+                    law.anywhere[v].log() + torch.distributions.MultivariateNormal(at, law_of_state).log_prob(observed)
                 )
             assert torch.allclose(new.log[c, k], torch.stack(scores).log_softmax(0), atol=1e-8)
 
@@ -221,8 +225,61 @@ def test_marginal_likelihood_by_counting() -> None:
     density = torch.distributions.MultivariateNormal(observed, noise).log_prob(every)
     counted = density.logsumexp(1).log_softmax(0)
     for _ in range(12):
-        belief = sharpened(belief, flat, observed, last, drawn, states)
+        belief = sharpened(belief, Law(flat[0, 0].exp()), observed, last, drawn, states)
     assert int(belief.log[0, 0].argmax()) == int(counted.argmax()) == 2
+
+
+# The law of prompts
+
+
+def a_law(vocab: int, seed: int = 0) -> Law:
+    """A random chain with evidence about the last token."""
+    generator = torch.Generator().manual_seed(seed)
+    anywhere, after, last = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).log_softmax(-1)
+        for shape in ((vocab,), (vocab, vocab), (vocab,))
+    )
+    return Law(anywhere.exp(), after.exp(), last)
+
+
+@pytest.mark.parametrize(("length", "first", "block"), [(3, 0, 3), (4, 1, 2), (4, 0, 1), (4, 2, 2), (2, 1, 1)])
+def test_marginals_by_counting_all_prompts(length: int, first: int, block: int) -> None:
+    """The oracle sums over every prompt with the known tokens, its probability written out token by token."""
+    vocab, law = 4, a_law(4)
+    share = laststate.NEIGHBOURS
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocab, (2, length), generator=generator)
+    evidence = 2 * torch.randn(2, block, vocab, generator=generator, dtype=torch.float64)
+    blocks = torch.arange(first, first + block).expand(2, -1)
+    found = law.given(ids, blocks, evidence)
+    for chain in range(2):
+        counted = torch.zeros(block, vocab, dtype=torch.float64)
+        for tokens in itertools.product(range(vocab), repeat=block):
+            s = ids[chain].tolist()
+            s[first : first + block] = tokens
+            p = float(law.anywhere[s[0]]) * math.exp(law.last[s[-1]] if first + block == length else 0.0)
+            for u, v in itertools.pairwise(s):
+                p *= share * float(law.after[u, v]) + (1 - share) * float(law.anywhere[v])
+            for k, v in enumerate(tokens):
+                p *= math.exp(evidence[chain, k, v])
+            for k, v in enumerate(tokens):
+                counted[k, v] += p
+        assert torch.allclose(found[chain].exp(), counted / counted.sum(1, keepdim=True))
+    alone = Law(law.anywhere, None, law.last).given(ids, blocks, evidence)
+    if first + block < length:
+        assert torch.allclose(alone, (evidence + law.anywhere.log()).log_softmax(-1))
+
+
+def test_followers_are_the_next_token_law(pocket: LanguageModel) -> None:
+    """Row by row what transformers says after a prompt of one token; not there for a table that was not kept."""
+    head = GPT2LMHeadModel.from_pretrained(POCKET, dtype=torch.float32).eval()
+    found = followers(pocket)
+    assert found.shape == (pocket.vocab_size, pocket.vocab_size) and followers(pocket) is found
+    for token in (0, 17, 4000):
+        with torch.no_grad():
+            told = head(torch.tensor([[token]])).logits[0, -1].softmax(-1)
+        assert torch.allclose(found[token].cpu(), told, atol=1e-5)
+    assert followers(small("Llama", device="cpu")) is None
 
 
 # Last token and length
