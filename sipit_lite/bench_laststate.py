@@ -14,8 +14,9 @@ from sipit_lite.baselines import Attempt, greedy_coordinate, hard_prompts_last
 from sipit_lite.bench import Check
 from sipit_lite.bench_inversion import sample
 from sipit_lite.defences import wilson
-from sipit_lite.laststate import Collision, Ends, NotRecovered, fitted_ends, invert_last
+from sipit_lite.laststate import Collision, Ends, Law, NotRecovered, fitted_ends, invert_last
 from sipit_lite.models import LanguageModel
+from sipit_lite.perturb import noisy
 
 KINDS = ("prose", "random")
 SECONDS = {1: 10.0, 2: 30.0, 3: 60.0, 4: 60.0, 6: 60.0, 8: 60.0}  # the budget of one prompt, by its length
@@ -77,6 +78,21 @@ def reported(cells: list[dict], beside: list[dict]) -> dict[str, float]:
     return told
 
 
+def curves(rows: list[dict], by: str = "length") -> dict[str, list[list[float | int]]]:
+    """For each kind of prompt: lengths, shares that came back exactly, and both ends of their intervals.
+
+    >>> row = {"kind": "prose", "length": 2, "prompts": 4, "exact": 3, "low": 0.3, "high": 0.95}
+    >>> curves([row, row | {"length": 1, "exact": 4}])
+    {'prose': [[1, 2], [1.0, 0.75], [0.3, 0.3], [0.95, 0.95]]}
+    """
+    told = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        ordered = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row[by])
+        shares = [row["exact"] / row["prompts"] for row in ordered]
+        told[kind] = [[row[by] for row in ordered], shares] + [[row[end] for row in ordered] for end in ("low", "high")]
+    return told
+
+
 def cell(
     model: LanguageModel,
     ends: Ends,
@@ -97,12 +113,13 @@ def summary(kind: str, length: int, runs: list[dict]) -> dict:
     """Counts over the runs of ``one``, with Wilson's 95 % interval of the share that is exact.
 
     The true prompt explains its state exactly, so every other end is one in a local minimum: ``other length`` counts
-    those where the closest prompt had another length, ``local minimum`` those where it had the right one.
+    those where the closest prompt had another length, ``local minimum`` those where it had the right one, and
+    ``wrong prior`` those of the latter where the law of prompts alone prefers the closest to the true one.
 
     >>> run = {"exact": True, "false success": False, "collision": False, "right length": True, "seconds": 1.0}
-    >>> told = summary("prose", 3, [run, run | {"exact": False}])
-    >>> told["exact"], told["local minimum"], round(told["low"], 3), round(told["high"], 3)
-    (1, 1, 0.095, 0.905)
+    >>> told = summary("prose", 3, [run, run | {"exact": False, "likelier": True}])
+    >>> told["exact"], told["local minimum"], told["wrong prior"], round(told["low"], 3), round(told["high"], 3)
+    (1, 1, 1, 0.095, 0.905)
     """
     exact = sum(run["exact"] for run in runs)
     low, high = wilson(exact, len(runs))
@@ -118,25 +135,39 @@ def summary(kind: str, length: int, runs: list[dict]) -> dict:
         "collisions": sum(run["collision"] for run in runs),
         "other length": sum(not run["right length"] for run in missed),
         "local minimum": sum(run["right length"] for run in missed),
+        "wrong prior": sum(run["right length"] and run["likelier"] for run in missed),
         "seconds": statistics.median(run["seconds"] for run in runs),
         "runs": runs,
     }
 
 
-def one(model: LanguageModel, ends: Ends, ids: Int[Tensor, " pos"], seconds: float, length: int | None = None) -> dict:
-    """One prompt through ``invert_last``: what came of it, in how many seconds; ``length`` where it is told."""
+def one(
+    model: LanguageModel,
+    ends: Ends,
+    ids: Int[Tensor, " pos"],
+    seconds: float,
+    length: int | None = None,
+    noise: float = 0.0,
+) -> dict:
+    """One prompt through ``invert_last``: what came of it, in how many seconds; ``length`` where it is told.
+
+    ``noise`` is the ℓ2 norm of what is added to the state; ``invert_last`` is told as much.
+    """
     state, begun, collision = model.states(ids, ends.layer)[-1], time.perf_counter(), False
+    state = noisy(state[None], noise)[0] if noise else state
     try:
-        found = best = invert_last(state, model, ends.layer, length, ends=ends, seconds=seconds)
+        found = best = invert_last(state, model, ends.layer, length, ends=ends, seconds=seconds, epsilon=noise or None)
     except NotRecovered as error:
         found, best, collision = None, error.best, isinstance(error, Collision)
+    seconds, law = time.perf_counter() - begun, Law.of(model, ends)
     exact = found is not None and torch.equal(found.tokens, ids.cpu())
     return {
         "exact": exact,
         "false success": found is not None and not exact,
         "collision": collision,
         "right length": len(best.tokens) == len(ids),
-        "seconds": round(time.perf_counter() - begun, 3),
+        "likelier": law.log_probability(best.tokens.to(ids)) > law.log_probability(ids),
+        "seconds": round(seconds, 3),
     }
 
 

@@ -18,12 +18,13 @@ from sipit_lite import bench
 from sipit_lite.activations import Captured, read_states, write_states
 from sipit_lite.bench_collisions import collisions
 from sipit_lite.bench_inversion import inversion
-from sipit_lite.bench_laststate import laststate
+from sipit_lite.bench_laststate import curves, laststate
+from sipit_lite.bench_reach import reach
 from sipit_lite.bench_scale import scale
 from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs, continuations
 from sipit_lite.corpora import SOURCES, from_source
 from sipit_lite.families import families
-from sipit_lite.laststate import LONGEST, LastStateError, Stopped, invert_last
+from sipit_lite.laststate import LONGEST, RESTARTS, LastStateError, Stopped, invert_last
 from sipit_lite.lens import Lens
 from sipit_lite.models import LanguageModel, ModelError, load
 from sipit_lite.perturb import quantised
@@ -47,7 +48,7 @@ POLICIES: dict[str, Policy | str] = {
 }
 BENCHES = {
     "exactness": bench.exactness, "scan": bench.scan, "collisions": collisions, "inversion": inversion, "scale": scale,
-    "families": families, "laststate": laststate,
+    "families": families, "laststate": laststate, "reach": reach,
 }  # fmt: skip
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt can be read back, word for word.",
@@ -127,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     back.add_argument("--length", type=int, help="with --last: tokens of the prompt, where that is known")
     back.add_argument("--longest", type=int, help=f"with --last: tokens of the longest that is tried ({LONGEST})")
     back.add_argument("--seconds", type=float, help="with --last: when to give up (300)")
-    back.add_argument("--restarts", type=int, help="with --last: how often a search may begin (4)")
+    back.add_argument("--restarts", type=int, help=f"with --last: how often a search may begin ({RESTARTS})")
     back.set_defaults(run=run_invert)
 
     search = commands.add_parser("collisions", parents=[shared], help="the closest pairs among many prompts' states")
@@ -147,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     measure = commands.add_parser("bench", parents=[shared], help="measurements, side by side in one run")
     measure.add_argument("bench", choices=BENCHES)
     measure.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
-    measure.add_argument("--figure", default="", help="a .png of seconds a prompt, for the bench inversion")
+    measure.add_argument("--figure", default="", help="a .png, for the benches inversion and laststate")
     measure.set_defaults(run=run_bench)
 
     again = commands.add_parser("reproduce", parents=[shared], help="the paper's experiments, beside its numbers")
@@ -386,8 +387,8 @@ def _collision_lines(summary: dict) -> Iterator[str]:
 
 def run_bench(options: argparse.Namespace) -> int:
     """Run one bench and print its table of checks, or its JSON object."""
-    if options.figure and options.bench != "inversion":
-        raise StatesError(f"got a figure for the bench {options.bench!r}; expected one for 'inversion' alone")
+    if options.figure and options.bench not in ("inversion", "laststate"):
+        raise StatesError(f"got a figure for the bench {options.bench!r}; expected one for 'inversion' or 'laststate'")
     if options.figure:
         _check_figure(options.figure)
     model = _model(options)
@@ -395,7 +396,8 @@ def run_bench(options: argparse.Namespace) -> int:
         raise ModelError(f"got {model.name} without a readable tokenizer; the benches need one for their prompts")
     checks, data = BENCHES[options.bench](model, quick=options.quick, seed=options.seed, progress=True)
     if options.figure:
-        speed_figure(data["speed"], options.figure)
+        draw = success_figure if options.bench == "laststate" else speed_figure
+        draw(data["cells" if options.bench == "laststate" else "speed"], options.figure)
     if options.json:
         print(json.dumps(bench.report(options.bench, model, checks, data)))
     else:
@@ -414,6 +416,14 @@ def speed_figure(speed: dict[str, dict], path: str) -> None:
             {way: row[f"{way}, seconds"] for way in ways}, row["forward, seconds"], "one forward pass", ax
         )
         ax.set_xlabel(f"seconds per prompt, {name}")
+    _save(figure, path)
+
+
+def success_figure(cells: list[dict], path: str) -> None:
+    """Shares of prompts that came back from their last state, by length, with 95 % intervals."""
+    plt, plots = _drawing()
+    figure, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    plots.success_by_length(curves(cells), ax)
     _save(figure, path)
 
 

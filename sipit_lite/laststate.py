@@ -130,9 +130,7 @@ def invert_last(
     check_asked(model, layer, length, prior, longest, chains, restarts, seconds)
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
     ends.check(model, layer, length or longest)
-    anywhere = ends.frequency / 2 + 1 / (2 * model.vocab_size) if prior is None else prior / prior.sum()
-    after = followers(model) if prior is None and (length or longest) > 1 else None
-    law = Law(anywhere.to(model.embeddings), after)
+    law = Law.of(model, ends) if prior is None else Law((prior / prior.sum()).to(model.embeddings))
     problem = Problem(LastMap.of(model, layer), observed, law, torch.Generator().manual_seed(seed + SALT))
     joint = ends.read(observed.states[0])[:, : length or longest].to(model.dtype)
     told = joint.logsumexp(0)
@@ -339,6 +337,22 @@ class Law:
     anywhere: Float[Tensor, " vocab"]
     after: Float[Tensor, "vocab vocab"] | None = None
     last: Float[Tensor, " vocab"] | None = None
+
+    @classmethod
+    def of(cls, model: LanguageModel, ends: Ends) -> "Law":
+        """The ``followers`` of tokens, and anywhere half uniform, half how often the model itself writes a token."""
+        return cls((ends.frequency / 2 + 1 / (2 * model.vocab_size)).to(model.embeddings), followers(model))
+
+    def log_probability(self, ids: Int[Tensor, " pos"]) -> float:
+        """The logarithm of the probability of a prompt, without what is known of its last token.
+
+        >>> Law(torch.tensor([0.5, 0.5])).log_probability(torch.tensor([0, 1, 0])) / math.log(0.5)
+        3.0
+        """
+        if self.after is None:
+            return float(self.anywhere[ids].log().sum())
+        later = NEIGHBOURS * self.after[ids[:-1], ids[1:]] + (1 - NEIGHBOURS) * self.anywhere[ids[1:]]
+        return float(self.anywhere[ids[0]].log() + later.log().sum())
 
     def ending(self, last_token: Float[Tensor, " vocab"]) -> "Law":
         """The same with the log-probabilities that ``Ends`` gives the last token: ``CALM`` of them, and a floor."""

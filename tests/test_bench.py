@@ -8,10 +8,12 @@ import torch
 
 from sipit_lite import LanguageModel, bench
 from sipit_lite.bench import Check, candidate_counts, table
-from sipit_lite.cli import main, speed_figure
+from sipit_lite.cli import main, speed_figure, success_figure
 
 
-@pytest.mark.parametrize("name", ["exactness", "scan", "collisions", "inversion", "scale", "families", "laststate"])
+@pytest.mark.parametrize(
+    "name", ["exactness", "scan", "collisions", "inversion", "scale", "families", "laststate", "reach"]
+)
 def test_quick_run_keeps_the_contract(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every check has a name, value, target, direction and verdict; the verdict follows from them."""
     assert main(["bench", name, "--quick", "--json", "--device", "cpu"]) == 0
@@ -34,14 +36,17 @@ def test_counts_are_printed_below_the_table(capsys: pytest.CaptureFixture[str]) 
     )
 
 
-def test_only_the_bench_of_inversion_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Seconds of each way as bars; another bench refuses the option in one line."""
+def test_two_benches_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Seconds of each way as bars, shares by length as curves; another bench refuses the option in one line."""
     assert main(["bench", "scan", "--figure", str(tmp_path / "x.png"), "--device", "cpu"]) == 2
     assert "got a figure for the bench 'scan'" in capsys.readouterr().err
     ways = ("forward", "published", "newton", "auto without a lens", "auto")
     row = {f"{way}, seconds": 10.0**-i for i, way in enumerate(ways)}
     speed_figure({"prose, layer 6": row, "prose, layer 1": {"auto, seconds": 1.0}}, str(tmp_path / "x.png"))
     assert (tmp_path / "x.png").stat().st_size > 5000
+    row = {"kind": "prose", "prompts": 4, "exact": 3, "low": 0.3, "high": 0.95}
+    success_figure([row | {"length": length} for length in (1, 2)], str(tmp_path / "y.png"))
+    assert (tmp_path / "y.png").stat().st_size > 5000
 
 
 def test_silent_errors_are_counted(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
