@@ -20,8 +20,8 @@ from sipit_lite.perturb import noisy
 
 KINDS = ("prose", "random")
 SECONDS = {1: 10.0, 2: 30.0, 3: 60.0, 4: 60.0, 6: 60.0, 8: 60.0}  # the budget of one prompt, by its length
-ASKED = {1: 60, 2: 60, 3: 60, 4: 60, 6: 60, 8: 30}  # prompts of each length and kind
-BESIDE, TRIED = {2: 20.0, 3: 20.0, 6: 45.0}, 5  # seconds by length, and prompts of each kind, for the comparison
+ASKED = {1: 60, 2: 60, 3: 60, 4: 60, 6: 60, 8: 12}  # prompts of each length and kind
+BESIDE, TRIED = {2: 20.0, 3: 20.0, 6: 30.0}, 5  # seconds by length, and prompts of each kind, for the comparison
 
 
 def laststate(

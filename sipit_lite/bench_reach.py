@@ -23,7 +23,7 @@ from sipit_lite.laststate import Ends, fitted_ends
 from sipit_lite.models import LanguageModel, embedding_rows
 from sipit_lite.prompts import prompts
 
-LENGTH, COUNT, SECONDS = 6, 12, 20.0  # tokens and prompts of a condition, and seconds a prompt
+LENGTH, COUNT, SECONDS = 5, 12, 15.0  # tokens and prompts of a condition, and seconds a prompt
 WIDTHS = (64, 128, 256)
 NOISES = (0.1, 1.0, 3.0)
 FEW, PIECE = 512, 32  # tokens that are called frequent in the bundled text, cut into pieces, and as many called rare

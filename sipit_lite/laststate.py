@@ -109,8 +109,8 @@ def invert_last(
     The prompt returned was read by the model once more, alone: its ``distance`` is inside the ``radius`` at the last
     position, the only one that was observed (NaN at the others); ``runner_up`` is the distance of the closest prompt
     that has one other token in it, of those with near embeddings, or, where the length was not given, its first token
-    once less or once more; ``tested`` counts the prompts read, rounds that ended early as whole ones. Nothing is known
-    of prompts that were not read: an ``epsilon`` as large as half the distance to one of them may hide it.
+    once less or once more; ``tested`` counts the prompts read. Nothing is known of prompts that were not read: an
+    ``epsilon`` as large as half the distance to one of them may hide it.
 
     Raises ``StatesError`` for a state that no prompt has by its shape, format or numbers, ``ModelError`` for a bad
     layer, ``LastStateError`` for a bad length, prior or budget, ``NotRecovered`` where no prompt is found that
@@ -446,12 +446,12 @@ def sharpened(
 ) -> Belief:
     """One round: the belief after the state is compared with a linear model of the map.
 
-    With J_t the Jacobian at position t, at the second of the drawn prompts, F the mean state that they and J give for
-    the mean embeddings m_t, C_t the covariance of an embedding, and R that of the error of the linear model on the
-    drawn prompts, what the state says of position t is a normal law whose covariance is R + Σ J_u C_u J_uᵀ over the
-    other positions u. The logarithm of its density at each token is evidence; what it makes of the law of prompts is
-    the new belief, of which ``DAMPING`` is taken. A prompt at random, and another in each round, keeps a belief from
-    settling in the errors of one linear model, as it does if J is taken at the means.
+    With J_t the Jacobian at position t, taken at the second of the drawn prompts, m_t and C_t mean and covariance of
+    the embedding there, c + Σ J_t (e_t − m_t) the linear model that is right on average on the drawn prompts, and R the
+    covariance of its error on them, what the state says of position t is a normal law whose covariance is
+    R + Σ J_u C_u J_uᵀ over the other positions u. The logarithm of its density at each token is evidence; what it makes
+    of the law of prompts is the new belief, of which ``DAMPING`` is taken. Another drawn prompt in each round keeps a
+    belief from settling in the errors of one linear model, as it does when J is taken at the means (chapter 17).
     """
     table = last.model.embeddings
     mean, spread = belief.moments(table)
