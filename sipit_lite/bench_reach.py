@@ -5,6 +5,7 @@ bundled model, no noise. The length is told, so that it is the search alone that
 """
 
 import copy
+import itertools
 import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from sipit_lite.models import LanguageModel, embedding_rows
 from sipit_lite.prompts import prompts
 
 LENGTH, COUNT, SECONDS = 5, 12, 15.0  # tokens and prompts of a condition, and seconds a prompt
-WIDTHS = (64, 128, 256)
+WIDTHS, LONGER = (64, 128, 256), 8  # of models with random weights, which are asked for longer prompts too
 NOISES = (0.1, 1.0, 3.0)
 FEW, PIECE = 512, 32  # tokens that are called frequent in the bundled text, cut into pieces, and as many called rare
 
@@ -49,7 +50,9 @@ def reach(
     rows = [
         measured(condition, seconds, quick) for condition in tqdm(asked, "reach", disable=None if progress else True)
     ]
-    reported = {f"exact, {row['what']} {row['value']}": row["exact"] / row["prompts"] for row in rows}
+    reported = {
+        f"exact, T = {row['length']}, {row['what']} {row['value']}": row["exact"] / row["prompts"] for row in rows
+    }
     return [Check.of("false successes", sum(row["false successes"] for row in rows))], {
         "reported": reported,
         "rows": rows,
@@ -77,8 +80,9 @@ def conditions(model: LanguageModel, length: int, count: int, seed: int = 0) -> 
         yield Condition("tokens", name, model, last, list(few[which].to(model.device)))
     for noise in NOISES:
         yield Condition("noise", noise, model, last, plain, noise)
-    for width in WIDTHS:
-        yield Condition("width", width, untrained(model, width, seed), last, plain)
+    for tokens, width in itertools.product((length, LONGER), WIDTHS):
+        asked = plain if tokens == length else sample(model, "random", count, tokens, seed)
+        yield Condition("width", width, untrained(model, width, seed), last, asked)
 
 
 def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
