@@ -450,8 +450,8 @@ def sharpened(
     the embedding there, c + Σ J_t (e_t − m_t) the linear model that is right on average on the drawn prompts, and R the
     covariance of its error on them, what the state says of position t is a normal law whose covariance is
     R + Σ J_u C_u J_uᵀ over the other positions u. The logarithm of its density at each token is evidence; what it makes
-    of the law of prompts is the new belief, of which ``DAMPING`` is taken. Another drawn prompt in each round keeps a
-    belief from settling in the errors of one linear model, as it does when J is taken at the means (chapter 17).
+    of the law of prompts is the new belief, of which ``DAMPING`` is taken. J is not taken at the means: no prompt comes
+    near them, and the linear model there is worse than a constant (chapter 17).
     """
     table = last.model.embeddings
     mean, spread = belief.moments(table)
