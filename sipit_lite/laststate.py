@@ -346,7 +346,7 @@ class Law:
     def log_probability(self, ids: Int[Tensor, " pos"]) -> float:
         """The logarithm of the probability of a prompt, without what is known of its last token.
 
-        >>> Law(torch.tensor([0.5, 0.5])).log_probability(torch.tensor([0, 1, 0])) / math.log(0.5)
+        >>> round(Law(torch.tensor([0.5, 0.5])).log_probability(torch.tensor([0, 1, 0])) / math.log(0.5), 4)
         3.0
         """
         if self.after is None:
