@@ -6,7 +6,6 @@ bundled model, no noise. The length is told, so that it is the search alone that
 
 import copy
 import itertools
-import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,8 +17,7 @@ from transformers import AutoModel
 
 from sipit_lite.bench import Check
 from sipit_lite.bench_inversion import sample
-from sipit_lite.bench_laststate import one
-from sipit_lite.defences import wilson
+from sipit_lite.bench_laststate import one, summary
 from sipit_lite.laststate import Ends, fitted_ends
 from sipit_lite.models import LanguageModel, embedding_rows
 from sipit_lite.prompts import prompts
@@ -28,6 +26,7 @@ LENGTH, COUNT, SECONDS = 5, 12, 15.0  # tokens and prompts of a condition, and s
 WIDTHS, LONGER = (64, 128, 256), 8  # of models with random weights, which are asked for longer prompts too
 NOISES = (0.1, 1.0, 3.0)
 FEW, PIECE = 512, 32  # tokens that are called frequent in the bundled text, cut into pieces, and as many called rare
+KEPT = ("length", "prompts", "exact", "low", "high", "false successes", "collisions", "seconds")  # of a summary
 
 
 class Condition(NamedTuple):
@@ -105,17 +104,5 @@ def measured(condition: Condition, seconds: float, quick: bool = False) -> dict:
     what, value, model, layer, asked, noise = condition
     ends = Ends.fit(model, layer, len(asked[0]), tokens=1000, features=0) if quick else fitted_ends(model, layer, 16)
     runs = [one(model, ends, ids, seconds, len(ids), noise) for ids in asked]
-    exact = sum(run["exact"] for run in runs)
-    low, high = wilson(exact, len(runs))
-    return {
-        "what": what,
-        "value": value,
-        "length": len(asked[0]),
-        "prompts": len(runs),
-        "exact": exact,
-        "low": low,
-        "high": high,
-        "false successes": sum(run["false success"] for run in runs),
-        "collisions": sum(run["collision"] for run in runs),
-        "seconds": statistics.median(run["seconds"] for run in runs),
-    }
+    told = summary(what, len(asked[0]), runs)
+    return {"what": what, "value": value} | {name: told[name] for name in KEPT}
