@@ -78,7 +78,7 @@ def reported(cells: list[dict], beside: list[dict]) -> dict[str, float]:
     return told
 
 
-def curves(rows: list[dict], by: str = "length") -> dict[str, list[list[float | int]]]:
+def curves(rows: list[dict]) -> dict[str, list[list[float | int]]]:
     """For each kind of prompt: lengths, shares that came back exactly, and both ends of their intervals.
 
     >>> row = {"kind": "prose", "length": 2, "prompts": 4, "exact": 3, "low": 0.3, "high": 0.95}
@@ -87,9 +87,11 @@ def curves(rows: list[dict], by: str = "length") -> dict[str, list[list[float | 
     """
     told = {}
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        ordered = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row[by])
+        ordered = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["length"])
         shares = [row["exact"] / row["prompts"] for row in ordered]
-        told[kind] = [[row[by] for row in ordered], shares] + [[row[end] for row in ordered] for end in ("low", "high")]
+        told[kind] = [[row["length"] for row in ordered], shares] + [
+            [row[end] for row in ordered] for end in ("low", "high")
+        ]
     return told
 
 
@@ -112,9 +114,9 @@ def cell(
 def summary(kind: str, length: int, runs: list[dict]) -> dict:
     """Counts over the runs of ``one``, with Wilson's 95 % interval of the share that is exact.
 
-    The true prompt explains its state exactly, so every other end is one in a local minimum: ``other length`` counts
-    those where the closest prompt had another length, ``local minimum`` those where it had the right one, and
-    ``wrong prior`` those of the latter where the law of prompts alone prefers the closest to the true one.
+    The true prompt explains its state exactly, so a search that finds nothing ended in a local minimum: ``other
+    length`` counts those where the closest prompt had another length, ``local minimum`` those where it had the right
+    one, and ``wrong prior`` those of the latter where the law of prompts alone prefers the closest to the true one.
 
     >>> run = {"exact": True, "false success": False, "collision": False, "right length": True, "seconds": 1.0}
     >>> told = summary("prose", 3, [run, run | {"exact": False, "likelier": True}])
@@ -123,7 +125,7 @@ def summary(kind: str, length: int, runs: list[dict]) -> dict:
     """
     exact = sum(run["exact"] for run in runs)
     low, high = wilson(exact, len(runs))
-    missed = [run for run in runs if not run["exact"]]
+    missed = [run for run in runs if not (run["exact"] or run["collision"] or run["false success"])]
     return {
         "kind": kind,
         "length": length,
@@ -159,7 +161,7 @@ def one(
         found = best = invert_last(state, model, ends.layer, length, ends=ends, seconds=seconds, epsilon=noise or None)
     except NotRecovered as error:
         found, best, collision = None, error.best, isinstance(error, Collision)
-    seconds, law = time.perf_counter() - begun, Law.of(model, ends)
+    spent, law = time.perf_counter() - begun, Law.of(model, ends)
     exact = found is not None and torch.equal(found.tokens, ids.cpu())
     return {
         "exact": exact,
@@ -167,7 +169,7 @@ def one(
         "collision": collision,
         "right length": len(best.tokens) == len(ids),
         "likelier": law.log_probability(best.tokens.to(ids)) > law.log_probability(ids),
-        "seconds": round(seconds, 3),
+        "seconds": round(spent, 3),
     }
 
 
