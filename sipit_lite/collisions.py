@@ -19,9 +19,8 @@ from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sipit_lite.models import LanguageModel
-from sipit_lite.onestep import OneStepMap
-from sipit_lite.verify import StatesError
+from sipit_lite.model import LanguageModel, StatesError
+from sipit_lite.onestep import EXACT, OneStepMap
 
 COLLISION = 1e-6  # the paper's threshold on the ℓ2 distance
 RTOL, ATOL = 1e-5, 1e-8  # the paper's practical collision: torch.allclose
@@ -32,8 +31,12 @@ CHUNK = 2**22  # float64 numbers held at once while distances are recomputed: 32
 COLUMNS = 8192  # columns of one matrix of lower bounds: with 1024 rows, 32 MiB
 CROWDED = 256  # one candidate in so many pairs, and the whole width as a filter is cheaper than recomputing
 U = 2.0**-24  # unit roundoff of float32
-ETA = 2.0**-23  # 2u; a projected point is off by at most 3/4 of it, relatively: float32 rounding, and float64 before it
-TOP = 2.0**40  # largest norm after scaling: squares stay far from float32's overflow and underflow
+ETA = (
+    2.0**-23
+)  # 2u; a projected point is off by at most 3/4 of it, relatively: float32 rounding, and float64 before it
+TOP = (
+    2.0**40
+)  # largest norm after scaling: squares stay far from float32's overflow and underflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,11 @@ def closest_pairs(
     """
     begun = time.perf_counter()
     states = _check_rows(states)
-    kept = torch.arange(len(states)) if prompts is None else _first_occurrences(prompts, len(states))
+    kept = (
+        torch.arange(len(states))
+        if prompts is None
+        else _first_occurrences(prompts, len(states))
+    )
     n, possible = len(kept), len(kept) * (len(kept) - 1) // 2
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= possible:
         raise StatesError(
@@ -126,7 +133,12 @@ def closest_pairs(
 
 
 def continuations(
-    model: LanguageModel, prompts: Sequence[Tensor], layer: int, k: int = 1, *, progress: bool = False
+    model: LanguageModel,
+    prompts: Sequence[Tensor],
+    layer: int,
+    k: int = 1,
+    *,
+    progress: bool = False,
 ) -> Iterator[CollisionReport]:
     """For each prompt, the closest pairs among its |V| one-token continuations: the paper's exhaustive test (Fig. 4).
 
@@ -141,7 +153,9 @@ def continuations(
     """
     everything = torch.arange(model.vocab_size, device=model.device)
     for prompt in tqdm(prompts, "continuations", disable=None if progress else True):
-        yield closest_pairs(OneStepMap.after(model, layer, prompt).tokens(everything), k)
+        yield closest_pairs(
+            OneStepMap.after(model, layer, prompt).tokens(everything), k
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,13 +169,21 @@ class _Filter:
     @classmethod
     def of(cls, points: Float32[Tensor, "n axes"]) -> "_Filter":
         slack = float32_slack(points.shape[1])
-        squares = torch.cat([rows.double().square().sum(1) for rows in points.split(COLUMNS)])
+        squares = torch.cat(
+            [rows.double().square().sum(1) for rows in points.split(COLUMNS)]
+        )
         return cls(points, ((1 - slack) * squares).float(), slack)
 
-    def bounds(self, a: Int[Tensor, " rows"], b: Int[Tensor, " cols"]) -> Float32[Tensor, "rows cols"]:
+    def bounds(
+        self, a: Int[Tensor, " rows"], b: Int[Tensor, " cols"]
+    ) -> Float32[Tensor, "rows cols"]:
         """Lower bounds of the squared distances between two sets of points, by one matrix product."""
         # The norms are added after the product: a sum that started from them (addmm may) could lose twice the slack.
-        return (self.points[a] * -2 @ self.points[b].T).add_(self.lowered[b]).add_(self.lowered[a][:, None])
+        return (
+            (self.points[a] * -2 @ self.points[b].T)
+            .add_(self.lowered[b])
+            .add_(self.lowered[a][:, None])
+        )
 
 
 def float32_slack(axes: int) -> float:
@@ -179,7 +201,9 @@ def float32_slack(axes: int) -> float:
 class _Search:
     """One run of the detector over distinct rows; the pairs found so far are its state."""
 
-    def __init__(self, x: Tensor, weights: Int[Tensor, " n"], k: int, nearest: bool) -> None:
+    def __init__(
+        self, x: Tensor, weights: Int[Tensor, " n"], k: int, nearest: bool
+    ) -> None:
         self.x, self.k, self.n = x, k, len(x)
         self.centre, self.scale = _centre_and_scale(x)
         points = _project(x, self.centre, self.scale)
@@ -188,8 +212,12 @@ class _Search:
         self.coarse = _Filter.of(points[self.order])
         self.weights = weights[self.order]
         # torch.allclose(a, b) implies ‖a − b‖ ≤ √d·atol + rtol·‖b‖: pairs that close must be looked at.
-        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))[self.order]
-        self.floor = (x.shape[1] ** 0.5 * ATOL + RTOL * norms.double() * (1 + 2**-10)).clamp_min_(COLLISION)
+        norms = torch.linalg.vector_norm(
+            x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32)
+        )[self.order]
+        self.floor = (
+            x.shape[1] ** 0.5 * ATOL + RTOL * norms.double() * (1 + 2**-10)
+        ).clamp_min_(COLLISION)
         self.pairs = torch.zeros(0, 2, dtype=torch.long, device=x.device)
         self.distances = torch.zeros(0, dtype=torch.float64, device=x.device)
         self.bounded = self.recomputed = self.collisions = self.practical = 0
@@ -199,7 +227,10 @@ class _Search:
     @cached_property
     def full(self) -> _Filter:
         """The filter of the whole width, for blocks where the principal axes do not separate."""
-        rows = ((self.x[part].double() - self.centre) * self.scale for part in self.order.split(COLUMNS))
+        rows = (
+            (self.x[part].double() - self.centre) * self.scale
+            for part in self.order.split(COLUMNS)
+        )
         return _Filter.of(torch.cat([row.float() for row in rows]))
 
     @property
@@ -209,16 +240,27 @@ class _Search:
 
     def run(self, progress: bool) -> "_Search":
         """Look at every pair of leaves whose boxes are close enough; each leaf by itself first, for a good bound."""
-        spans = list(torch.arange(self.n, device=self.x.device).split([len(leaf) for leaf in self.leaves]))
+        spans = list(
+            torch.arange(self.n, device=self.x.device).split(
+                [len(leaf) for leaf in self.leaves]
+            )
+        )
         for span in spans:
             self.filter = self.coarse
             self._visit(span, span)
         self.filter, boxes = self.coarse, _Boxes.of(self.coarse.points, spans)
-        for i, span in enumerate(tqdm(spans, "closest pairs", disable=None if progress else True)):
+        for i, span in enumerate(
+            tqdm(spans, "closest pairs", disable=None if progress else True)
+        ):
             close = boxes.close_boxes(i, self.limits * self.scale)
             if close:
                 parts = torch.cat([spans[j] for j in close]).split(COLUMNS)
-                inside = [boxes.close_points(i, self.coarse.points, part, self.limits * self.scale) for part in parts]
+                inside = [
+                    boxes.close_points(
+                        i, self.coarse.points, part, self.limits * self.scale
+                    )
+                    for part in parts
+                ]
                 for columns in torch.cat(inside).split(COLUMNS):
                     self._visit(span, columns)
         return self
@@ -230,11 +272,16 @@ class _Search:
     def _first_bounds(self, nearest: bool) -> None:
         # No two rows are farther apart than this; some neighbours in the order of the tree give a better bound.
         self.kth, self.near = 2 * TOP / self.scale * (1 + 2**-40), None
-        rows = torch.arange(self.n - 1 if nearest else min(self.n - 1, max(self.k, COLUMNS)), device=self.x.device)
+        rows = torch.arange(
+            self.n - 1 if nearest else min(self.n - 1, max(self.k, COLUMNS)),
+            device=self.x.device,
+        )
         beside = self._exact(rows, rows + 1)
         if nearest:
             end = beside.new_full((1,), self.kth)
-            self.near = torch.minimum(torch.cat([beside, end]), torch.cat([end, beside]))
+            self.near = torch.minimum(
+                torch.cat([beside, end]), torch.cat([end, beside])
+            )
         if len(beside) >= self.k:
             self.kth = float(beside.kthvalue(self.k).values) * (1 + 2**-40)
 
@@ -249,17 +296,24 @@ class _Search:
         """Recompute all pairs of two sets of rows that the filters let through."""
         self.bounded += len(a) * len(b) if a is not b else len(a) * (len(a) - 1) // 2
         low = self._bounds(a, b)
-        if low.numel() == 0 or low.min() > max(self.thresholds[a].max(), self.thresholds[b].max()):
+        if low.numel() == 0 or low.min() > max(
+            self.thresholds[a].max(), self.thresholds[b].max()
+        ):
             return
         kept = self._kept(low, a, b)
-        if self.filter.points.shape[1] < self.x.shape[1] and int(kept.sum()) * CROWDED > low.numel():
+        if (
+            self.filter.points.shape[1] < self.x.shape[1]
+            and int(kept.sum()) * CROWDED > low.numel()
+        ):
             self.filter = self.full  # and stays it: where the axes do not separate one leaf, they seldom do the next
             low = self._bounds(a, b)
             kept = self._kept(low, a, b)
         values, (i, j) = low[kept], kept.nonzero(as_tuple=True)
         for part in values.argsort().split(max(1, CHUNK // self.x.shape[1])):
             rows, columns = a[i[part]], b[j[part]]
-            still = values[part] <= torch.maximum(self.thresholds[rows], self.thresholds[columns])
+            still = values[part] <= torch.maximum(
+                self.thresholds[rows], self.thresholds[columns]
+            )
             self._recompute(rows[still], columns[still])
 
     def _bounds(self, a: Tensor, b: Tensor) -> Float32[Tensor, "rows cols"]:
@@ -268,14 +322,22 @@ class _Search:
             low.masked_fill_(torch.ones_like(low, dtype=torch.bool).tril(), torch.inf)
         return low
 
-    def _kept(self, low: Float32[Tensor, "rows cols"], a: Tensor, b: Tensor) -> Bool[Tensor, "rows cols"]:
-        if self.near is not None:  # the best-looking partner of each row first: it lowers the row's own limit
+    def _kept(
+        self, low: Float32[Tensor, "rows cols"], a: Tensor, b: Tensor
+    ) -> Bool[Tensor, "rows cols"]:
+        if (
+            self.near is not None
+        ):  # the best-looking partner of each row first: it lowers the row's own limit
             self._recompute_near(a, b[low.argmin(1)], low.amin(1))
             self._recompute_near(b, a[low.argmin(0)], low.amin(0))
             self._set_limits()
-        return low <= torch.maximum(self.thresholds[a][:, None], self.thresholds[b][None])
+        return low <= torch.maximum(
+            self.thresholds[a][:, None], self.thresholds[b][None]
+        )
 
-    def _recompute_near(self, rows: Tensor, partners: Tensor, low: Float32[Tensor, " rows"]) -> None:
+    def _recompute_near(
+        self, rows: Tensor, partners: Tensor, low: Float32[Tensor, " rows"]
+    ) -> None:
         worth = low <= self.thresholds[rows]
         rows, partners = rows[worth], partners[worth]
         found = self._exact(rows, partners)
@@ -283,13 +345,20 @@ class _Search:
         self._lower_near(rows, partners, found)
 
     def _lower_near(self, i: Tensor, j: Tensor, found: Float64[Tensor, " m"]) -> None:
-        self.near.scatter_reduce_(0, i, found, "amin").scatter_reduce_(0, j, found, "amin")
+        self.near.scatter_reduce_(0, i, found, "amin").scatter_reduce_(
+            0, j, found, "amin"
+        )
 
-    def _exact(self, i: Int[Tensor, " m"], j: Int[Tensor, " m"]) -> Float64[Tensor, " m"]:
+    def _exact(
+        self, i: Int[Tensor, " m"], j: Int[Tensor, " m"]
+    ) -> Float64[Tensor, " m"]:
         """Float64 distances between rows in the order of the tree."""
         step = max(1, CHUNK // self.x.shape[1])
         parts = zip(self.order[i].split(step), self.order[j].split(step), strict=True)
-        found = [torch.linalg.vector_norm(self.x[a].double() - self.x[b].double(), dim=1) for a, b in parts]
+        found = [
+            torch.linalg.vector_norm(self.x[a].double() - self.x[b].double(), dim=1)
+            for a, b in parts
+        ]
         return torch.cat(found)
 
     def _recompute(self, i: Int[Tensor, " m"], j: Int[Tensor, " m"]) -> None:
@@ -301,8 +370,15 @@ class _Search:
             self._lower_near(i, j, found)
         self._count(i, j, found)
         closer = found <= self.kth
-        rows = torch.stack([self.order[i[closer]], self.order[j[closer]]], 1).sort(1).values
-        self.pairs, self.distances = torch.cat([self.pairs, rows]), torch.cat([self.distances, found[closer]])
+        rows = (
+            torch.stack([self.order[i[closer]], self.order[j[closer]]], 1)
+            .sort(1)
+            .values
+        )
+        self.pairs, self.distances = (
+            torch.cat([self.pairs, rows]),
+            torch.cat([self.distances, found[closer]]),
+        )
         best = self.distances.argsort(stable=True)[: self.k]
         self.pairs, self.distances = self.pairs[best], self.distances[best]
         if len(best) == self.k:
@@ -313,9 +389,14 @@ class _Search:
         weights = self.weights[i] * self.weights[j]
         self.collisions += int(weights[found < COLLISION].sum())
         near = found <= torch.maximum(self.floor[i], self.floor[j])
-        a, b = self.x[self.order[i[near]]].double(), self.x[self.order[j[near]]].double()
+        a, b = (
+            self.x[self.order[i[near]]].double(),
+            self.x[self.order[j[near]]].double(),
+        )
         gap = (a - b).abs()
-        close = (gap <= ATOL + RTOL * b.abs()).all(1) | (gap <= ATOL + RTOL * a.abs()).all(1)
+        close = (gap <= ATOL + RTOL * b.abs()).all(1) | (
+            gap <= ATOL + RTOL * a.abs()
+        ).all(1)
         self.practical += int(weights[near][close].sum())
 
 
@@ -325,7 +406,9 @@ class _Boxes:
 
     low: Float64[Tensor, "leaves axes"]
     high: Float64[Tensor, "leaves axes"]
-    norm: Float64[Tensor, " leaves"]  # largest norm inside, for what float32 may have lost
+    norm: Float64[
+        Tensor, " leaves"
+    ]  # largest norm inside, for what float32 may have lost
     leaf: Int[Tensor, " n"]
 
     @classmethod
@@ -334,27 +417,46 @@ class _Boxes:
         high = torch.stack([points[span].amax(0) for span in spans]).double()
         sizes = torch.tensor([len(span) for span in spans], device=points.device)
         norm = torch.linalg.vector_norm(torch.maximum(low.abs(), high.abs()), dim=1)
-        return cls(low, high, norm, torch.arange(len(spans), device=points.device).repeat_interleave(sizes))
+        return cls(
+            low,
+            high,
+            norm,
+            torch.arange(len(spans), device=points.device).repeat_interleave(sizes),
+        )
 
     def close_boxes(self, i: int, limits: Float64[Tensor, " n"]) -> list[int]:
         """Later boxes that may hold a partner within the limit of either row, the nearest box first."""
-        limit = torch.zeros_like(self.norm).scatter_reduce_(0, self.leaf, limits, "amax")
-        apart = (self.low - self.high[i]).clamp_min(0) + (self.low[i] - self.high).clamp_min(0)
+        limit = torch.zeros_like(self.norm).scatter_reduce_(
+            0, self.leaf, limits, "amax"
+        )
+        apart = (self.low - self.high[i]).clamp_min(0) + (
+            self.low[i] - self.high
+        ).clamp_min(0)
         gap = torch.linalg.vector_norm(apart, dim=1)
-        later = (gap <= self._reach(torch.maximum(limit, limit[i]), self.norm + self.norm[i]))[i + 1 :].nonzero()[:, 0]
+        later = (
+            gap <= self._reach(torch.maximum(limit, limit[i]), self.norm + self.norm[i])
+        )[i + 1 :].nonzero()[:, 0]
         return (later[gap[i + 1 :][later].argsort()] + i + 1).tolist()
 
     def close_points(
-        self, i: int, points: Float32[Tensor, "n axes"], rows: Int[Tensor, " rows"], limits: Float64[Tensor, " n"]
+        self,
+        i: int,
+        points: Float32[Tensor, "n axes"],
+        rows: Int[Tensor, " rows"],
+        limits: Float64[Tensor, " n"],
     ) -> Int[Tensor, " some"]:
         """Those of the rows whose distance to box i is within the limit of either side."""
         some = points[rows]
         outside = some - torch.clamp(some, self.low[i].float(), self.high[i].float())
         limit = torch.maximum(limits[rows], limits[self.leaf == i].max())
         norms = self.norm[self.leaf[rows]] + self.norm[i]
-        return rows[torch.linalg.vector_norm(outside, dim=1) <= self._reach(limit, norms)]
+        return rows[
+            torch.linalg.vector_norm(outside, dim=1) <= self._reach(limit, norms)
+        ]
 
-    def _reach(self, limit: Float64[Tensor, " m"], norms: Float64[Tensor, " m"]) -> Float64[Tensor, " m"]:
+    def _reach(
+        self, limit: Float64[Tensor, " m"], norms: Float64[Tensor, " m"]
+    ) -> Float64[Tensor, " m"]:
         # The points are off by η of their norms, their differences by a few units in the last place.
         return limit * (1 + 2**-16) + 2 * ETA * norms + 2.0**-50
 
@@ -368,27 +470,41 @@ def _centre_and_scale(x: Tensor) -> tuple[Float64[Tensor, " d_model"], float]:
 
 
 def _sample(x: Tensor) -> Float64[Tensor, "some d_model"]:
-    spread = torch.linspace(0, len(x) - 1, min(len(x), SAMPLE), device=x.device, dtype=torch.float64).long()
+    spread = torch.linspace(
+        0, len(x) - 1, min(len(x), SAMPLE), device=x.device, dtype=torch.float64
+    ).long()
     return x[spread].double()
 
 
-def _project(x: Tensor, centre: Float64[Tensor, " d_model"], scale: float) -> Float32[Tensor, "n axes"]:
+def _project(
+    x: Tensor, centre: Float64[Tensor, " d_model"], scale: float
+) -> Float32[Tensor, "n axes"]:
     """The leading principal axes of a sample of rows, and the norm of the rest as one more coordinate."""
     if x.shape[1] <= AXES + 1:
-        return torch.cat([((rows.double() - centre) * scale).float() for rows in x.split(SAMPLE)])
+        return torch.cat(
+            [((rows.double() - centre) * scale).float() for rows in x.split(SAMPLE)]
+        )
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        torch.manual_seed(0)  # any axes are valid, so the draw decides about speed alone
-        axes = torch.linalg.qr(torch.svd_lowrank((_sample(x) - centre) * scale, AXES)[2]).Q
+        torch.manual_seed(
+            0
+        )  # any axes are valid, so the draw decides about speed alone
+        axes = torch.linalg.qr(
+            torch.svd_lowrank((_sample(x) - centre) * scale, AXES)[2]
+        ).Q
     found = []
     for rows in x.split(SAMPLE):
         centred = (rows.double() - centre) * scale
         projected = centred @ axes
-        rest = torch.linalg.vector_norm(centred - projected @ axes.T, dim=1, keepdim=True)
+        rest = torch.linalg.vector_norm(
+            centred - projected @ axes.T, dim=1, keepdim=True
+        )
         found.append(torch.cat([projected, rest], 1).float())
     return torch.cat(found)
 
 
-def _leaves(points: Float32[Tensor, "n axes"], rows: Int[Tensor, " rows"]) -> list[Tensor]:
+def _leaves(
+    points: Float32[Tensor, "n axes"], rows: Int[Tensor, " rows"]
+) -> list[Tensor]:
     """Split rows in halves along their widest axis, until a part has at most ``LEAF`` rows."""
     inside = points[rows]
     along = inside[:, (inside.amax(0) - inside.amin(0)).argmax()].argsort()
@@ -410,11 +526,15 @@ class _Groups:
     def of(cls, x: Tensor) -> "_Groups":
         twin = torch.arange(len(x), device=x.device)
         # Rows that differ in a few coordinates need no closer look: only those that agree there are compared whole.
-        group, counts = _hash(x[:, :: max(1, x.shape[1] // 16)]).unique(return_inverse=True, return_counts=True)[1:]
+        group, counts = _hash(x[:, :: max(1, x.shape[1] // 16)]).unique(
+            return_inverse=True, return_counts=True
+        )[1:]
         suspects = (counts[group] > 1).nonzero()[:, 0]
         if len(suspects):
             group = torch.unique(x[suspects], dim=0, return_inverse=True)[1]
-            twin[suspects] = torch.full_like(suspects, len(x)).scatter_reduce_(0, group, suspects, "amin")[group]
+            twin[suspects] = torch.full_like(suspects, len(x)).scatter_reduce_(
+                0, group, suspects, "amin"
+            )[group]
         return cls(twin, *twin.unique(return_counts=True))
 
     @property
@@ -426,23 +546,39 @@ class _Groups:
         """The search over the first row of each group, where there is more than one group."""
         n = len(self.first)
         distinct = x if n == len(x) else x[self.first]
-        return _Search(distinct, self.sizes, min(k, n * (n - 1) // 2), nearest) if n > 1 else None
+        return (
+            _Search(distinct, self.sizes, min(k, n * (n - 1) // 2), nearest)
+            if n > 1
+            else None
+        )
 
-    def closest(self, search: "_Search | None", k: int) -> tuple[Int[Tensor, "k 2"], Float64[Tensor, " k"]]:
+    def closest(
+        self, search: "_Search | None", k: int
+    ) -> tuple[Int[Tensor, "k 2"], Float64[Tensor, " k"]]:
         """The k closest pairs of rows: equal ones first, then what the search found, for all rows of its groups."""
         several = self.first[self.sizes > 1].tolist()
-        equal = (pair for row in several for pair in combinations(self._members(row), 2))
+        equal = (
+            pair for row in several for pair in combinations(self._members(row), 2)
+        )
         found = [(0.0, *pair) for pair in islice(equal, k)]
         if search is not None and len(found) < k:
-            for distance, pair in zip(search.distances.tolist(), self.first[search.pairs].tolist(), strict=True):
+            for distance, pair in zip(
+                search.distances.tolist(),
+                self.first[search.pairs].tolist(),
+                strict=True,
+            ):
                 rows = islice(product(*map(self._members, pair)), k)
                 found += [(distance, *sorted(row)) for row in rows]
         found = sorted(found)[:k]
-        return torch.tensor([pair for _, *pair in found]), torch.tensor([d for d, *_ in found], dtype=torch.float64)
+        return torch.tensor([pair for _, *pair in found]), torch.tensor(
+            [d for d, *_ in found], dtype=torch.float64
+        )
 
     def nearest(self, search: "_Search | None") -> Float64[Tensor, " n"]:
         """Distance of every row to its nearest neighbour: zero for a row that has an equal one."""
-        found = torch.zeros(len(self.first), dtype=torch.float64, device=self.twin.device)
+        found = torch.zeros(
+            len(self.first), dtype=torch.float64, device=self.twin.device
+        )
         if search is not None:
             found = search.nearest().where(self.sizes == 1, 0.0)
         return found[torch.searchsorted(self.first, self.twin)].cpu()
@@ -453,30 +589,58 @@ class _Groups:
 
 def _hash(x: Tensor) -> Int[Tensor, " n"]:
     """One integer for each row, the same for equal rows (so −0 counts as 0)."""
-    odd = torch.randint(2**62, (x.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    odd = (
+        torch.randint(2**62, (x.shape[1],), generator=torch.Generator().manual_seed(0))
+        * 2
+        + 1
+    )
     bits = (rows.double().add(0.0).view(torch.int64) for rows in x.split(COLUMNS))
     return torch.cat([(rows * odd.to(x.device)).sum(1) for rows in bits])
 
 
 def _check_rows(states: object) -> Float[Tensor, "n d_model"]:
-    if not isinstance(states, Tensor) or not states.is_floating_point() or states.ndim != 2:
-        got = f"{states.dtype} of shape {tuple(states.shape)}" if isinstance(states, Tensor) else type(states).__name__
-        raise StatesError(f"got {got}; expected a floating-point tensor of shape (N, d_model)")
+    if (
+        not isinstance(states, Tensor)
+        or not states.is_floating_point()
+        or states.ndim != 2
+    ):
+        got = (
+            f"{states.dtype} of shape {tuple(states.shape)}"
+            if isinstance(states, Tensor)
+            else type(states).__name__
+        )
+        raise StatesError(
+            f"got {got}; expected a floating-point tensor of shape (N, d_model)"
+        )
     if len(states) < 2 or states.shape[1] == 0:
-        raise StatesError(f"got states of shape {tuple(states.shape)}; pairs need at least 2 rows of at least 1 number")
-    bad = torch.cat([~rows.isfinite().all(1) for rows in states.split(COLUMNS)]).nonzero()[:, 0].tolist()
+        raise StatesError(
+            f"got states of shape {tuple(states.shape)}; pairs need at least 2 rows of at least 1 number"
+        )
+    bad = (
+        torch.cat([~rows.isfinite().all(1) for rows in states.split(COLUMNS)])
+        .nonzero()[:, 0]
+        .tolist()
+    )
     if bad:
         named = f"{', '.join(map(str, bad[:10]))}{', …' if len(bad) > 10 else ''}"
-        raise StatesError(f"got NaN or Inf in {len(bad)} of {len(states)} rows ({named}); expected finite states")
+        raise StatesError(
+            f"got NaN or Inf in {len(bad)} of {len(states)} rows ({named}); expected finite states"
+        )
     if states.dtype == torch.float64 and float(states.abs().max()) > 1e150:
-        raise StatesError(f"got numbers up to {float(states.abs().max()):.1e}; their squares overflow above 1e150")
+        raise StatesError(
+            f"got numbers up to {float(states.abs().max()):.1e}; their squares overflow above 1e150"
+        )
     return states
 
 
-def _first_occurrences(prompts: Sequence[Tensor] | Tensor, rows: int) -> Int[Tensor, " n"]:
+def _first_occurrences(
+    prompts: Sequence[Tensor] | Tensor, rows: int
+) -> Int[Tensor, " n"]:
     """Rows whose prompt has not occurred before."""
     if len(prompts) != rows:
-        raise StatesError(f"got {len(prompts)} prompts for {rows} rows of states; expected one prompt for each row")
+        raise StatesError(
+            f"got {len(prompts)} prompts for {rows} rows of states; expected one prompt for each row"
+        )
     first: dict[tuple[int, ...], int] = {}
     for row, prompt in enumerate(prompts):
         first.setdefault(tuple(prompt.tolist()), row)
@@ -489,7 +653,10 @@ def _random_pairs(x: Tensor, count: int, seed: int) -> Float64[Tensor, " m"]:
     i = torch.randint(len(x), (count,), generator=generator)
     j = (i + torch.randint(1, len(x), (count,), generator=generator)) % len(x)
     parts = zip(i.split(COLUMNS), j.split(COLUMNS), strict=True)
-    found = [torch.linalg.vector_norm(x[a].double() - x[b].double(), dim=1).cpu() for a, b in parts]
+    found = [
+        torch.linalg.vector_norm(x[a].double() - x[b].double(), dim=1).cpu()
+        for a, b in parts
+    ]
     return torch.cat(found)
 
 
@@ -502,3 +669,54 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@dataclass(frozen=True, eq=False)
+class Margins:
+    """The margins of one prompt at one layer, one entry a position, float64 on the CPU.
+
+    ``prefix`` is Δ_{π,t}, the smallest distance between the states of any two tokens after the prefix π; ``token`` the
+    distance from the prompt's own token to the nearest other one, the ``rival``, which is never smaller. Noise below
+    Δ_{π,t}/2 harms no token (Theorem 3.2), noise below ``token``/2 does not harm this one.
+    """
+
+    prefix: Float64[Tensor, " pos"]
+    token: Float64[Tensor, " pos"]
+    rival: Int[Tensor, " pos"]
+
+
+def margins(
+    model: LanguageModel,
+    ids: Int[Tensor, " pos"],
+    layer: int,
+    *,
+    progress: bool = False,
+) -> Margins:
+    """Scan the vocabulary after every prefix of a prompt: T·|V| one-token steps, and all pairs of their states.
+
+    Raises ``ModelError`` for a layer outside 0..L or ids that are no prompt.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> found = margins(model, model.encode("hidden states"), 3)
+    >>> bool((found.token >= found.prefix).all() and (found.prefix > 0).all())
+    True
+    """
+    model.check_ids(ids)
+    step, rows = OneStepMap.after(model, layer), []
+    for token in tqdm(ids.tolist(), "margins", disable=None if progress else True):
+        states = step.tokens(torch.arange(model.vocab_size, device=model.device))
+        apart = torch.cdist(
+            states[token, None].double(), states.double(), compute_mode=EXACT
+        )[0]
+        apart[token] = torch.inf
+        rows.append(
+            (closest_pairs(states, 1).minimum, float(apart.min()), int(apart.argmin()))
+        )
+        step = step.extend(token) if len(rows) < len(ids) else step
+    prefix, own, rival = zip(*rows, strict=True)
+    return Margins(
+        torch.tensor(prefix, dtype=torch.float64),
+        torch.tensor(own, dtype=torch.float64),
+        torch.tensor(rival),
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sipit_lite.memory import advised, is_out_of_memory
-from sipit_lite.models import LanguageModel, ModelError
+from sipit_lite.model import LanguageModel, ModelError
 
 ROWS = 256  # candidates per pass: enough to keep the matrix products busy, small enough for the copied prefix cache
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -35,10 +35,15 @@ class OneStepMap:
     layer: int
     position: int
     cut: nn.Module
-    past: tuple[tuple[Float[Tensor, "1 heads pos d_head"], Float[Tensor, "1 heads pos d_head"]], ...]
+    past: tuple[
+        tuple[Float[Tensor, "1 heads pos d_head"], Float[Tensor, "1 heads pos d_head"]],
+        ...,
+    ]
 
     @classmethod
-    def after(cls, model: LanguageModel, layer: int, prefix: Int[Tensor, " pos"] | None = None) -> "OneStepMap":
+    def after(
+        cls, model: LanguageModel, layer: int, prefix: Int[Tensor, " pos"] | None = None
+    ) -> "OneStepMap":
         """The map over a prefix of token ids; no prefix means the first position.
 
         Raises ``ModelError`` for a layer outside 0..L, a bad prefix, or one that fills the whole context.
@@ -53,7 +58,9 @@ class OneStepMap:
         """The map one position further, with ``token`` appended to the prefix."""
         return self.follow(torch.tensor([token], device=self.model.device))[1]
 
-    def follow(self, ids: Int[Tensor, " pos"]) -> tuple[Float[Tensor, "pos d_model"], "OneStepMap"]:
+    def follow(
+        self, ids: Int[Tensor, " pos"]
+    ) -> tuple[Float[Tensor, "pos d_model"], "OneStepMap"]:
         """The states of further tokens in one pass over the cache, and the map after them.
 
         >>> from sipit_lite import load
@@ -65,7 +72,9 @@ class OneStepMap:
         states, (step,) = self.branch(ids[None])
         return states[0], step
 
-    def branch(self, rows: Int[Tensor, "row pos"]) -> tuple[Float[Tensor, "row pos d_model"], list["OneStepMap"]]:
+    def branch(
+        self, rows: Int[Tensor, "row pos"]
+    ) -> tuple[Float[Tensor, "row pos d_model"], list["OneStepMap"]]:
         """The states of several continuations of the prefix, of one length, in one pass, and the map after each.
 
         >>> from sipit_lite import load
@@ -75,15 +84,23 @@ class OneStepMap:
         (torch.Size([2, 2, 256]), True, 2)
         """
         cache, position = self._cache(len(rows)), self.position + rows.shape[1]
-        with torch.no_grad(), self._advised(f"{len(rows)} prompts of {position} tokens"):
+        with (
+            torch.no_grad(),
+            self._advised(f"{len(rows)} prompts of {position} tokens"),
+        ):
             states = self._run(self.model.embeddings[rows], cache)
-        pasts = (tuple((x.keys[i : i + 1], x.values[i : i + 1]) for x in cache.layers) for i in range(len(rows)))
+        pasts = (
+            tuple((x.keys[i : i + 1], x.values[i : i + 1]) for x in cache.layers)
+            for i in range(len(rows))
+        )
         return states, [replace(self, position=position, past=past) for past in pasts]
 
     def crop(self, position: int) -> "OneStepMap":
         """The map over the first ``position`` tokens of the prefix."""
         return replace(
-            self, position=position, past=tuple((k[:, :, :position], v[:, :, :position]) for k, v in self.past)
+            self,
+            position=position,
+            past=tuple((k[:, :, :position], v[:, :, :position]) for k, v in self.past),
         )
 
     def tokens(self, tokens: Int[Tensor, " cand"]) -> Float[Tensor, "cand d_model"]:
@@ -92,16 +109,26 @@ class OneStepMap:
         Raises ``ModelError`` where not even one candidate fits into memory.
         """
         size = self._rows()
-        with torch.no_grad(), self._advised(f"one candidate after {self.position} tokens"):
+        with (
+            torch.no_grad(),
+            self._advised(f"one candidate after {self.position} tokens"),
+        ):
             while True:
                 try:
-                    return torch.cat([self.embedding(self.model.embeddings[rows]) for rows in tokens.split(size)])
+                    return torch.cat(
+                        [
+                            self.embedding(self.model.embeddings[rows])
+                            for rows in tokens.split(size)
+                        ]
+                    )
                 except (RuntimeError, MemoryError) as error:
                     if size == 1 or not is_out_of_memory(error):
                         raise
                     size //= 2  # the device is fuller than expected: fewer candidates a pass say the same
 
-    def embedding(self, e: Float[Tensor, "cand d_model"]) -> Float[Tensor, "cand d_model"]:
+    def embedding(
+        self, e: Float[Tensor, "cand d_model"]
+    ) -> Float[Tensor, "cand d_model"]:
         """F(e) with the t-th input embedding replaced by each row of e; differentiable in e.
 
         Raises ``ModelError`` where the prefix already fills the context.
@@ -113,7 +140,9 @@ class OneStepMap:
         cache = self._cache(len(e))
         return self._run(e[:, None], cache)[:, 0]
 
-    def jacobian(self, e: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model d_model"]:
+    def jacobian(
+        self, e: Float[Tensor, " d_model"]
+    ) -> Float[Tensor, "d_model d_model"]:
         """∂F/∂e at one embedding, rows by number of the state, by one batched reverse pass over the prefix cache.
 
         Raises ``ModelError`` where the prefix already fills the context, or the rows do not fit into memory.
@@ -123,22 +152,36 @@ class OneStepMap:
         >>> OneStepMap.after(model, 0).jacobian(model.embeddings[5]).equal(torch.eye(256))
         True
         """
-        with torch.enable_grad(), self._advised(f"a Jacobian of {len(e)} rows after {self.position} tokens"):
-            e = e.detach().clone().requires_grad_()  # a view of the table would drag the whole table along
+        with (
+            torch.enable_grad(),
+            self._advised(f"a Jacobian of {len(e)} rows after {self.position} tokens"),
+        ):
+            e = (
+                e.detach().clone().requires_grad_()
+            )  # a view of the table would drag the whole table along
             state = self.embedding(e[None])[0]
-            return torch.autograd.grad(state, e, torch.eye(len(e)).to(state), is_grads_batched=True)[0]
+            return torch.autograd.grad(
+                state, e, torch.eye(len(e)).to(state), is_grads_batched=True
+            )[0]
 
     def margin(self) -> float:
         """Δ_{π,t}: the smallest distance between the states of two different tokens, in float64 (paper §3).
 
         The definition itself, all |V|² pairs one by one, to check others by; ``margins`` says the same much sooner.
         """
-        states = self.tokens(torch.arange(self.model.vocab_size, device=self.model.device)).double()
+        states = self.tokens(
+            torch.arange(self.model.vocab_size, device=self.model.device)
+        ).double()
         smallest = torch.inf
         for first in range(0, len(states) - 1, ROWS):
             # Rows against all later ones: the differences themselves, since |a|² + |b|² − 2ab loses small distances.
-            pairs = torch.cdist(states[first : first + ROWS], states[first:], compute_mode=EXACT)
-            smallest = min(smallest, float(pairs[torch.ones_like(pairs, dtype=torch.bool).triu(1)].min()))
+            pairs = torch.cdist(
+                states[first : first + ROWS], states[first:], compute_mode=EXACT
+            )
+            smallest = min(
+                smallest,
+                float(pairs[torch.ones_like(pairs, dtype=torch.bool).triu(1)].min()),
+            )
         return smallest
 
     def _advised(self, what: str) -> AbstractContextManager:
@@ -152,10 +195,21 @@ class OneStepMap:
         # No config is given to the cache: every layer then keeps the whole prefix, and a sliding window is only a mask.
         cache = DynamicCache(self.past or None)
         for stored in cache.layers:
-            stored.keys, stored.values = (x.expand(rows, -1, -1, -1) for x in (stored.keys, stored.values))
+            stored.keys, stored.values = (
+                x.expand(rows, -1, -1, -1) for x in (stored.keys, stored.values)
+            )
         return cache
 
-    def _run(self, embeds: Float[Tensor, "row pos d_model"], cache: DynamicCache) -> Float[Tensor, "row pos d_model"]:
-        positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + self.position
-        found = self.cut(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+    def _run(
+        self, embeds: Float[Tensor, "row pos d_model"], cache: DynamicCache
+    ) -> Float[Tensor, "row pos d_model"]:
+        positions = (
+            torch.arange(embeds.shape[1], device=embeds.device)[None] + self.position
+        )
+        found = self.cut(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
         return found.last_hidden_state.to(self.model.device)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sipit_lite.lens import FIRST, Lens
+from sipit_lite.extensions.lens import FIRST, Lens
 from sipit_lite.onestep import ROWS, OneStepMap
 
 HUGE = torch.finfo(torch.float32).max
@@ -26,7 +26,10 @@ class Policy(Protocol):
     """Π: which untried tokens to test next (paper §3), as batches of token ids."""
 
     def proposals(
-        self, step: OneStepMap, observed: Float[Tensor, " d_model"], generator: torch.Generator
+        self,
+        step: OneStepMap,
+        observed: Float[Tensor, " d_model"],
+        generator: torch.Generator,
     ) -> Iterator[Int[Tensor, " cand"]]:
         """Yield batches of candidates that together hold every token exactly once."""
         ...
@@ -45,7 +48,10 @@ class Random:
         _at_least_one("proposals_per_step", self.proposals_per_step)
 
     def proposals(
-        self, step: OneStepMap, observed: Float[Tensor, " d_model"], generator: torch.Generator
+        self,
+        step: OneStepMap,
+        observed: Float[Tensor, " d_model"],
+        generator: torch.Generator,
     ) -> Iterator[Int[Tensor, " cand"]]:
         """Yield a random permutation of the vocabulary in batches."""
         order = torch.randperm(step.model.vocab_size, generator=generator)
@@ -73,7 +79,10 @@ class Gradient:
             _at_least_one(name, getattr(self, name))
 
     def proposals(
-        self, step: OneStepMap, observed: Float[Tensor, " d_model"], generator: torch.Generator
+        self,
+        step: OneStepMap,
+        observed: Float[Tensor, " d_model"],
+        generator: torch.Generator,
     ) -> Iterator[Int[Tensor, " cand"]]:
         """Yield the nearest untried tokens after each gradient step, then the rest of the vocabulary."""
         table, published = step.model.embeddings, self.proposals_per_step == 1
@@ -115,16 +124,25 @@ class Newton:
             raise ValueError(f"got damping={self.damping}; expected a number above 0")
 
     def proposals(
-        self, step: OneStepMap, observed: Float[Tensor, " d_model"], generator: torch.Generator
+        self,
+        step: OneStepMap,
+        observed: Float[Tensor, " d_model"],
+        generator: torch.Generator,
     ) -> Iterator[Int[Tensor, " cand"]]:
         """Yield the lens's first candidates, the nearest untried tokens after each step, the rest of the vocabulary."""
         table = step.model.embeddings
         untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
         if self.lens is not None:
-            for batch in islice(self.lens.proposals(step, observed, generator), len(FIRST)):
+            for batch in islice(
+                self.lens.proposals(step, observed, generator), len(FIRST)
+            ):
                 untried[batch] = False
                 yield batch
-        start = table.mean(0) if self.lens is None else self.lens.embeddings(observed).to(table)
+        start = (
+            table.mean(0)
+            if self.lens is None
+            else self.lens.embeddings(observed).to(table)
+        )
         for e in islice(self.path(step, start, observed), 1, self.max_steps + 1):
             batch = nearest(table, e, untried, self.proposals_per_step)
             if len(batch) == 0:
@@ -134,7 +152,10 @@ class Newton:
         yield from nearest(table, e, untried, int(untried.sum())).split(ROWS)
 
     def path(
-        self, step: OneStepMap, e: Float[Tensor, " d_model"], observed: Float[Tensor, " d_model"]
+        self,
+        step: OneStepMap,
+        e: Float[Tensor, " d_model"],
+        observed: Float[Tensor, " d_model"],
     ) -> Iterator[Float[Tensor, " d_model"]]:
         """Yield the iterates for ever, the start first; the residual ‖F(e) − ĥ_t‖ never grows along them."""
         damping, residual = self.damping, observed - _value(step, e)
@@ -145,13 +166,19 @@ class Newton:
                 trial = e + damped_step(jacobian, residual, damping)
                 left = observed - _value(step, trial)
                 if left.norm() < residual.norm():
-                    e, residual, damping = trial, left, max(damping / 5, SMALLEST_DAMPING)
+                    e, residual, damping = (
+                        trial,
+                        left,
+                        max(damping / 5, SMALLEST_DAMPING),
+                    )
                     break
                 damping *= 5
 
 
 def damped_step(
-    jacobian: Float[Tensor, "d_model d_model"], residual: Float[Tensor, " d_model"], damping: float
+    jacobian: Float[Tensor, "d_model d_model"],
+    residual: Float[Tensor, " d_model"],
+    damping: float,
 ) -> Float[Tensor, " d_model"]:
     """δ with (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀr, the step of Levenberg and Marquardt; zero where J is zero.
 
@@ -169,7 +196,11 @@ def _value(step: OneStepMap, e: Float[Tensor, " d_model"]) -> Float[Tensor, " d_
 
 
 def clipped_gradient(
-    step: OneStepMap, e: Float[Tensor, " d_model"], observed: Float[Tensor, " d_model"], *, mean: bool = False
+    step: OneStepMap,
+    e: Float[Tensor, " d_model"],
+    observed: Float[Tensor, " d_model"],
+    *,
+    mean: bool = False,
 ) -> Float[Tensor, " d_model"]:
     """∇_e ½‖F(e) − ĥ_t‖² (Algorithm 3), or that of the mean squared error, its norm clipped at 1."""
     with torch.enable_grad():
@@ -180,7 +211,10 @@ def clipped_gradient(
 
 
 def nearest(
-    table: Float[Tensor, "vocab d_model"], e: Float[Tensor, " d_model"], allowed: Bool[Tensor, " vocab"], count: int
+    table: Float[Tensor, "vocab d_model"],
+    e: Float[Tensor, " d_model"],
+    allowed: Bool[Tensor, " vocab"],
+    count: int,
 ) -> Int[Tensor, " cand"]:
     """The ``count`` allowed tokens whose embeddings are nearest to e in ℓ2, nearest first.
 
@@ -188,7 +222,9 @@ def nearest(
     [1, 2]
     """
     # A proxy that ran off to NaN must not end the enumeration: its distances are huge, those of the tried infinite.
-    distance = torch.linalg.vector_norm((table - e).float(), dim=1).nan_to_num(nan=HUGE, posinf=HUGE)
+    distance = torch.linalg.vector_norm((table - e).float(), dim=1).nan_to_num(
+        nan=HUGE, posinf=HUGE
+    )
     distance = distance.masked_fill(~allowed, torch.inf)
     return distance.topk(min(count, int(allowed.sum())), largest=False).indices
 

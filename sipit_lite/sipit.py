@@ -7,101 +7,26 @@ are drafted and verified in a few passes (``speculation``), and only what the dr
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sipit_lite.activations import Captured
+from sipit_lite.acceptance import Observation, separated
 from sipit_lite.collisions import closest_pairs
-from sipit_lite.lens import Lens
-from sipit_lite.models import LanguageModel
+from sipit_lite.extensions.lens import Lens
+from sipit_lite.io.capture import Captured
+from sipit_lite.model import LanguageModel, StatesError
 from sipit_lite.onestep import OneStepMap
 from sipit_lite.policies import Gradient, Newton, Policy, nearest
+from sipit_lite.recovery import Ambiguous, Interrupted, NotVerified, Outcome, Recovery
 from sipit_lite.speculation import CLEAR, Draft, draft, read, related
-from sipit_lite.verify import Observation, StatesError, separated
 
 SALT = 2510_15511  # a prompt drawn with the same seed must not be the stream of starts: they would be the answers
 CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each token found
-
-
-@dataclass(frozen=True, eq=False)
-class Recovery:
-    """What SipIt recovered, and how clearly: one entry a position, tensors on the CPU.
-
-    ``distance`` is that of the accepted token, ‖F(v) − ĥ_t‖₂ (beyond the rounding, for states stored in a coarser
-    format); ``runner_up`` the smallest among the other tokens tested (infinite where none was); ``radius`` the ε_t that
-    ``distance`` had to meet; ``tested`` the number of candidates, the challengers of the accepted one included;
-    ``seconds`` the wall-clock time of the whole inversion. ``verified`` is False only where ``on_fail="nearest"`` kept
-    a token that no test accepted. ``margin`` holds Δ_{π,t} where ``certify=True`` measured it, else NaN.
-    ``layer`` is the one that was taken from a ``Captured``.
-    """
-
-    tokens: Int[Tensor, " pos"]
-    text: str
-    distance: Float[Tensor, " pos"]
-    runner_up: Float[Tensor, " pos"]
-    radius: Float[Tensor, " pos"]
-    tested: Int[Tensor, " pos"]
-    verified: Bool[Tensor, " pos"]
-    margin: Float[Tensor, " pos"]
-    seconds: float
-    layer: int | None = None
-
-    @property
-    def headroom(self) -> Float[Tensor, " pos"]:
-        """Noise that each state could bear on top of its residual: Δ_{π,t}/2 − ``distance`` (Theorem 3.2)."""
-        return self.margin / 2 - self.distance
-
-    @property
-    def certified(self) -> bool:
-        """Whether every residual is below Δ_{π,t}/2: no other token explains its state with so small an error.
-
-        The tokens are the true ones if the noise was below Δ_{π,t}/2 too, the hypothesis of Theorem 3.2.
-        """
-        return bool((self.headroom > 0).all())
-
-
-class NotVerified(ValueError):
-    """No token lies in the acceptance region; ``recovered`` holds the verified prefix.
-
-    ``position`` counts from 0, ``nearest`` is the closest token tested, ``distance`` its distance, ``radius`` ε_t.
-    """
-
-    def __init__(self, message: str, *, nearest: int, distance: float, radius: float, recovered: Recovery):
-        super().__init__(message)
-        self.nearest, self.distance, self.radius, self.recovered = nearest, distance, radius, recovered
-        self.position = len(recovered.tokens)
-
-    def __reduce__(self) -> tuple:
-        # Errors with keywords cannot be pickled as they come, and outcomes have to travel between processes.
-        known = {name: getattr(self, name) for name in ("nearest", "distance", "radius", "recovered")}
-        return partial(type(self), str(self), **known), ()
-
-
-class Ambiguous(NotVerified):
-    """Several tokens lie in the acceptance region: the noise is too large, or they share one state.
-
-    Exact twins among the embeddings share every state; in a coarse format two tokens may round to the same numbers.
-    """
-
-
-Outcome = Recovery | StatesError | NotVerified
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during an inversion; ``recovered`` holds the verified prefix.
-
-    Where several prompts were inverted, ``outcomes`` has what is known of each: finished, failed, or a verified prefix.
-    """
-
-    def __init__(self, recovered: Recovery, outcomes: Sequence[Outcome] = ()):
-        super().__init__(f"interrupted after {len(recovered.tokens)} verified tokens: {recovered.text!r}")
-        self.recovered, self.outcomes = recovered, list(outcomes)
 
 
 class _Row(NamedTuple):
@@ -155,38 +80,71 @@ def invert(
     >>> invert(model.states("hidden states", 3), model, 3).text
     'hidden states'
     """
-    if on_fail not in ("raise", "nearest") or (isinstance(policy, str) and policy != "auto"):
+    if on_fail not in ("raise", "nearest") or (
+        isinstance(policy, str) and policy != "auto"
+    ):
         raise StatesError(
             f"got policy={policy!r}, on_fail={on_fail!r}; expected 'auto' or a policy, 'raise' or 'nearest'"
         )
     if isinstance(states, Captured):
-        asked = {"policy": policy, "lens": lens, "seed": seed, "epsilon": epsilon, "certify": certify}
-        return _of_captured(states, model, layer, asked | {"on_fail": on_fail, "progress": progress})
+        asked = {
+            "policy": policy,
+            "lens": lens,
+            "seed": seed,
+            "epsilon": epsilon,
+            "certify": certify,
+        }
+        return _of_captured(
+            states, model, layer, asked | {"on_fail": on_fail, "progress": progress}
+        )
     if layer is None:
-        raise StatesError("got a tensor of states and no layer; expected its layer, or a Captured, which knows its own")
+        raise StatesError(
+            "got a tensor of states and no layer; expected its layer, or a Captured, which knows its own"
+        )
     if lens is not None:
         lens.check(model, layer)
-    observed, begun = Observation.of(states, model, layer, epsilon, scale), time.perf_counter()
+    observed, begun = (
+        Observation.of(states, model, layer, epsilon, scale),
+        time.perf_counter(),
+    )
     passes = _check_passes(passes, len(observed))
-    whole = certify or epsilon is not None or on_fail == "nearest" or _coarse(observed, model)
+    whole = (
+        certify
+        or epsilon is not None
+        or on_fail == "nearest"
+        or _coarse(observed, model)
+    )
     if policy == "auto" and lens is not None and not whole and separated(model, layer):
-        found = _by_speculation([observed], model, layer, lens, seed, begun, progress)[0]
+        found = _by_speculation([observed], model, layer, lens, seed, begun, progress)[
+            0
+        ]
         if isinstance(found, NotVerified):
             raise found
         return found
     policy = (Newton(lens=lens) if lens else Gradient()) if policy == "auto" else policy
-    generator, step, rows = torch.Generator().manual_seed(seed + SALT), OneStepMap.after(model, layer), []
+    generator, step, rows = (
+        torch.Generator().manual_seed(seed + SALT),
+        OneStepMap.after(model, layer),
+        [],
+    )
     try:
-        for t in tqdm(range(len(observed)), "inverting", disable=None if progress else True):
+        for t in tqdm(
+            range(len(observed)), "inverting", disable=None if progress else True
+        ):
             step = step.extend(rows[-1].token) if rows else step
             if whole:
                 distance, margin = _whole_vocabulary(step, observed, t, certify)
             else:
                 batches = policy.proposals(step, observed.states[t], generator)
-                distance, margin = try_candidates(step, observed, t, batches), float("nan")
+                distance, margin = (
+                    try_candidates(step, observed, t, batches),
+                    float("nan"),
+                )
             prefix, radius = _recovery(rows, model, begun), float(observed.radius[t])
             if epsilon is None and torch.finfo(model.dtype).bits <= 16:
-                distance, radius = _bit_for_bit(distance, observed, prefix.tokens, passes, model, layer)
+                distance, radius = _bit_for_bit(
+                    distance, observed, prefix.tokens, passes, model, layer
+                )
             row = _accept(distance, radius, prefix, model, on_fail == "nearest")
             rows.append(row._replace(margin=margin))
         found = _recovery(rows, model, begun)
@@ -195,19 +153,30 @@ def invert(
         raise Interrupted(_recovery(rows, model, begun)) from None
 
 
-def _of_captured(captured: Captured, model: LanguageModel, layer: int | None, asked: dict) -> Recovery:
+def _of_captured(
+    captured: Captured, model: LanguageModel, layer: int | None, asked: dict
+) -> Recovery:
     """From the layer asked for, that of the lens, or the cheapest that does not refuse."""
     captured.check(model)
-    layer = asked["lens"].layer if layer is None and asked["lens"] is not None else layer
+    layer = (
+        asked["lens"].layer if layer is None and asked["lens"] is not None else layer
+    )
     layers = sorted(captured.states) if layer is None else [layer]
     for number in layers:
         states, scale = captured.at(number), captured.scales.get(number)
         try:
-            return replace(invert(states, model, number, scale=scale, passes=captured.passes, **asked), layer=number)
+            return replace(
+                invert(
+                    states, model, number, scale=scale, passes=captured.passes, **asked
+                ),
+                layer=number,
+            )
         except NotVerified:
             if number == layers[-1]:
                 raise
-    raise StatesError("got a Captured without states; expected those of at least one layer")
+    raise StatesError(
+        "got a Captured without states; expected those of at least one layer"
+    )
 
 
 def invert_many(
@@ -241,11 +210,19 @@ def invert_many(
             outcomes[i] = Observation.of(x, model, layer)
         except StatesError as error:
             outcomes[i] = error
-    fast = [i for i, o in outcomes.items() if isinstance(o, Observation) and lens and not _coarse(o, model)]
+    fast = [
+        i
+        for i, o in outcomes.items()
+        if isinstance(o, Observation) and lens and not _coarse(o, model)
+    ]
     fast = fast if fast and separated(model, layer) else []
     try:
         together = (
-            _by_speculation([outcomes[i] for i in fast], model, layer, lens, seed, begun, progress) if fast else []
+            _by_speculation(
+                [outcomes[i] for i in fast], model, layer, lens, seed, begun, progress
+            )
+            if fast
+            else []
         )
         outcomes |= dict(zip(fast, together, strict=True))
         for i in [i for i, o in outcomes.items() if isinstance(o, Observation)]:
@@ -256,7 +233,10 @@ def invert_many(
     except Interrupted as stop:
         done = outcomes | dict(zip(fast, stop.outcomes, strict=False))
         empty = _recovery([], model, begun)
-        raise Interrupted(stop.recovered, [empty if isinstance(o, Observation) else o for o in done.values()]) from None
+        raise Interrupted(
+            stop.recovered,
+            [empty if isinstance(o, Observation) else o for o in done.values()],
+        ) from None
     return list(outcomes.values())
 
 
@@ -274,23 +254,34 @@ def _by_speculation(
     policy, generator = Newton(lens=lens), torch.Generator().manual_seed(seed + SALT)
     try:
         reading = read([d.tokens for d in drafts], model, layer)
-        for i, states, step in tqdm(reading, "inverting", len(drafts), disable=None if progress else True):
+        for i, states, step in tqdm(
+            reading, "inverting", len(drafts), disable=None if progress else True
+        ):
             drafts[i].look(states, 0)
             try:
                 _finish(drafts[i], step, policy, generator, begun)
                 outcomes[i] = _recovery(_rows(drafts[i]), model, begun)
             except NotVerified as error:
                 outcomes[i] = error
-        again = [i for i, found in outcomes.items() if drafts[i].searched and isinstance(found, Recovery)]
+        again = [
+            i
+            for i, found in outcomes.items()
+            if drafts[i].searched and isinstance(found, Recovery)
+        ]
         for k, states, _ in read([drafts[i].tokens for i in again], model, layer):
             try:
                 _check_whole(outcomes[again[k]], observed[again[k]], model, states)
             except NotVerified as error:
                 outcomes[again[k]] = error
     except KeyboardInterrupt:
-        known = [outcomes.get(i) or _recovery(_rows(d), model, begun) for i, d in enumerate(drafts)]
+        known = [
+            outcomes.get(i) or _recovery(_rows(d), model, begun)
+            for i, d in enumerate(drafts)
+        ]
         stopped = next((i for i in range(len(drafts)) if i not in outcomes), 0)
-        raise Interrupted(_recovery(_rows(drafts[stopped]), model, begun), known) from None
+        raise Interrupted(
+            _recovery(_rows(drafts[stopped]), model, begun), known
+        ) from None
     return [outcomes[i] for i in range(len(drafts))]
 
 
@@ -300,7 +291,12 @@ def every_token(model: LanguageModel) -> Int[Tensor, " vocab"]:
 
 
 def try_candidates(
-    step: OneStepMap, observed: Observation, t: int, batches: Iterable[Int[Tensor, " cand"]], *, trusting: bool = False
+    step: OneStepMap,
+    observed: Observation,
+    t: int,
+    batches: Iterable[Int[Tensor, " cand"]],
+    *,
+    trusting: bool = False,
 ) -> Float[Tensor, " vocab"]:
     """Test batches of candidates until one verifies; the distance of every token tested, NaN for the untested.
 
@@ -323,7 +319,11 @@ def try_candidates(
             break
     found = int(distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin())
     clear = bool(distance[found] <= CLEAR * observed.radius[t])
-    alone = trusting and clear and not bool(related(torch.tensor([found], device=table.device), step.model))
+    alone = (
+        trusting
+        and clear
+        and not bool(related(torch.tensor([found], device=table.device), step.model))
+    )
     challengers = 0 if alone else CHALLENGERS if clear else len(table)
     rivals = nearest(table, table[found], distance.isnan(), challengers)
     if len(rivals):
@@ -341,13 +341,17 @@ def _whole_vocabulary(
 ) -> tuple[Float[Tensor, " vocab"], float]:
     """Distances of all tokens, and the margin Δ_{π,t} where it is asked for."""
     states = step.tokens(every_token(step.model))
-    return observed.distance(t, states), closest_pairs(states, 1).minimum if certify else float("nan")
+    return observed.distance(t, states), closest_pairs(
+        states, 1
+    ).minimum if certify else float("nan")
 
 
 def _check_passes(passes: Sequence[int] | None, count: int) -> Sequence[int]:
     passes = [count] if passes is None else passes
     if min(passes, default=0) < 1 or sum(passes) != count:
-        raise StatesError(f"got passes of {list(passes)} positions; expected lengths of at least 1, {count} in all")
+        raise StatesError(
+            f"got passes of {list(passes)} positions; expected lengths of at least 1, {count} in all"
+        )
     return passes
 
 
@@ -385,13 +389,20 @@ def _bit_for_bit(
     return distance.index_copy(0, within, torch.cat(anew)), 0.0
 
 
-def _finish(d: Draft, step: OneStepMap, policy: Policy, generator: torch.Generator, begun: float) -> None:
+def _finish(
+    d: Draft, step: OneStepMap, policy: Policy, generator: torch.Generator, begun: float
+) -> None:
     """Search for the first token that the draft has wrong, read what follows it, and so on to the end."""
     while not d.done:
         t, step = d.verified, step.crop(d.verified)
         batches = policy.proposals(step, d.observed.states[t], generator)
         distance = try_candidates(step, d.observed, t, batches, trusting=True)
-        row = _accept(distance, float(d.observed.radius[t]), _recovery(_rows(d), d.model, begun), d.model)
+        row = _accept(
+            distance,
+            float(d.observed.radius[t]),
+            _recovery(_rows(d), d.model, begun),
+            d.model,
+        )
         d.settle(row.token, row.distance, row.runner_up, row.tested)
         if not d.done:
             states, step = step.follow(d.tokens[t:])
@@ -399,18 +410,36 @@ def _finish(d: Draft, step: OneStepMap, policy: Policy, generator: torch.Generat
 
 
 def _rows(d: Draft) -> list[_Row]:
-    columns = (getattr(d, name)[: d.verified].tolist() for name in ("tokens", "distance", "runner_up", "tested"))
+    columns = (
+        getattr(d, name)[: d.verified].tolist()
+        for name in ("tokens", "distance", "runner_up", "tested")
+    )
     radii = d.observed.radius.tolist()
-    return [_Row(v, x, r, radius, n) for (v, x, r, n), radius in zip(zip(*columns, strict=True), radii, strict=False)]
+    return [
+        _Row(v, x, r, radius, n)
+        for (v, x, r, n), radius in zip(zip(*columns, strict=True), radii, strict=False)
+    ]
 
 
 def _accept(
-    distance: Float[Tensor, " vocab"], radius: float, prefix: Recovery, model: LanguageModel, keep: bool = False
+    distance: Float[Tensor, " vocab"],
+    radius: float,
+    prefix: Recovery,
+    model: LanguageModel,
+    keep: bool = False,
 ) -> _Row:
     """The one token that verifies; where there is none, or more than one, refuse, or ``keep`` the nearest, marked."""
-    best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).topk(min(2, len(distance)), largest=False)
+    best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).topk(
+        min(2, len(distance)), largest=False
+    )
     runner_up = float(best.values[1]) if len(distance) > 1 else float("inf")
-    row = _Row(int(best.indices[0]), float(best.values[0]), runner_up, radius, int((~distance.isnan()).sum()))
+    row = _Row(
+        int(best.indices[0]),
+        float(best.values[0]),
+        runner_up,
+        radius,
+        int((~distance.isnan()).sum()),
+    )
     verified = (distance <= radius).nonzero()[:, 0]
     if len(verified) == 1:
         return row
@@ -418,9 +447,15 @@ def _accept(
         return row._replace(verified=False)
     seen = f"nearest of {row.tested} tested is {_quote(row.token, model)} at distance {row.distance:.3g}"
     kind, what = (
-        (Ambiguous, f"{len(verified)} tokens verify, among them {_quote(int(verified[-1]), model)}")
+        (
+            Ambiguous,
+            f"{len(verified)} tokens verify, among them {_quote(int(verified[-1]), model)}",
+        )
         if len(verified)
-        else (NotVerified, "no token verifies (noisy states need epsilon; or another model, or another layer?)")
+        else (
+            NotVerified,
+            "no token verifies (noisy states need epsilon; or another model, or another layer?)",
+        )
     )
     raise kind(
         f"position {len(prefix.tokens)}: {what}; {seen}, radius {radius:.3g}; "
@@ -433,11 +468,17 @@ def _accept(
 
 
 def _check_whole(
-    recovery: Recovery, observed: Observation, model: LanguageModel, again: Float[Tensor, "pos d_model"]
+    recovery: Recovery,
+    observed: Observation,
+    model: LanguageModel,
+    again: Float[Tensor, "pos d_model"],
 ) -> Recovery:
     """Compare every row once more, with the states of the whole prompt read in one pass."""
     for t in recovery.verified.nonzero()[:, 0].tolist():
-        distance, radius = float(observed.distance(t, again[t : t + 1])), float(observed.radius[t])
+        distance, radius = (
+            float(observed.distance(t, again[t : t + 1])),
+            float(observed.radius[t]),
+        )
         if not distance <= radius:
             prefix = _first(recovery, t, model)
             raise NotVerified(
@@ -452,7 +493,9 @@ def _check_whole(
 
 
 def _recovery(rows: list[_Row], model: LanguageModel, begun: float) -> Recovery:
-    columns = _Row(*zip(*rows, strict=True)) if rows else _Row(*[[]] * len(_Row._fields))
+    columns = (
+        _Row(*zip(*rows, strict=True)) if rows else _Row(*[[]] * len(_Row._fields))
+    )
     tokens = torch.tensor(columns.token, dtype=torch.int64)
     return Recovery(
         tokens=tokens,
@@ -468,7 +511,11 @@ def _recovery(rows: list[_Row], model: LanguageModel, begun: float) -> Recovery:
 
 
 def _first(recovery: Recovery, count: int, model: LanguageModel) -> Recovery:
-    columns = {name: value[:count] for name, value in vars(recovery).items() if isinstance(value, Tensor)}
+    columns = {
+        name: value[:count]
+        for name, value in vars(recovery).items()
+        if isinstance(value, Tensor)
+    }
     return replace(recovery, text=model.decode(columns["tokens"]), **columns)
 
 

@@ -55,11 +55,15 @@ def family(
     torch.manual_seed(0)
     untouched = AutoModelForCausalLM.from_config(FAMILIES[request.param]).eval()
     with torch.no_grad():
-        for weight in untouched.parameters():  # default gains of one and biases of zero would hide mistakes
+        for weight in (
+            untouched.parameters()
+        ):  # default gains of one and biases of zero would hide mistakes
             weight.add_(0.1 * torch.randn_like(weight))
     untouched.save_pretrained(folder)
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(
+        folder
+    )
     model = load(folder)
     return untouched.to(model.device), model
 
@@ -67,4 +71,6 @@ def family(
 @pytest.fixture
 def prompt(family: tuple[PreTrainedModel, LanguageModel]) -> torch.Tensor:
     """Thirteen random token ids for the small models, longer than their windows."""
-    return torch.randint(VOCAB, (13,), generator=torch.Generator().manual_seed(1)).to(family[1].device)
+    return torch.randint(VOCAB, (13,), generator=torch.Generator().manual_seed(1)).to(
+        family[1].device
+    )

@@ -31,7 +31,11 @@ Check = Callable[[NotebookNode], list[str]]
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     """The code cells that hold code."""
-    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    return [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and cell.source.strip()
+    ]
 
 
 def tags(cell: NotebookNode) -> set[str]:
@@ -42,12 +46,21 @@ def tags(cell: NotebookNode) -> set[str]:
 def not_run_in_order(notebook: NotebookNode) -> list[str]:
     """Nbval passes cells without outputs, so a notebook that was not run whole would prove nothing."""
     counts = [cell.execution_count for cell in code_cells(notebook)]
-    return [] if counts == list(range(1, len(counts) + 1)) else [f"execution counts {counts}: restart, run all, commit"]
+    return (
+        []
+        if counts == list(range(1, len(counts) + 1))
+        else [f"execution counts {counts}: restart, run all, commit"]
+    )
 
 
 def stderr_outputs(notebook: NotebookNode) -> list[str]:
     """Nbval compares stderr, and warnings differ from machine to machine."""
-    streams = [out for cell in code_cells(notebook) for out in cell.outputs if out.get("name") == "stderr"]
+    streams = [
+        out
+        for cell in code_cells(notebook)
+        for out in cell.outputs
+        if out.get("name") == "stderr"
+    ]
     return [f"stderr: {out.text[:80]!r}" for out in streams]
 
 
@@ -62,20 +75,34 @@ def unannounced_errors(notebook: NotebookNode) -> list[str]:
 
 def no_assert(notebook: NotebookNode) -> list[str]:
     """A chapter checks at least one of its claims."""
-    asserts = [cell for cell in code_cells(notebook) if re.search(r"^\s*assert\b", cell.source, re.MULTILINE)]
+    asserts = [
+        cell
+        for cell in code_cells(notebook)
+        if re.search(r"^\s*assert\b", cell.source, re.MULTILINE)
+    ]
     return [] if asserts else ["no cell with an assert"]
 
 
 def long_cells(notebook: NotebookNode) -> list[str]:
     """A longer cell should be a function of the package."""
-    lengths = [(len(cell.source.splitlines()), cell.source[:80]) for cell in code_cells(notebook)]
-    return [f"{lines} lines, at most {MAX_LINES}: {start!r}" for lines, start in lengths if lines > MAX_LINES]
+    lengths = [
+        (len(cell.source.splitlines()), cell.source[:80])
+        for cell in code_cells(notebook)
+    ]
+    return [
+        f"{lines} lines, at most {MAX_LINES}: {start!r}"
+        for lines, start in lengths
+        if lines > MAX_LINES
+    ]
 
 
 def unknown_tags(notebook: NotebookNode) -> list[str]:
     """A tag that skips or loosens a check, nbval-skip above all, would go unnoticed."""
     found = {tag for cell in notebook.cells for tag in tags(cell)}
-    return [f"tag {tag!r}; expected one of {sorted(ALLOWED_TAGS)}" for tag in sorted(found - ALLOWED_TAGS)]
+    return [
+        f"tag {tag!r}; expected one of {sorted(ALLOWED_TAGS)}"
+        for tag in sorted(found - ALLOWED_TAGS)
+    ]
 
 
 def figures_without_alt(notebook: NotebookNode) -> list[str]:
@@ -83,8 +110,14 @@ def figures_without_alt(notebook: NotebookNode) -> list[str]:
     return [
         f"picture without metadata mystnb.image.alt: {cell.source[:80]!r}"
         for cell in code_cells(notebook)
-        if any(mime.startswith("image/") for out in cell.outputs for mime in out.get("data", {}))
-        and not str(cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")).strip()
+        if any(
+            mime.startswith("image/")
+            for out in cell.outputs
+            for mime in out.get("data", {})
+        )
+        and not str(
+            cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        ).strip()
     ]
 
 
@@ -114,7 +147,10 @@ def sound_notebook() -> NotebookNode:
     claim = new_code_cell("assert 1 < 2\nprint('ok')", execution_count=1)
     claim.outputs = [new_output("stream", name="stdout", text="ok\n")]
     figure = new_code_cell("plt.show()", execution_count=2)
-    figure.metadata = NotebookNode(tags=["hide-input"], mystnb=NotebookNode(image=NotebookNode(alt="a rising line")))
+    figure.metadata = NotebookNode(
+        tags=["hide-input"],
+        mystnb=NotebookNode(image=NotebookNode(alt="a rising line")),
+    )
     figure.outputs = [new_output("display_data", data={"image/png": "iVBORw0KGgo="})]
     return new_notebook(cells=[new_markdown_cell("# Title"), claim, figure])
 
@@ -136,7 +172,9 @@ def warn(claim: NotebookNode, figure: NotebookNode) -> None:
 
 def fail(claim: NotebookNode, figure: NotebookNode) -> None:
     """A cell stopped with an error."""
-    claim.outputs = [new_output("error", ename="AssertionError", evalue="", traceback=[])]
+    claim.outputs = [
+        new_output("error", ename="AssertionError", evalue="", traceback=[])
+    ]
 
 
 def only_mention_assert(claim: NotebookNode, figure: NotebookNode) -> None:
@@ -166,7 +204,9 @@ def leave_alt_blank(claim: NotebookNode, figure: NotebookNode) -> None:
 
 def put_alt_with_the_caption(claim: NotebookNode, figure: NotebookNode) -> None:
     """MyST-NB drops an alternative text that stands beside the caption."""
-    figure.metadata = NotebookNode(mystnb=NotebookNode(figure=NotebookNode(alt="a rising line", caption="A line.")))
+    figure.metadata = NotebookNode(
+        mystnb=NotebookNode(figure=NotebookNode(alt="a rising line", caption="A line."))
+    )
 
 
 def test_contract_accepts_a_sound_notebook() -> None:
@@ -190,7 +230,9 @@ def test_contract_accepts_a_sound_notebook() -> None:
     ],
     ids=lambda function: function.__name__,
 )
-def test_contract_catches(spoil: Callable[[NotebookNode, NotebookNode], None], check: Check) -> None:
+def test_contract_catches(
+    spoil: Callable[[NotebookNode, NotebookNode], None], check: Check
+) -> None:
     """Each way to break the contract draws one complaint, from the check that is meant for it."""
     notebook = sound_notebook()
     spoil(*code_cells(notebook))
@@ -217,7 +259,9 @@ def listed_pages(entry: dict) -> Iterator[str]:
 
 def test_table_of_contents_lists_exactly_the_pages() -> None:
     """A page that is listed and missing breaks the build; one that is there and not listed is not built."""
-    listed = list(listed_pages(yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))))
+    listed = list(
+        listed_pages(yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8")))
+    )
     assert sorted(listed) == sorted(page.stem for page in PAGES)
 
 
@@ -225,7 +269,9 @@ def test_formulas_need_no_network() -> None:
     """MathJax is in the repository, with its licence, and the book is built with it."""
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     script = BOOK / "_static" / config["sphinx"]["config"]["mathjax_path"]
-    assert script.stat().st_size > 2_000_000, "the whole of MathJax is one file of two megabytes"
+    assert script.stat().st_size > 2_000_000, (
+        "the whole of MathJax is one file of two megabytes"
+    )
     assert "Apache License" in (script.parent / "LICENSE").read_text(encoding="utf-8")
 
 
@@ -246,21 +292,29 @@ def test_page_uses_no_macro_that_fetches_a_file(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_address_of_the_repository_is_in_the_configuration_alone(path: Path) -> None:
     """Whoever moves the repository changes one line of ``_config.yml``."""
-    url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
+    url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))[
+        "repository"
+    ]["url"]
     assert url.removeprefix("https://") not in path.read_text(encoding="utf-8")
 
 
 def needs(path: Path) -> tuple[str, str]:
     """How long a chapter takes to read and to run, in the words of its line *Needs*."""
     line = re.search(r"^\*Needs:\*.*", prose(path), re.MULTILINE)
-    found = line and re.search(r" · ([^·]+) to read, .* · ([^·]+?)(?: to run)? on two cores", line.group())
-    assert found, f"{path.name}: expected a line '*Needs:* … · … to read, … · … on two cores · …'"
+    found = line and re.search(
+        r" · ([^·]+) to read, .* · ([^·]+?)(?: to run)? on two cores", line.group()
+    )
+    assert found, (
+        f"{path.name}: expected a line '*Needs:* … · … to read, … · … on two cores · …'"
+    )
     return found[1], found[2]
 
 
 def exercises(text: str) -> dict[str, tuple[str, int]]:
     """The exercises of a page: {label: (title, minutes)}."""
-    found = re.findall(r"^```\{exercise-start\} (.*), (\d+) minutes\n:label: (\S+)", text, re.MULTILINE)
+    found = re.findall(
+        r"^```\{exercise-start\} (.*), (\d+) minutes\n:label: (\S+)", text, re.MULTILINE
+    )
     return {label: (title, int(minutes)) for title, minutes, label in found}
 
 
@@ -271,37 +325,74 @@ def headings(text: str) -> set[str]:
 
 def test_status_page_quotes_the_chapters() -> None:
     """The table of run times repeats what each chapter says of itself, and leaves none out."""
-    rows = re.findall(r"^\| \{doc\}`(\w+)` \| (.*) \| (.*) \|$", prose(BOOK / "status.md"), re.MULTILINE)
-    assert {name: (read, run) for name, read, run in rows} == {path.stem: needs(path) for path in NOTEBOOKS}
+    rows = re.findall(
+        r"^\| \{doc\}`(\w+)` \| (.*) \| (.*) \|$",
+        prose(BOOK / "status.md"),
+        re.MULTILINE,
+    )
+    assert {name: (read, run) for name, read, run in rows} == {
+        path.stem: needs(path) for path in NOTEBOOKS
+    }
 
 
-MINUTES = {"ten minutes": 10, "half an hour": 30, "thirty minutes": 30, "forty minutes": 40, "fifty minutes": 50}
+MINUTES = {
+    "ten minutes": 10,
+    "half an hour": 30,
+    "thirty minutes": 30,
+    "forty minutes": 40,
+    "fifty minutes": 50,
+}
 
 
 def test_readme_and_introduction_list_the_chapters() -> None:
     """All of them, in the README with the minutes that they take to read."""
-    rows = re.findall(r"^\| \[.*\]\(book/(\w+)\.ipynb\) .* (\d+) \|$", prose(ROOT / "README.md"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| \[.*\]\(book/(\w+)\.ipynb\) .* (\d+) \|$",
+        prose(ROOT / "README.md"),
+        re.MULTILINE,
+    )
     told = {path.stem: needs(path)[0] for path in NOTEBOOKS}
-    assert dict(rows) == {name: str(MINUTES.get(read, read.removesuffix(" minutes"))) for name, read in told.items()}
-    assert [name for name in told if f"{{doc}}`{name}`" not in prose(BOOK / "intro.md")] == []
+    assert dict(rows) == {
+        name: str(MINUTES.get(read, read.removesuffix(" minutes")))
+        for name, read in told.items()
+    }
+    assert [
+        name for name in told if f"{{doc}}`{name}`" not in prose(BOOK / "intro.md")
+    ] == []
 
 
 PLAN = prose(BOOK / "instructors.md")
-SESSIONS = re.split(r"^## Session \d+: .*\n", PLAN.split("\n## What students get wrong")[0], flags=re.MULTILINE)[1:]
-OVERVIEW = re.findall(r"^\| (\d+) \| (\{doc\}.*) \| (.*) \| .* \| (.*) \|$", PLAN, re.MULTILINE)
+SESSIONS = re.split(
+    r"^## Session \d+: .*\n",
+    PLAN.split("\n## What students get wrong")[0],
+    flags=re.MULTILINE,
+)[1:]
+OVERVIEW = re.findall(
+    r"^\| (\d+) \| (\{doc\}.*) \| (.*) \| .* \| (.*) \|$", PLAN, re.MULTILINE
+)
 TAUGHT = [re.findall(r"\{doc\}`(\w+)`", row[1]) for row in OVERVIEW]
 
 
 def test_plan_covers_the_chapters() -> None:
     """Parts I to III and the first chapter, in the book's order, each in one session; their run times as they say."""
     parts = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))["parts"]
-    planned = [part for part in parts if part["caption"].split(".")[0] in ("Start here", "I", "II", "III")]
+    planned = [
+        part
+        for part in parts
+        if part["caption"].split(".")[0] in ("Start here", "I", "II", "III")
+    ]
     assert len(planned) == 4
-    assert [name for session in TAUGHT for name in session] == [p for part in planned for p in listed_pages(part)]
-    for number, (row, session) in enumerate(zip(OVERVIEW, TAUGHT, strict=True), start=1):
+    assert [name for session in TAUGHT for name in session] == [
+        p for part in planned for p in listed_pages(part)
+    ]
+    for number, (row, session) in enumerate(
+        zip(OVERVIEW, TAUGHT, strict=True), start=1
+    ):
         assert int(row[0]) == number
         assert all(int(earlier) < number for earlier in re.findall(r"\d+", row[2]))
-        assert row[3] == ", ".join(needs(BOOK / f"{name}.ipynb")[1] for name in session), session
+        assert row[3] == ", ".join(
+            needs(BOOK / f"{name}.ipynb")[1] for name in session
+        ), session
     assert len(SESSIONS) == len(OVERVIEW) == 12
 
 
@@ -312,10 +403,14 @@ def test_plan_names_every_exercise_once() -> None:
     for text, chapters in zip(SESSIONS, TAUGHT, strict=True):
         for name in chapters:
             seen |= exercises(prose(BOOK / f"{name}.ipynb"))
-        for title, label, minutes in re.findall(r"\{ref\}`(.*) <(ex-[\w-]+)>`, (\d+) minutes", text):
+        for title, label, minutes in re.findall(
+            r"\{ref\}`(.*) <(ex-[\w-]+)>`, (\d+) minutes", text
+        ):
             assert seen.get(label) == (title, int(minutes)), label
             named.append(label)
-        assert len(re.findall(r"<ex-", text)) == len(re.findall(r"`, \d+ minutes[;.]", text))
+        assert len(re.findall(r"<ex-", text)) == len(
+            re.findall(r"`, \d+ minutes[;.]", text)
+        )
     assert sorted(named) == sorted(seen)
 
 
@@ -326,12 +421,20 @@ def test_session_lasts_90_minutes(number: int) -> None:
     assert sum(int(minutes) for minutes, _ in rows) == 90
     block = re.search(r"^\*In class:\*\n((?:.+\n)+)", SESSIONS[number], re.MULTILINE)
     in_class = sum(map(int, re.findall(r"(\d+) minutes", block[1])))
-    assert [int(minutes) for minutes, what in rows if what == "Exercises in class"] == [in_class]
-    there = set().union(*(headings(prose(BOOK / f"{name}.ipynb")) for name in TAUGHT[number]))
-    assert {name for _, what in rows for name in re.findall(r"\*([^*]+)\*", what)} <= there
+    assert [int(minutes) for minutes, what in rows if what == "Exercises in class"] == [
+        in_class
+    ]
+    there = set().union(
+        *(headings(prose(BOOK / f"{name}.ipynb")) for name in TAUGHT[number])
+    )
+    assert {
+        name for _, what in rows for name in re.findall(r"\*([^*]+)\*", what)
+    } <= there
 
 
-EXAM = re.split(r"^### (\d+\. .* points\))\n", PLAN.split("\n## Exam\n")[1], flags=re.MULTILINE)[1:]
+EXAM = re.split(
+    r"^### (\d+\. .* points\))\n", PLAN.split("\n## Exam\n")[1], flags=re.MULTILINE
+)[1:]
 
 
 def test_exam_has_100_points() -> None:
@@ -340,17 +443,24 @@ def test_exam_has_100_points() -> None:
     for title, text in zip(EXAM[::2], EXAM[1::2], strict=True):
         worth.append(int(re.search(r"(\d+) points\)$", title)[1]))
         assert text.count(":::{dropdown} Model answer and marking\n") == 1, title
-        marks = re.findall(r"^- (\d+) points? for ", text.split("*Marking:*")[1], re.MULTILINE)
+        marks = re.findall(
+            r"^- (\d+) points? for ", text.split("*Marking:*")[1], re.MULTILINE
+        )
         assert sum(map(int, marks)) == worth[-1], title
     assert len(worth) == 10 and sum(worth) == 100
 
 
 def test_exam_answer_runs() -> None:
     """The program of the exam recovers a prompt, counts its tests, and refuses a state that no token has."""
-    answer = re.search(r"^```python\n(.*?)^```", PLAN.split("\n## Exam\n")[1], re.MULTILINE | re.DOTALL)[1]
+    answer = re.search(
+        r"^```python\n(.*?)^```", PLAN.split("\n## Exam\n")[1], re.MULTILINE | re.DOTALL
+    )[1]
     scope: dict = {}
     exec(answer, scope)
-    table, prompt = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0)), [2, 6, 6]
+    table, prompt = (
+        torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0)),
+        [2, 6, 6],
+    )
 
     def states_after(prefix: list[int]) -> torch.Tensor:
         return table[:, len(prefix)] + sum(prefix)
@@ -358,4 +468,6 @@ def test_exam_answer_runs() -> None:
     observed = torch.stack([states_after(prompt[:t])[v] for t, v in enumerate(prompt)])
     assert scope["sipit"](observed, states_after, range(7), 0.0) == (prompt, 3 + 7 + 7)
     with pytest.raises(ValueError, match=r"position 1, after \[2\]"):
-        scope["sipit"](observed + torch.tensor([[0.0], [1.0], [0.0]]), states_after, range(7), 0.1)
+        scope["sipit"](
+            observed + torch.tensor([[0.0], [1.0], [0.0]]), states_after, range(7), 0.1
+        )

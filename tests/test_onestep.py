@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sipit_lite import LanguageModel, ModelError, OneStepMap, onestep
-from sipit_lite.verify import noise_floor
+from sipit_lite.acceptance import noise_floor
 
 Family = tuple[PreTrainedModel, LanguageModel]
 
@@ -17,13 +17,19 @@ def test_cached_step_is_the_full_pass(family: Family, prompt: Tensor) -> None:
     for layer in range(model.n_layers + 1):
         whole, step = model.states(prompt, layer), OneStepMap.after(model, layer)
         for t, token in enumerate(prompt.tolist()):
-            found = step.tokens(torch.arange(model.vocab_size, device=model.device))[token]
-            assert (found - whole[t]).norm() <= noise_floor(model, layer) * whole[t].norm()
+            found = step.tokens(torch.arange(model.vocab_size, device=model.device))[
+                token
+            ]
+            assert (found - whole[t]).norm() <= noise_floor(model, layer) * whole[
+                t
+            ].norm()
             step = step.extend(token)
         assert step.position == len(prompt)
 
 
-def test_reading_a_prefix_at_once_or_by_token_is_the_same(family: Family, prompt: Tensor) -> None:
+def test_reading_a_prefix_at_once_or_by_token_is_the_same(
+    family: Family, prompt: Tensor
+) -> None:
     """after(prefix) and repeated extend agree."""
     model = family[1]
     grown = OneStepMap.after(model, 3)
@@ -37,13 +43,17 @@ def test_reading_a_prefix_at_once_or_by_token_is_the_same(family: Family, prompt
 def test_branches_are_prompts_of_their_own(family: Family, prompt: Tensor) -> None:
     """Several continuations in one pass: the states of full passes, and maps that go on from them."""
     model, layer, prefix = family[1], 3, prompt[:3]
-    rows = torch.stack([prompt[3:7], prompt[3:7].flip(0), (prompt[3:7] + 1) % model.vocab_size])
+    rows = torch.stack(
+        [prompt[3:7], prompt[3:7].flip(0), (prompt[3:7] + 1) % model.vocab_size]
+    )
     states, steps = OneStepMap.after(model, layer, prefix).branch(rows)
     tokens = torch.arange(5, device=model.device)
     for row, found, step in zip(rows, states, steps, strict=True):
         whole = torch.cat([prefix, row])
         torch.testing.assert_close(found, model.states(whole, layer)[3:])
-        torch.testing.assert_close(step.tokens(tokens), OneStepMap.after(model, layer, whole).tokens(tokens))
+        torch.testing.assert_close(
+            step.tokens(tokens), OneStepMap.after(model, layer, whole).tokens(tokens)
+        )
 
 
 def test_maps_do_not_share_what_they_grow(pocket: LanguageModel) -> None:
@@ -55,7 +65,9 @@ def test_maps_do_not_share_what_they_grow(pocket: LanguageModel) -> None:
     assert torch.equal(start.tokens(tokens), before)
 
 
-def test_chunks_do_not_matter(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_matter(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More candidates than rows in one pass: same states, in order."""
     step = OneStepMap.after(pocket, 2, pocket.encode("chunks"))
     tokens = torch.arange(50, device=pocket.device)
@@ -70,12 +82,23 @@ def test_gradient_is_that_of_finite_differences() -> None:
 
     model = load("pocket-gpt2", device="cpu", dtype=torch.float64)
     step = OneStepMap.after(model, 6, model.encode("slope"))
-    e, generator = model.embeddings[7].clone().requires_grad_(), torch.Generator().manual_seed(1)
-    direction, weights = torch.randn(2, model.d_model, dtype=torch.float64, generator=generator)
-    slope = torch.autograd.grad((step.embedding(e[None])[0] * weights).sum(), e)[0] @ direction
+    e, generator = (
+        model.embeddings[7].clone().requires_grad_(),
+        torch.Generator().manual_seed(1),
+    )
+    direction, weights = torch.randn(
+        2, model.d_model, dtype=torch.float64, generator=generator
+    )
+    slope = (
+        torch.autograd.grad((step.embedding(e[None])[0] * weights).sum(), e)[0]
+        @ direction
+    )
     h = 1e-5
     with torch.no_grad():
-        ahead, behind = step.embedding(torch.stack([e + h * direction, e - h * direction])) @ weights
+        ahead, behind = (
+            step.embedding(torch.stack([e + h * direction, e - h * direction]))
+            @ weights
+        )
     assert float(slope) == pytest.approx(float((ahead - behind) / (2 * h)), rel=1e-6)
 
 
@@ -92,7 +115,10 @@ def test_the_context_has_an_end(family: Family) -> None:
     """The last position works, one more is refused."""
     model = family[1]
     full = torch.zeros(model.n_positions, dtype=torch.int64, device=model.device)
-    assert OneStepMap.after(model, 1, full[:-1]).tokens(full[:1]).shape == (1, model.d_model)
+    assert OneStepMap.after(model, 1, full[:-1]).tokens(full[:1]).shape == (
+        1,
+        model.d_model,
+    )
     with pytest.raises(ModelError, match=f"prefix of {model.n_positions} tokens"):
         OneStepMap.after(model, 1, full).tokens(full[:1])
 
@@ -105,13 +131,21 @@ def test_jacobian_by_finite_differences(family: Family, prompt: Tensor) -> None:
     found, size = step.jacobian(e), 1e-3
     moved = size * torch.eye(len(e)).to(e)
     with torch.no_grad():
-        expected = (step.embedding(e + moved) - step.embedding(e - moved)).T / (2 * size)
+        expected = (step.embedding(e + moved) - step.embedding(e - moved)).T / (
+            2 * size
+        )
     assert torch.allclose(found, expected, atol=5e-3 * float(expected.abs().max()))
 
 
-def test_a_full_device_gets_fewer_candidates_a_pass(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_device_gets_fewer_candidates_a_pass(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The batch is halved until it fits, and the states are the same; one candidate that does not fit is an error."""
-    step, honest, sizes = OneStepMap.after(pocket, 2, pocket.encode("full")), OneStepMap.embedding, []
+    step, honest, sizes = (
+        OneStepMap.after(pocket, 2, pocket.encode("full")),
+        OneStepMap.embedding,
+        [],
+    )
 
     def small(self: OneStepMap, e: Tensor) -> Tensor:
         sizes.append(len(e))
@@ -126,21 +160,29 @@ def test_a_full_device_gets_fewer_candidates_a_pass(pocket: LanguageModel, monke
     assert max(sizes) > 20 and min(sizes) > 1 and sizes[-1] <= 20
     room = 0
     with pytest.raises(
-        ModelError, match=r"got one candidate after 2 tokens, which do not fit .* expected .* lower layer"
+        ModelError,
+        match=r"got one candidate after 2 tokens, which do not fit .* expected .* lower layer",
     ):
         step.tokens(tokens)
 
 
-def test_a_full_device_is_an_answer(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_device_is_an_answer(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A Jacobian, a pass over a prompt: what was too much, and what may fit; other errors stay what they are."""
-    step, token = OneStepMap.after(pocket, 2, pocket.encode("full")), pocket.embeddings[5]
+    step, token = (
+        OneStepMap.after(pocket, 2, pocket.encode("full")),
+        pocket.embeddings[5],
+    )
 
     def full(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(OneStepMap, "_run", full)
     error = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(ModelError, match="got a Jacobian of 256 rows after 2 tokens, which do not fit"):
+    with pytest.raises(
+        ModelError, match="got a Jacobian of 256 rows after 2 tokens, which do not fit"
+    ):
         step.jacobian(token)
     with pytest.raises(ModelError, match="got 1 prompts of 3 tokens, which do not fit"):
         step.extend(5)

@@ -7,16 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from sipit_lite import pocket
+from sipit_lite.pocket_gpt2 import train as pocket
 
 
 def random_data() -> dict[str, Tensor]:
     """Enough random tokens for the windows of a batch."""
     generator = torch.Generator().manual_seed(0)
-    return {f"{kind} train": torch.randint(pocket.VOCAB, (2000,), generator=generator) for kind in ("prose", "code")}
+    return {
+        f"{kind} train": torch.randint(pocket.VOCAB, (2000,), generator=generator)
+        for kind in ("prose", "code")
+    }
 
 
-def test_an_interrupted_training_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C after the checkpoint of step 2 of 3, then again from the start: the weights of an unbroken run."""
     monkeypatch.setattr(pocket, "BATCH", 2)
     data, honest = random_data(), pocket.batch
@@ -38,7 +43,9 @@ def test_an_interrupted_training_ends_the_same(tmp_path: Path, monkeypatch: pyte
         torch.testing.assert_close(one, two)
 
 
-def test_training_lowers_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_lowers_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ten steps on a text of one repeated token: the model learns it."""
     monkeypatch.setattr(pocket, "BATCH", 2)
     data = {name: torch.full((2000,), 7) for name in ("prose train", "code train")}

@@ -20,19 +20,34 @@ from transformers import (
 )
 
 from sipit_lite import LanguageModel, load
-from sipit_lite.prompts import bundled
+from sipit_lite.io.text import bundled
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(asked: str, *options: str) -> subprocess.CompletedProcess[str]:
     """The command of the README, on these models."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "tests/real", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "tests/real",
+        *options,
+    ]
     environment = os.environ | {"SIPIT_LITE_REAL": asked, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> str:
     """A folder as the hub would give it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -42,7 +57,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def small_gpt2(vocabulary: int) -> GPT2LMHeadModel:
     """Two blocks with every weight drawn."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=64, n_layer=2, n_head=4, n_positions=64))
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary, n_embd=64, n_layer=2, n_head=4, n_positions=64
+        )
+    )
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
@@ -60,7 +79,9 @@ def with_begin(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def folders(pocket: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def folders(
+    pocket: LanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """Two sound models, the second rotary, untied, with a begin-of-text token; and two broken ones."""
     place, vocabulary = tmp_path_factory.mktemp("weights"), pocket.vocab_size
     gpt2, config = small_gpt2(vocabulary), LlamaConfig(
@@ -69,12 +90,16 @@ def folders(pocket: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> 
     )  # fmt: skip
     found = {
         "gpt2": save(gpt2, pocket.tokenizer, place / "gpt2"),
-        "llama": save(LlamaForCausalLM(config), with_begin(pocket.tokenizer), place / "llama"),
+        "llama": save(
+            LlamaForCausalLM(config), with_begin(pocket.tokenizer), place / "llama"
+        ),
         "truncated": save(gpt2, pocket.tokenizer, place / "truncated"),
     }
     weights = place / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    twin = int(pocket.tokenizer(bundled("prose")[0])["input_ids"][3])  # a token of the prompt that is tested
+    twin = int(
+        pocket.tokenizer(bundled("prose")[0])["input_ids"][3]
+    )  # a token of the prompt that is tested
     with torch.no_grad():
         gpt2.transformer.wte.weight[twin] = gpt2.transformer.wte.weight[twin - 1]
     return found | {"twins": save(gpt2, pocket.tokenizer, place / "twins")}
@@ -85,13 +110,17 @@ def outcomes(folders: dict[str, str]) -> dict[str, dict[str, str]]:
     """For each folder, what became of each test, from one run over all of them."""
     done = run(os.pathsep.join(folders.values()), "-rA")
     found: dict[str, dict[str, str]] = {name: {} for name in folders}
-    for verdict, test, name in re.findall(r"^(\w+) .*::(\w+)\[.*/(\w+)\]", done.stdout, re.MULTILINE):
+    for verdict, test, name in re.findall(
+        r"^(\w+) .*::(\w+)\[.*/(\w+)\]", done.stdout, re.MULTILINE
+    ):
         found[name][test] = verdict
     assert done.returncode == 1, done.stdout + done.stderr
     return found
 
 
-def test_sound_folders_pass(folders: dict[str, str], outcomes: dict[str, dict[str, str]]) -> None:
+def test_sound_folders_pass(
+    folders: dict[str, str], outcomes: dict[str, dict[str, str]]
+) -> None:
     """The same four tests for each; the second puts a begin-of-text token before every text."""
     assert load(folders["llama"], device="cpu").begin == 0
     assert len(outcomes["gpt2"]) == 4 and set(outcomes["gpt2"].values()) == {"PASSED"}
@@ -100,11 +129,19 @@ def test_sound_folders_pass(folders: dict[str, str], outcomes: dict[str, dict[st
 
 def test_broken_folders_fail(outcomes: dict[str, dict[str, str]]) -> None:
     """Truncated weights cannot be read; two equal embeddings make the inversion refuse, and nothing else notices."""
-    assert set(outcomes["truncated"].values()) == {"ERROR"} and len(outcomes["truncated"]) == 4
-    assert outcomes["twins"] == outcomes["gpt2"] | {"test_auto_recovers_the_prompt": "FAILED"}
+    assert (
+        set(outcomes["truncated"].values()) == {"ERROR"}
+        and len(outcomes["truncated"]) == 4
+    )
+    assert outcomes["twins"] == outcomes["gpt2"] | {
+        "test_auto_recovers_the_prompt": "FAILED"
+    }
 
 
 def test_without_models_it_says_what_is_missing() -> None:
     """One line in place of a green run of nothing."""
     done = run("")
-    assert done.returncode == 4 and "got SIPIT_LITE_REAL=''; expected 'paper' for gpt2" in done.stderr
+    assert (
+        done.returncode == 4
+        and "got SIPIT_LITE_REAL=''; expected 'paper' for gpt2" in done.stderr
+    )

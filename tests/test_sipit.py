@@ -22,33 +22,47 @@ from sipit_lite import (
     invert,
     load,
 )
-from sipit_lite.prompts import prompts
+from sipit_lite.io.text import prompts
 
 Family = tuple[PreTrainedModel, LanguageModel]
-TEXTS = ["Language models forget nothing.", "for i in range(10):\n    print(i)\n", "naïve 🙂 привет 世界"]
+TEXTS = [
+    "Language models forget nothing.",
+    "for i in range(10):\n    print(i)\n",
+    "naïve 🙂 привет 世界",
+]
 
 
 def brute_force(model: LanguageModel, states: Tensor, layer: int) -> list[int]:
     """The oracle: whole prompts through the whole model, no cache, no radius, the nearest of all tokens."""
     prefix: list[int] = []
     for t, row in enumerate(states):
-        rows = torch.tensor([[*prefix, v] for v in range(model.vocab_size)], device=model.device)
+        rows = torch.tensor(
+            [[*prefix, v] for v in range(model.vocab_size)], device=model.device
+        )
         with torch.no_grad():
-            found = model.decoder(rows, output_hidden_states=True).hidden_states[layer][:, t]
+            found = model.decoder(rows, output_hidden_states=True).hidden_states[layer][
+                :, t
+            ]
         prefix.append(int((found - row).norm(dim=1).argmin()))
     return prefix
 
 
 @pytest.mark.parametrize("policy", [Gradient(), Random(), Gradient(1)], ids=repr)
-def test_every_family_at_every_layer(policy: Gradient | Random, family: Family, prompt: Tensor) -> None:
+def test_every_family_at_every_layer(
+    policy: Gradient | Random, family: Family, prompt: Tensor
+) -> None:
     """Exact, and equal to brute force where transformers gives the same states (below the last layer)."""
     model = family[1]
     for layer in range(model.n_layers + 1):
         states = model.states(prompt, layer)
         recovery = invert(states, model, layer, policy=policy)
         assert recovery.tokens.tolist() == prompt.tolist()
-        assert (recovery.distance <= recovery.radius).all() and (recovery.runner_up > recovery.radius).all()
-        assert (recovery.tested >= 2).all() and (recovery.tested <= model.vocab_size).all()
+        assert (recovery.distance <= recovery.radius).all() and (
+            recovery.runner_up > recovery.radius
+        ).all()
+        assert (recovery.tested >= 2).all() and (
+            recovery.tested <= model.vocab_size
+        ).all()
         if layer < model.n_layers:
             assert recovery.tokens.tolist() == brute_force(model, states, layer)
 
@@ -66,9 +80,13 @@ class Spy:
 
     drawn: list[int]
 
-    def proposals(self, step: OneStepMap, observed: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    def proposals(
+        self, step: OneStepMap, observed: Tensor, generator: torch.Generator
+    ) -> Iterator[Tensor]:
         """All tokens at once."""
-        self.drawn.append(int(torch.randint(step.model.vocab_size, (), generator=generator)))
+        self.drawn.append(
+            int(torch.randint(step.model.vocab_size, (), generator=generator))
+        )
         yield torch.arange(step.model.vocab_size, device=step.model.device)
 
 
@@ -82,8 +100,23 @@ def test_random_starts_are_not_the_answers(pocket: LanguageModel) -> None:
 def test_edge_prompts(pocket: LanguageModel) -> None:
     """One token, the end-of-text token, one token repeated, and the full context."""
     end = pocket.tokenizer.eos_token_id
-    full = torch.cat([*(ids for ids, _ in zip(prompts(pocket.tokenizer, "prose", 16), range(16), strict=False))])
-    for ids in (torch.tensor([7]), torch.tensor([end]), torch.tensor([7] * 20), torch.tensor([end] * 5), full):
+    full = torch.cat(
+        [
+            *(
+                ids
+                for ids, _ in zip(
+                    prompts(pocket.tokenizer, "prose", 16), range(16), strict=False
+                )
+            )
+        ]
+    )
+    for ids in (
+        torch.tensor([7]),
+        torch.tensor([end]),
+        torch.tensor([7] * 20),
+        torch.tensor([end] * 5),
+        full,
+    ):
         assert torch.equal(invert(pocket.states(ids, 3), pocket, 3).tokens, ids)
     assert len(full) == pocket.n_positions
 
@@ -93,7 +126,9 @@ def test_certified_means_the_whole_vocabulary(pocket: LanguageModel) -> None:
     ids = pocket.encode("certify")
     recovery = invert(pocket.states(ids, 2), pocket, 2, certify=True)
     assert (recovery.tested == pocket.vocab_size).all()
-    states = OneStepMap.after(pocket, 2).tokens(torch.arange(pocket.vocab_size, device=pocket.device))
+    states = OneStepMap.after(pocket, 2).tokens(
+        torch.arange(pocket.vocab_size, device=pocket.device)
+    )
     expected = (states - states[ids[0]]).norm(dim=1).topk(2, largest=False).values[1]
     assert float(recovery.runner_up[0]) == pytest.approx(float(expected), rel=1e-3)
 
@@ -117,7 +152,9 @@ def tiny(seed: int, spread: float) -> LanguageModel:
     model = load("pocket-gpt2", random_init=True, seed=seed, device="cpu")
     with torch.no_grad():
         table = model.decoder.get_input_embeddings().weight
-        table[:12] = table[:1] + spread * torch.randn(12, table.shape[1], generator=torch.Generator().manual_seed(seed))
+        table[:12] = table[:1] + spread * torch.randn(
+            12, table.shape[1], generator=torch.Generator().manual_seed(seed)
+        )
     return model
 
 
@@ -126,13 +163,17 @@ def tiny(seed: int, spread: float) -> LanguageModel:
        spread=st.sampled_from([1e-1, 1e-3, 3e-5, 1e-6, 1e-8]),
        dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]),
        policy=st.sampled_from([Gradient(), Gradient(4, 3), Random(), Random(3)]))  # fmt: skip
-def test_no_silent_error(seed: int, spread: float, layer: int, dtype: torch.dtype, policy: Gradient | Random) -> None:
+def test_no_silent_error(
+    seed: int, spread: float, layer: int, dtype: torch.dtype, policy: Gradient | Random
+) -> None:
     """However coarse the format and however close the tokens: exact, or a named refusal with a true prefix."""
     model = TINY[seed % len(TINY)] if spread == 1e-1 else tiny(seed, spread)
     ids = torch.randint(12, (3,), generator=torch.Generator().manual_seed(seed))
     states = model.states(ids, layer).to(dtype)
     try:
-        assert torch.equal(invert(states, model, layer, seed=seed, policy=policy).tokens, ids)
+        assert torch.equal(
+            invert(states, model, layer, seed=seed, policy=policy).tokens, ids
+        )
     except NotVerified as refusal:
         assert torch.equal(refusal.recovered.tokens, ids[: refusal.position])
         assert refusal.position < len(ids) and refusal.distance >= 0
@@ -155,7 +196,10 @@ def test_no_silent_error_beside_a_massive_dimension(policy: Gradient | Random) -
     for seed in range(20):
         ids = torch.randint(500, (2,), generator=torch.Generator().manual_seed(seed))
         try:
-            assert torch.equal(invert(model.states(ids, 0), model, 0, policy=policy, seed=seed).tokens, ids)
+            assert torch.equal(
+                invert(model.states(ids, 0), model, 0, policy=policy, seed=seed).tokens,
+                ids,
+            )
         except NotVerified:
             refused += 1
     assert refused > 0
@@ -166,7 +210,9 @@ def test_coarse_formats_are_refused_where_tokens_collide() -> None:
     model, ids = tiny(0, 1e-8), torch.tensor([3, 5])
     with pytest.raises(Ambiguous, match=r"position 0: \d+ tokens verify, among them"):
         invert(model.states(ids, 0).to(torch.bfloat16), model, 0)
-    assert torch.equal(invert(TINY[0].states(ids, 0).to(torch.bfloat16), TINY[0], 0).tokens, ids)
+    assert torch.equal(
+        invert(TINY[0].states(ids, 0).to(torch.bfloat16), TINY[0], 0).tokens, ids
+    )
 
 
 @pytest.mark.parametrize("policy", [Gradient(), Random(1)], ids=repr)
@@ -174,21 +220,33 @@ def test_twin_embeddings_are_ambiguous(policy: Gradient | Random) -> None:
     """Two tokens with one embedding row: no state can tell them apart, whatever the policy tries first."""
     model = load("pocket-gpt2", device="cpu", random_init=True)
     with torch.no_grad():
-        model.decoder.get_input_embeddings().weight[9] = model.decoder.get_input_embeddings().weight[4]
+        model.decoder.get_input_embeddings().weight[9] = (
+            model.decoder.get_input_embeddings().weight[4]
+        )
     with pytest.raises(Ambiguous, match="2 tokens verify") as refusal:
         invert(model.states(torch.tensor([8, 4]), 2), model, 2, policy=policy)
-    assert refusal.value.position == 1 and refusal.value.recovered.tokens.tolist() == [8]
+    assert refusal.value.position == 1 and refusal.value.recovered.tokens.tolist() == [
+        8
+    ]
 
 
-def test_noise_within_epsilon_is_exact_and_without_it_refused(pocket: LanguageModel) -> None:
+def test_noise_within_epsilon_is_exact_and_without_it_refused(
+    pocket: LanguageModel,
+) -> None:
     """Theorem 3.2: noise under half the margin; the user says how much there may be."""
     ids = pocket.encode("noise")
     states = pocket.states(ids, 3)
-    half = min(OneStepMap.after(pocket, 3, ids[:t]).margin() for t in range(len(ids))) / 2
-    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
+    half = (
+        min(OneStepMap.after(pocket, 3, ids[:t]).margin() for t in range(len(ids))) / 2
+    )
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(
+        states
+    )
     noisy = states + 0.9 * half * noise / noise.norm(dim=1, keepdim=True)
     assert torch.equal(invert(noisy, pocket, 3, epsilon=0.95 * half).tokens, ids.cpu())
-    with pytest.raises(NotVerified, match=r"position 0: no token verifies \(noisy states need epsilon"):
+    with pytest.raises(
+        NotVerified, match=r"position 0: no token verifies \(noisy states need epsilon"
+    ):
         invert(noisy, pocket, 3)
 
 
@@ -201,17 +259,26 @@ def test_noise_beyond_the_margin_is_refused_not_guessed(pocket: LanguageModel) -
 def test_states_of_another_layer_or_model_are_refused(pocket: LanguageModel) -> None:
     """Nothing verifies: position, nearest token, its distance and radius are named."""
     states = pocket.states("another layer", 3)
-    for model, layer in ((pocket, 2), (load("pocket-gpt2", random_init=True, device=pocket.device), 3)):
+    for model, layer in (
+        (pocket, 2),
+        (load("pocket-gpt2", random_init=True, device=pocket.device), 3),
+    ):
         with pytest.raises(
-            NotVerified, match=r"position 0: no token verifies.*nearest of 4096 tested is \d+"
+            NotVerified,
+            match=r"position 0: no token verifies.*nearest of 4096 tested is \d+",
         ) as refusal:
             invert(states, model, layer)
         assert refusal.value.distance > refusal.value.radius > 0
-        assert refusal.value.recovered.text == "" and len(refusal.value.recovered.tokens) == 0
+        assert (
+            refusal.value.recovered.text == ""
+            and len(refusal.value.recovered.tokens) == 0
+        )
 
 
 @pytest.mark.parametrize("spoiled", [1, 4])
-def test_what_was_recovered_comes_with_the_error(pocket: LanguageModel, spoiled: int) -> None:
+def test_what_was_recovered_comes_with_the_error(
+    pocket: LanguageModel, spoiled: int
+) -> None:
     """A state changed in one place stops the inversion there, and the prefix is kept."""
     ids = pocket.encode("the prefix is kept, always")
     states = pocket.states(ids, 3).clone()
@@ -229,7 +296,9 @@ class StopsAt:
 
     position: int
 
-    def proposals(self, step: OneStepMap, observed: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    def proposals(
+        self, step: OneStepMap, observed: Tensor, generator: torch.Generator
+    ) -> Iterator[Tensor]:
         """The vocabulary, until the position comes."""
         if step.position == self.position:
             raise KeyboardInterrupt
@@ -245,7 +314,9 @@ def test_ctrl_c_keeps_the_prefix(pocket: LanguageModel) -> None:
     assert torch.equal(stop.value.recovered.tokens, ids[:3].cpu())
 
 
-def test_ctrl_c_during_the_last_look_keeps_everything(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_during_the_last_look_keeps_everything(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All tokens are verified by then, so all come with the exception."""
     ids = pocket.encode("nearly done")
     states = pocket.states(ids, 2)
@@ -260,12 +331,18 @@ def test_ctrl_c_during_the_last_look_keeps_everything(pocket: LanguageModel, mon
     assert torch.equal(stop.value.recovered.tokens, ids.cpu())
 
 
-def test_the_whole_prompt_is_read_once_more(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_prompt_is_read_once_more(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If the one-step map were wrong, the pass over the whole prompt would show it."""
     ids = pocket.encode("one more look")
     states = pocket.states(ids, 2)
     honest = LanguageModel.states
-    monkeypatch.setattr(LanguageModel, "states", lambda self, prompt, layer: honest(self, prompt, layer) * 1.01)
+    monkeypatch.setattr(
+        LanguageModel,
+        "states",
+        lambda self, prompt, layer: honest(self, prompt, layer) * 1.01,
+    )
     with pytest.raises(NotVerified, match="read in one pass, is"):
         invert(states, pocket, 2)
 
@@ -283,7 +360,9 @@ def test_models_that_compute_in_other_formats(dtype: torch.dtype) -> None:
 def test_gpt2_architecture_at_initialisation() -> None:
     """124M parameters, last layer: exact."""
     model = load("gpt2", random_init=True)
-    ids = torch.randint(model.vocab_size, (4,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.vocab_size, (4,), generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(invert(model.states(ids, 12), model, 12).tokens, ids)
 
 
@@ -291,22 +370,32 @@ def test_gpt2_architecture_at_initialisation() -> None:
 def test_a_model_of_sixteen_bits_agrees_with_itself_bit_for_bit(layer: int) -> None:
     """In bfloat16 several tokens lie inside the noise floor; the pass that made the states tells them apart."""
     model = load("pocket-gpt2", dtype=torch.bfloat16)
-    ids = torch.randint(model.vocab_size, (14,), generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(
+        model.vocab_size, (14,), generator=torch.Generator().manual_seed(4)
+    )
     recovery = invert(model.states(ids, layer), model, layer)
     assert torch.equal(recovery.tokens, ids)
-    assert bool((recovery.radius == 0).any()), "no position was ambiguous, so this test shows nothing"
+    assert bool((recovery.radius == 0).any()), (
+        "no position was ambiguous, so this test shows nothing"
+    )
 
 
 def test_passes_of_a_generation_are_repeated() -> None:
     """States computed eight positions at once and then one by one need passes of these lengths to agree in each bit."""
     model = load("pocket-gpt2", dtype=torch.bfloat16)
-    ids = torch.randint(model.vocab_size, (11,), generator=torch.Generator().manual_seed(8))
+    ids = torch.randint(
+        model.vocab_size, (11,), generator=torch.Generator().manual_seed(8)
+    )
     states, step = OneStepMap.after(model, 1).follow(ids[:8])
     rows = [states]
     for t in range(8, 11):
         states, step = step.follow(ids[t : t + 1])
         rows.append(states)
-    assert torch.equal(invert(torch.cat(rows), model, 1, passes=[8, 1, 1, 1]).tokens, ids)
+    assert torch.equal(
+        invert(torch.cat(rows), model, 1, passes=[8, 1, 1, 1]).tokens, ids
+    )
     for passes in ([8, 1], [11, 0], []):
-        with pytest.raises(StatesError, match="expected lengths of at least 1, 11 in all"):
+        with pytest.raises(
+            StatesError, match="expected lengths of at least 1, 11 in all"
+        ):
             invert(torch.cat(rows), model, 1, passes=passes)

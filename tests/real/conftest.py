@@ -13,7 +13,11 @@ PAPER = (
     "microsoft/Phi-4-mini-instruct",
 )  # one of each family
 ASKED = os.environ.get("SIPIT_LITE_REAL", "")
-MODELS = list(PAPER) if ASKED == "paper" else [name for name in ASKED.split(os.pathsep) if name]
+MODELS = (
+    list(PAPER)
+    if ASKED == "paper"
+    else [name for name in ASKED.split(os.pathsep) if name]
+)
 
 
 def pytest_configure() -> None:

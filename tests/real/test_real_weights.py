@@ -13,9 +13,18 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sipit_lite import LanguageModel, Lens, OneStepMap, closest_pairs, invert, last_states, load, noise_floor
-from sipit_lite.prompts import bundled
-from sipit_lite.reproduce import Plan, at_random, texts
+from sipit_lite import (
+    LanguageModel,
+    Lens,
+    OneStepMap,
+    closest_pairs,
+    invert,
+    last_states,
+    load,
+    noise_floor,
+)
+from sipit_lite.experiments.reproduce import Plan, at_random, texts
+from sipit_lite.io.text import bundled
 
 pytestmark = pytest.mark.timeout(7200)
 DTYPE = getattr(torch, os.environ.get("SIPIT_LITE_REAL_DTYPE", "float32"))
@@ -27,13 +36,23 @@ TOKENS = 20
 def reference(name: str) -> tuple[Tensor, dict[int, Tensor]]:
     """A held-out prompt, and its states at all layers by transformers alone; nothing of the model is kept."""
     whole = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE).eval().to(DEVICE)
-    ids = AutoTokenizer.from_pretrained(name)(bundled("prose")[0], return_tensors="pt")["input_ids"][:, :TOKENS]
+    ids = AutoTokenizer.from_pretrained(name)(bundled("prose")[0], return_tensors="pt")[
+        "input_ids"
+    ][:, :TOKENS]
     received = []
-    norm = next(part for part_name, part in whole.get_decoder().named_children() if part_name in NORMS)
-    norm.register_forward_hook(lambda module, inputs, output: received.append(inputs[0]))
+    norm = next(
+        part
+        for part_name, part in whole.get_decoder().named_children()
+        if part_name in NORMS
+    )
+    norm.register_forward_hook(
+        lambda module, inputs, output: received.append(inputs[0])
+    )
     with torch.no_grad():
         states = whole(ids.to(DEVICE), output_hidden_states=True).hidden_states
-    return ids[0], {layer: x[0].cpu() for layer, x in enumerate((*states[:-1], received[0]))}
+    return ids[0], {
+        layer: x[0].cpu() for layer, x in enumerate((*states[:-1], received[0]))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +68,9 @@ def depths(model: LanguageModel) -> list[int]:
     return sorted({1, max(1, model.n_layers // 2), model.n_layers})
 
 
-def test_states_are_those_of_transformers(loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]]) -> None:
+def test_states_are_those_of_transformers(
+    loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]],
+) -> None:
     """At every layer from the embeddings on, the last before the final norm."""
     model, ids, expected = loaded
     assert set(expected) == set(range(model.n_layers + 1))
@@ -57,30 +78,45 @@ def test_states_are_those_of_transformers(loaded: tuple[LanguageModel, Tensor, d
         torch.testing.assert_close(model.states(ids, layer).cpu(), states)
 
 
-def test_a_cached_step_is_a_full_pass(loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]]) -> None:
+def test_a_cached_step_is_a_full_pass(
+    loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]],
+) -> None:
     """The state of the last token over a cached prefix, within the noise floor of the layer."""
     model, ids, _ = loaded
     for layer in depths(model):
         step = OneStepMap.after(model, layer, ids[:-1]).tokens(ids[-1:])[0].double()
         full = model.states(ids, layer)[-1].double()
-        assert vector_norm(step - full) <= noise_floor(model, layer) * vector_norm(full), layer
+        assert vector_norm(step - full) <= noise_floor(model, layer) * vector_norm(
+            full
+        ), layer
 
 
-def test_auto_recovers_the_prompt(loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]]) -> None:
+def test_auto_recovers_the_prompt(
+    loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]],
+) -> None:
     """A held-out prompt, exactly, from three layers."""
     model, ids, _ = loaded
     tokens = max(4000, 2 * model.d_model)
     for layer in depths(model):
         drawn = at_random(model, tokens // 16 + 1, Plan(1, 16))
         lens = Lens.fit(model, layer, prompts=drawn, tokens=tokens, features=0)
-        assert torch.equal(invert(model.states(ids, layer), model, layer, lens=lens).tokens, ids.cpu()), layer
+        assert torch.equal(
+            invert(model.states(ids, layer), model, layer, lens=lens).tokens, ids.cpu()
+        ), layer
 
 
-def test_no_collision_among_some_prompts(loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]]) -> None:
+def test_no_collision_among_some_prompts(
+    loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]],
+) -> None:
     """Prose and code of 16 tokens: the closest pair is farther apart than the noise floor."""
     model, *_ = loaded
     asked = texts(model, 200, Plan(200, 16, source="bundled"))
-    for layer, states in zip(depths(model), last_states(model, asked, depths(model)), strict=True):
+    for layer, states in zip(
+        depths(model), last_states(model, asked, depths(model)), strict=True
+    ):
         report = closest_pairs(states.to(model.device), 1, prompts=asked)
         assert report.collisions == report.practical == 0
-        assert report.minimum > noise_floor(model, layer) * vector_norm(states.double(), dim=1).max()
+        assert (
+            report.minimum
+            > noise_floor(model, layer) * vector_norm(states.double(), dim=1).max()
+        )

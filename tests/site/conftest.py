@@ -18,7 +18,9 @@ CHROMIUM = os.environ.get("CHROMIUM", "chromium")  # a command or a path
 # Playwright switches the background traffic of the browser off. Besides, no name has an address but this machine's:
 # what bypasses the gate below, as a look-up ahead of a click, finds nobody.
 NO_NAMES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-TYPESET = "async () => { await window.MathJax?.startup?.promise; await document.fonts.ready }"
+TYPESET = (
+    "async () => { await window.MathJax?.startup?.promise; await document.fonts.ready }"
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ def pytest_configure() -> None:
         )
     for builder in ("html", "singlehtml"):
         if not (BUILD / builder / "intro.html").exists():
-            raise pytest.UsageError(f"got no {BUILD / builder / 'intro.html'}; expected the built book: make site")
+            raise pytest.UsageError(
+                f"got no {BUILD / builder / 'intro.html'}; expected the built book: make site"
+            )
 
 
 @contextmanager
@@ -53,7 +57,9 @@ def serving(folder: Path) -> Iterator[str]:
         def log_message(self, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=folder)
+    ) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -74,7 +80,9 @@ def browser() -> Iterator[Browser]:
     """The system's browser; Playwright's own is never downloaded."""
     with (
         sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=shutil.which(CHROMIUM), args=[NO_NAMES]) as started,
+        playwright.chromium.launch(
+            executable_path=shutil.which(CHROMIUM), args=[NO_NAMES]
+        ) as started,
     ):
         yield started
 
@@ -95,7 +103,10 @@ def window(browser: Browser) -> Iterator[Visitor]:
                     route.abort()
 
             visit.page.route("**/*", gate)
-            visit.page.on("console", lambda m: visit.errors.append(m.text) if m.type == "error" else None)
+            visit.page.on(
+                "console",
+                lambda m: visit.errors.append(m.text) if m.type == "error" else None,
+            )
             visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
             visit.page.goto(f"{book}/{name}", timeout=120_000)
             visit.page.evaluate(TYPESET)

@@ -10,7 +10,9 @@ from playwright.sync_api import Locator
 
 WIDTHS = {"phone": 375, "tablet": 768, "desk": 1280}  # of the window, in CSS pixels
 DISK = (BUILD / "html").as_uri()
-PAGES = sorted(path.name for path in (BUILD / "html").glob("*.html") if path.name != "index.html")
+PAGES = sorted(
+    path.name for path in (BUILD / "html").glob("*.html") if path.name != "index.html"
+)
 # A command, an opening bracket of a formula, or a dollar.
 RAW_TEX = re.compile(r".{0,30}(?:\\[a-zA-Z(\[]|\$).{0,30}")
 # Code is code, and MathJax keeps the source of a formula nowhere else than in itself.
@@ -49,7 +51,9 @@ def formulas_not_set(visit: Visit) -> list[str]:
 
 def raw_tex(visit: Visit) -> list[str]:
     """TeX in the text of the page, opened solutions included."""
-    return [f"raw TeX: {found}" for found in RAW_TEX.findall(visit.page.evaluate(PROSE))]
+    return [
+        f"raw TeX: {found}" for found in RAW_TEX.findall(visit.page.evaluate(PROSE))
+    ]
 
 
 def sideways_scroll(visit: Visit) -> list[str]:
@@ -59,7 +63,11 @@ def sideways_scroll(visit: Visit) -> list[str]:
     for window, width in WIDTHS.items():
         visit.page.set_viewport_size({"width": width, "height": 800})
         more = visit.page.evaluate("document.scrollingElement.scrollWidth - innerWidth")
-        found += [f"{more} pixels wider than a {window}: {visit.page.evaluate(WIDER)}"] if more > 1 else []
+        found += (
+            [f"{more} pixels wider than a {window}: {visit.page.evaluate(WIDER)}"]
+            if more > 1
+            else []
+        )
     return found
 
 
@@ -91,9 +99,13 @@ def test_page_is_sound(name: str, visit: Visitor) -> None:
         ("<details><p style='width: 400px'>wide</p></details>", sideways_scroll),
     ],
 )
-def test_unsound_page_is_caught(body: str, check: Callable[[Visit], list[str]], tmp_path: Path, visit: Visitor) -> None:
+def test_unsound_page_is_caught(
+    body: str, check: Callable[[Visit], list[str]], tmp_path: Path, visit: Visitor
+) -> None:
     """Each check can fail."""
-    (tmp_path / "broken.html").write_text(f"<!doctype html><title>broken</title><article>{body}</article>")
+    (tmp_path / "broken.html").write_text(
+        f"<!doctype html><title>broken</title><article>{body}</article>"
+    )
     assert check(visit(tmp_path.as_uri(), "broken.html"))
 
 
@@ -120,8 +132,16 @@ def test_search_answers(book: str, visit: Visitor) -> None:
         found.page.locator("input[type=search]:visible").fill(word)
         with found.page.expect_navigation():
             found.page.keyboard.press("Enter")
-        found.page.get_by_text(re.compile("Search finished|did not match any")).wait_for()
-        assert any("one_step_map" in link for link in results.evaluate_all("a => a.map(x => x.href)")) is expected
+        found.page.get_by_text(
+            re.compile("Search finished|did not match any")
+        ).wait_for()
+        assert (
+            any(
+                "one_step_map" in link
+                for link in results.evaluate_all("a => a.map(x => x.href)")
+            )
+            is expected
+        )
     found.page.go_back()
     results.first.click()
     found.page.locator("article h1").wait_for()
@@ -134,7 +154,10 @@ def test_hidden_solution_opens_and_closes(book: str, visit: Visitor) -> None:
     solutions = found.page.locator(".solution.dropdown").all()
     assert len(solutions) >= 3
     for solution in solutions:
-        content, title = solution.locator("p:not(.admonition-title)").first, solution.locator(".admonition-title")
+        content, title = (
+            solution.locator("p:not(.admonition-title)").first,
+            solution.locator(".admonition-title"),
+        )
         for seen in (False, True, False):
             assert content.is_visible() is seen
             title.click()
@@ -152,7 +175,11 @@ def test_hidden_cell_opens(book: str, visit: Visitor) -> None:
 
 def test_animation_plays(book: str, visit: Visitor) -> None:
     """Play shows one frame after the other, and pause stops."""
-    animated = [name for name in PAGES if 'class="animation"' in (BUILD / "html" / name).read_text(encoding="utf-8")]
+    animated = [
+        name
+        for name in PAGES
+        if 'class="animation"' in (BUILD / "html" / name).read_text(encoding="utf-8")
+    ]
     assert animated
     for name in animated:
         found = visit(book, name)

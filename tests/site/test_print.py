@@ -27,12 +27,16 @@ def formulas_missing(visit: Visit) -> list[str]:
     """Formulas that are not set, or take no room."""
     left = visit.page.locator(NOT_SET).all_text_contents()
     empty = visit.page.locator(f"{FORMULAS} > svg").evaluate_all(EMPTY)
-    return [f"not set: {text}" for text in left] + [f"{empty} formulas without a size"] * bool(empty)
+    return [f"not set: {text}" for text in left] + [
+        f"{empty} formulas without a size"
+    ] * bool(empty)
 
 
 def pictures_missing(visit: Visit) -> list[str]:
     """Pictures whose file was not read."""
-    return visit.page.locator(PICTURES).evaluate_all("all => all.filter(e => !e.naturalWidth).map(e => e.src)")
+    return visit.page.locator(PICTURES).evaluate_all(
+        "all => all.filter(e => !e.naturalWidth).map(e => e.src)"
+    )
 
 
 def code_cut_off(visit: Visit) -> list[str]:
@@ -42,22 +46,39 @@ def code_cut_off(visit: Visit) -> list[str]:
 
 def still_folded(visit: Visit) -> list[str]:
     """Solutions, answers and code that stay behind their titles."""
-    return visit.page.locator("article :is(details, .toggle) > :not(summary, button)").evaluate_all(FOLDED)
+    return visit.page.locator(
+        "article :is(details, .toggle) > :not(summary, button)"
+    ).evaluate_all(FOLDED)
 
 
 def pictures_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
     """There are as many pictures on paper as the page shows."""
     shown = set(visit.page.locator(PICTURES).evaluate_all("all => all.map(e => e.src)"))
     objects = [sheet["/Resources"].get("/XObject", {}) for sheet in paper.pages]
-    printed = {below.raw_get(name).idnum for below in objects for name in below if below[name]["/Subtype"] == "/Image"}
-    return [] if len(printed) >= len(shown) else [f"{len(printed)} of {len(shown)} pictures are on paper"]
+    printed = {
+        below.raw_get(name).idnum
+        for below in objects
+        for name in below
+        if below[name]["/Subtype"] == "/Image"
+    }
+    return (
+        []
+        if len(printed) >= len(shown)
+        else [f"{len(printed)} of {len(shown)} pictures are on paper"]
+    )
 
 
 def formulas_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
     """Letters of formulas are outlines, many to a formula; the text of a page has none, and boxes have few."""
     shown = visit.page.locator(FORMULAS).count()
-    curves = sum(len(CURVE.findall(sheet.get_contents().get_data())) for sheet in paper.pages)
-    return [] if curves >= 50 * shown else [f"{curves} curves on paper, too few for {shown} formulas"]
+    curves = sum(
+        len(CURVE.findall(sheet.get_contents().get_data())) for sheet in paper.pages
+    )
+    return (
+        []
+        if curves >= 50 * shown
+        else [f"{curves} curves on paper, too few for {shown} formulas"]
+    )
 
 
 def bookmarks(entries: list) -> Iterator[Destination]:
@@ -73,7 +94,10 @@ def squeezed(text: str) -> str:
 
 def chapters_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
     """Each chapter has a bookmark to a page that has its title, in the order of the table of contents."""
-    there = [(squeezed(mark.title), paper.get_destination_page_number(mark)) for mark in bookmarks(paper.outline)]
+    there = [
+        (squeezed(mark.title), paper.get_destination_page_number(mark))
+        for mark in bookmarks(paper.outline)
+    ]
     missing, last = [], 0
     for title in map(squeezed, visit.page.locator(CHAPTERS).all_text_contents()):
         pages = [page for name, page in there if name.startswith(title) and page > last]
@@ -86,7 +110,13 @@ def chapters_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
 
 def printed(visit: Visit, path: Path) -> PdfReader:
     """The page on paper, kept as a file."""
-    return PdfReader(BytesIO(visit.page.pdf(path=path, tagged=True, outline=True, prefer_css_page_size=True)))
+    return PdfReader(
+        BytesIO(
+            visit.page.pdf(
+                path=path, tagged=True, outline=True, prefer_css_page_size=True
+            )
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +126,15 @@ def book(browser: Browser) -> Iterator[Visit]:
         visit = opened((BUILD / "singlehtml").as_uri(), "intro.html")
         visit.page.set_viewport_size(PAPER)
         visit.page.emulate_media(media="print")
-        visit.page.evaluate("dispatchEvent(new Event('beforeprint'))")  # solutions listen to it
+        visit.page.evaluate(
+            "dispatchEvent(new Event('beforeprint'))"
+        )  # solutions listen to it
         yield visit
 
 
-@pytest.mark.parametrize("check", [formulas_missing, pictures_missing, code_cut_off, still_folded])
+@pytest.mark.parametrize(
+    "check", [formulas_missing, pictures_missing, code_cut_off, still_folded]
+)
 def test_long_page_is_whole(check: Callable[[Visit], list[str]], book: Visit) -> None:
     """Formulas are set, pictures are there, no code is cut off, and nothing is folded."""
     assert check(book) == []
@@ -133,7 +167,10 @@ def test_printed_book_is_whole(book: Visit) -> None:
         ("<img src='missing.png'>", pictures_missing),
         (f"<pre style='overflow: auto'>{'x' * 400}</pre>", code_cut_off),
         ("<details><summary>answer</summary><p>42</p></details>", still_folded),
-        ("<div class='toggle'><p style='visibility: hidden'>42</p></div>", still_folded),
+        (
+            "<div class='toggle'><p style='visibility: hidden'>42</p></div>",
+            still_folded,
+        ),
     ],
 )
 def test_page_that_is_not_whole_is_caught(
@@ -155,10 +192,18 @@ SMALL = f"""<!doctype html><html lang=en><article><h1>Book</h1><p style='break-a
 
 @pytest.mark.parametrize(
     ("selector", "check"),
-    [("img", pictures_not_printed), ("svg", formulas_not_printed), ("h2", chapters_not_printed), ("none", None)],
+    [
+        ("img", pictures_not_printed),
+        ("svg", formulas_not_printed),
+        ("h2", chapters_not_printed),
+        ("none", None),
+    ],
 )
 def test_what_is_not_printed_is_missed(
-    selector: str, check: Callable[[Visit, PdfReader], list[str]] | None, tmp_path: Path, visit: Visitor
+    selector: str,
+    check: Callable[[Visit, PdfReader], list[str]] | None,
+    tmp_path: Path,
+    visit: Visitor,
 ) -> None:
     """Each check of the paper fails where something is seen and not printed, and only then."""
     style = f"<style>@media print {{ {selector} {{ display: none }} }}</style>"
@@ -166,4 +211,6 @@ def test_what_is_not_printed_is_missed(
     found = visit(tmp_path.as_uri(), "small.html")
     paper = printed(found, tmp_path / "small.pdf")
     checks = (pictures_not_printed, formulas_not_printed, chapters_not_printed)
-    assert [failed for failed in checks if failed(found, paper)] == ([check] if check else [])
+    assert [failed for failed in checks if failed(found, paper)] == (
+        [check] if check else []
+    )

@@ -1,0 +1,1 @@
+"""What is measured: benches, the paper's experiments, defences, other methods for comparison."""

@@ -1,0 +1,1 @@
+"""What goes beyond the paper: drafts by a lens, the last state alone, several processes."""

@@ -1,0 +1,1 @@
+"""The bundled model, its tokenizer and its held-out passages; ``train`` made it."""

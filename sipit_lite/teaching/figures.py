@@ -1,0 +1,1335 @@
+"""Figures: arrays in, matplotlib axes out."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.animation import FuncAnimation
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+
+ACCEPTED, RUNNER_UP, RADIUS = "tab:blue", "tab:orange", "tab:gray"
+ICONS = {
+    "minus": "\u2212", "plus": "+", "play": "\u25b6", "pause": "\u2016", "play fa-flip-horizontal": "\u25c0",
+    "fast-backward": "|\u25c0", "fast-forward": "\u25b6|", "step-backward": "\u2039", "step-forward": "\u203a",
+}  # fmt: skip
+
+
+def distances(
+    accepted: Sequence[float],
+    runner_up: Sequence[float],
+    radius: Sequence[float],
+    ax: Axes | None = None,
+) -> Axes:
+    """Accepted distance, radius ε_t and runner-up at each position, on a logarithmic scale.
+
+    A distance of exactly zero is drawn at the bottom of the scale.
+
+    >>> distances([0.0, 1e-6], [1.0, 2.0], [1e-4, 1e-4]).get_yscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    positions, floor = np.arange(len(accepted)), min(radius) * 1e-4
+    ax.plot(
+        positions, np.maximum(runner_up, floor), "^", color=RUNNER_UP, label="runner-up"
+    )
+    ax.plot(positions, radius, "--", color=RADIUS, label="radius of acceptance")
+    ax.plot(
+        positions,
+        np.maximum(accepted, floor),
+        "o",
+        color=ACCEPTED,
+        label="accepted token",
+    )
+    ax.set(yscale="log", xlabel="position", ylabel="distance to the observed state")
+    _legend_above(ax)
+    return ax
+
+
+def candidates(
+    tested: Sequence[Sequence[int]],
+    labels: Sequence[str],
+    vocab_size: int,
+    ax: Axes | None = None,
+) -> Axes:
+    """Candidates tested at each position, one line a prompt, against the size of the vocabulary.
+
+    >>> candidates([[32, 64]], ["prose"], 4096).get_ylabel()
+    'candidates tested'
+    """
+    ax = ax or plt.subplots()[1]
+    for counts, label in zip(tested, labels, strict=True):
+        ax.plot(counts, ".-", label=label)
+    ax.axhline(vocab_size, color=RADIUS, linestyle="--", label="whole vocabulary")
+    ax.set(yscale="log", xlabel="position", ylabel="candidates tested")
+    _legend_above(ax)
+    return ax
+
+
+def states_in_plane(
+    points: ArrayLike, groups: Sequence[str], ax: Axes | None = None
+) -> Axes:
+    """Points of a two-dimensional projection, one colour and one marker for each group.
+
+    >>> len(states_in_plane([[0, 0], [1, 1], [2, 0]], ["a", "b", "a"]).get_legend().get_texts())
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    xy, markers = np.asarray(points), "os^Dv*PX<>"
+    for i, group in enumerate(dict.fromkeys(groups)):
+        rows = [j for j, found in enumerate(groups) if found == group]
+        ax.plot(
+            *xy[rows].T,
+            markers[i % len(markers)],
+            color=f"C{i}",
+            alpha=0.8,
+            markersize=6,
+            label=group,
+        )
+    ax.set(xlabel="first principal axis", ylabel="second principal axis")
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def partial_sums(
+    x: ArrayLike,
+    f: ArrayLike,
+    sums: dict[int, ArrayLike],
+    radius: float,
+    ax: Axes | None = None,
+) -> Axes:
+    """A function and partial sums of its power series at 0, by degree; dashed lines where convergence ends.
+
+    >>> len(partial_sums([-1, 0, 1], [1, 1, 1], {1: [0, 1, 2]}, 0.5).lines)
+    4
+    """
+    ax = ax or plt.subplots()[1]
+    for degree, values in sums.items():
+        ax.plot(x, values, linewidth=1.2, label=f"degree {degree}")
+    ax.plot(x, f, color="black", linewidth=2.2, label="function")
+    for edge in (-radius, radius):
+        ax.axvline(edge, color=RADIUS, linestyle="--", linewidth=1)
+    low, reach = np.min(f), np.ptp(f) or 1.0
+    ax.set(xlabel="x", ylabel="value", ylim=(low - 0.5 * reach, low + 1.5 * reach))
+    _legend_above(ax)
+    return ax
+
+
+def share_curves(
+    strength: ArrayLike,
+    predicted: Sequence[ArrayLike],
+    measured: Sequence[ArrayLike],
+    labels: Sequence[str],
+    ax: Axes | None = None,
+) -> Axes:
+    """Differences of attention shares over the strength of a head: predicted as lines, measured as points.
+
+    >>> len(share_curves([0, 1], [[0.2, 0.3]], [[0.2, 0.3]], ["pair"]).lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (line, points, label) in enumerate(
+        zip(predicted, measured, labels, strict=True)
+    ):
+        ax.plot(strength, line, color=f"C{i}", label=label)
+        ax.plot(strength, points, "os^Dv"[i % 5], color=f"C{i}", markersize=5)
+    ax.set(
+        xlabel="strength of the head", ylabel="difference of the shares", ylim=(0, None)
+    )
+    _legend_above(ax)
+    return ax
+
+
+def distance_counts(
+    distances: dict[str, ArrayLike], threshold: float, ax: Axes | None = None
+) -> Axes:
+    """Numbers of pairs by distance, both on logarithmic scales, one line a model, and the threshold of a collision.
+
+    A distance under 1e-17, zero included, is counted there.
+
+    >>> distance_counts({"model": [0.0, 1.0, 2.0]}, 1e-6).get_ylabel()
+    'pairs'
+    """
+    ax = ax or plt.subplots()[1]
+    edges = np.logspace(-17.5, 3.5, 43)
+    for i, (label, found) in enumerate(distances.items()):
+        ax.hist(
+            np.maximum(found, 1e-17),
+            edges,
+            histtype="step",
+            linewidth=1.8,
+            color=f"C{i}",
+            label=label,
+        )
+    ax.axvline(threshold, color=RADIUS, linestyle="--", label="threshold")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="distance of two last-token states",
+        ylabel="pairs",
+        ylim=(0.5, None),
+    )
+    _legend_above(ax)
+    return ax
+
+
+def zero_set(
+    box: ArrayLike,
+    values: ArrayLike,
+    curves: Sequence[ArrayLike],
+    ax: Axes | None = None,
+) -> Axes:
+    """A function on a grid over a box of the plane, coloured by sign and size, and its zero contours in black.
+
+    ``values[i, j]`` is the value at the i-th y and the j-th x.
+
+    >>> len(zero_set([(0, 1), (0, 1)], [[-1, 1], [-1, 1]], [[(0.5, 0), (0.5, 1)]]).lines)
+    1
+    """
+    ax, reach = ax or plt.subplots()[1], np.abs(values).max()
+    extent = np.ravel(box)
+    ax.imshow(
+        values,
+        cmap="RdBu",
+        vmin=-reach,
+        vmax=reach,
+        origin="lower",
+        extent=extent,
+        alpha=0.7,
+    )
+    for curve in curves:
+        ax.plot(*np.transpose(curve), color="black", linewidth=1.6)
+    ax.set(xlabel="x", ylabel="y", xlim=extent[:2], ylim=extent[2:])
+    return ax
+
+
+def sublevels(
+    box: ArrayLike, values: ArrayLike, widths: Sequence[float], ax: Axes | None = None
+) -> Axes:
+    """The nested sets |f| < ε of a function on a grid over a box of the plane, darker for a smaller ε.
+
+    >>> sublevels([(0, 1), (0, 1)], [[0.0, 1.0], [0.0, 1.0]], [0.1, 0.5]).get_ylabel()
+    'y'
+    """
+    ax, extent = ax or plt.subplots()[1], np.ravel(box)
+    shades = plt.get_cmap("Blues")(np.linspace(1.0, 0.3, len(widths)))
+    ax.contourf(
+        np.abs(values), levels=[0, *sorted(widths)], colors=shades, extent=extent
+    )
+    ax.set(xlabel="x", ylabel="y", xlim=extent[:2], ylim=extent[2:], aspect="equal")
+    ax.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=shade) for shade in shades], [f"ε = {w:g}" for w in sorted(widths)],
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small", handlelength=1,
+    )  # fmt: skip
+    return ax
+
+
+def tube_areas(
+    series: dict[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
+    reference: float,
+    ax: Axes | None = None,
+) -> Axes:
+    """Areas over widths on logarithmic scales, each series (widths, areas, standard errors); dashed, a slope of 1.
+
+    The dashed line passes through ``reference`` at the largest width of the first series.
+
+    >>> tube_areas({"circle": ([0.1, 1.0], [1.2, 12.0], [0.1, 0.1])}, 12.0).get_xscale()
+    'log'
+    """
+    ax, widths = ax or plt.subplots()[1], np.asarray(next(iter(series.values()))[0])
+    for (label, (x, area, error)), marker in zip(series.items(), "os^Dv", strict=False):
+        ax.errorbar(
+            x, area, error, marker=marker, markersize=4, linewidth=1.2, label=label
+        )
+    ax.plot(
+        widths, reference * widths / widths.max(), "--", color=RADIUS, label="slope 1"
+    )
+    ax.set(xscale="log", yscale="log", xlabel="width ε", ylabel="area")
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def pushed_density(
+    theta: ArrayLike,
+    phi: ArrayLike,
+    critical: Sequence[float],
+    y: ArrayLike,
+    density: ArrayLike,
+    sample: ArrayLike,
+    axes: Sequence[Axes] | None = None,
+) -> Sequence[Axes]:
+    """A map of one variable with its critical points, and below it the density of its values: formula and sample.
+
+    >>> len(pushed_density([0, 1, 2], [0, 1, 0], [1.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]))
+    2
+    """
+    axes = list(plt.subplots(2, layout="constrained")[1]) if axes is None else axes
+    axes[0].plot(theta, phi, label="one step")
+    axes[0].plot(
+        critical,
+        np.interp(critical, theta, phi),
+        "o",
+        color=RUNNER_UP,
+        label="derivative 0",
+    )
+    axes[0].set(xlabel="parameter before", ylabel="parameter after")
+    bins = np.linspace(
+        min(y), max(y), 61
+    )  # what falls outside counts in the weights, so the two agree
+    weights = np.full(len(sample), 1 / (len(sample) * (bins[1] - bins[0])))
+    axes[1].hist(sample, bins, weights=weights, color=RADIUS, alpha=0.6, label="sample")
+    axes[1].plot(y, density, color=ACCEPTED, label="formula")
+    axes[1].set(
+        xlabel="parameter after", ylabel="density", ylim=(0, 3 * np.median(density))
+    )
+    for ax in axes:
+        _legend_above(ax)
+    return axes
+
+
+def critical_curves(
+    curves: dict[str, Sequence[ArrayLike]], ax: Axes | None = None
+) -> Axes:
+    """Sets of polylines in the plane, one colour and one style of line for each label.
+
+    >>> len(critical_curves({"η = 1": [[[0, 0], [1, 1]], [[0, 1], [1, 2]]]}).lines)  # and the origin
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, lines) in enumerate(curves.items()):
+        for k, line in enumerate(lines):
+            style = ["-", "--", "-.", ":"][i % 4]
+            ax.plot(
+                *np.transpose(line),
+                style,
+                color=f"C{i}",
+                linewidth=2,
+                label=None if k else label,
+            )
+    ax.plot(0, 0, "k+", markersize=10)
+    ax.set(xlabel="u", ylabel="b", aspect="equal")
+    _legend_above(ax)
+    return ax
+
+
+def training_distances(
+    loss: ArrayLike, closest: dict[str, ArrayLike], axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Loss over the steps, and below it the smallest distances of two states, one line a set, on a logarithmic scale.
+
+    >>> training_distances([2.0, 1.0], {"all prompts": [0.1, 0.2, 0.3]})[1].get_yscale()
+    'log'
+    """
+    axes = (
+        list(plt.subplots(2, sharex=True, layout="constrained")[1])
+        if axes is None
+        else axes
+    )
+    axes[0].plot(loss, color=RUNNER_UP)
+    axes[0].set(ylabel="loss", ylim=(0, None))
+    for (label, found), color in zip(
+        closest.items(), (ACCEPTED, RADIUS, "tab:green"), strict=False
+    ):
+        axes[1].plot(found, color=color, label=label)
+    axes[1].set(yscale="log", xlabel="step", ylabel="smallest distance")
+    _legend_above(axes[1])
+    return axes
+
+
+def nearest_by_layer(
+    layers: Sequence[int],
+    nearest: Sequence[ArrayLike],
+    threshold: float,
+    ax: Axes | None = None,
+) -> Axes:
+    """Boxes of nearest-neighbour distances at each layer (whiskers from the smallest to the largest), and a threshold.
+
+    >>> nearest_by_layer([1, 2], [[1.0, 2.0], [2.0, 3.0]], 1e-6).get_yscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    ax.boxplot(
+        [np.maximum(some, threshold / 10) for some in nearest],
+        tick_labels=list(layers),
+        whis=(0, 100),
+    )
+    ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
+    ax.set(yscale="log", xlabel="layer", ylabel="distance to the nearest neighbour")
+    _legend_above(ax)
+    return ax
+
+
+def distances_by_length(
+    runs: dict[str, Sequence[ArrayLike]], ax: Axes | None = None
+) -> Axes:
+    """Smallest, mean and largest distance against the length of the prompts, each run one colour.
+
+    A run is (lengths, smallest, mean, largest).
+
+    >>> len(distances_by_length({"windows": ([1, 2], [1, 2], [3, 4], [5, 6])}).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, (lengths, low, mean, high)) in enumerate(runs.items()):
+        ax.plot(
+            lengths, high, "^--", color=f"C{i}", markersize=4, label=f"{label}, largest"
+        )
+        ax.plot(
+            lengths, mean, "o-", color=f"C{i}", markersize=5, label=f"{label}, mean"
+        )
+        ax.plot(
+            lengths, low, "v:", color=f"C{i}", markersize=4, label=f"{label}, smallest"
+        )
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens of the prompt",
+        ylabel="distance between states",
+    )
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def minima_by_size(
+    measured: dict[str, tuple[ArrayLike, ArrayLike]],
+    expected: dict[str, tuple[ArrayLike, ArrayLike]],
+    ax: Axes | None = None,
+) -> Axes:
+    """Smallest distance against the number of prompts: measured as markers, expected as dashed lines, in pairs.
+
+    >>> len(minima_by_size({"layer 1": ([9, 99], [2, 1])}, {"sphere": ([9, 99], [2, 1])}).lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, (sizes, minima)) in enumerate(measured.items()):
+        ax.plot(sizes, minima, "o^sDv"[i % 5], color=f"C{i}", markersize=7, label=label)
+    for i, (label, (sizes, minima)) in enumerate(expected.items()):
+        ax.plot(sizes, minima, "--", color=f"C{i}", linewidth=2, label=label)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="number of prompts",
+        ylabel="smallest distance",
+    )
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def component_zeros(
+    box: ArrayLike,
+    components: Sequence[Sequence[ArrayLike]],
+    meetings: ArrayLike,
+    ax: Axes | None = None,
+) -> Axes:
+    """Zero contours of each component of a difference over a box of the plane, and points where all of them vanish.
+
+    ``components`` holds one list of polylines a component; ``meetings`` has the shape (points, 2), or is empty.
+
+    >>> len(component_zeros([(0, 1), (0, 1)], [[[(0, 0), (1, 1)]], [[(0, 1), (1, 0)]]], [(0.5, 0.5)]).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for i, curves in enumerate(components):
+        for k, curve in enumerate(curves):
+            style = {
+                "color": f"C{i}",
+                "linestyle": ["-", (0, (4, 3))][i % 2],
+                "linewidth": [3.2, 2.0][i % 2],
+            }
+            ax.plot(
+                *np.transpose(curve),
+                label=None if k else f"component {i + 1} is zero",
+                **style,
+            )
+    if len(meetings):
+        ax.plot(
+            *np.transpose(meetings), "o", color="black", markersize=7, label="collision"
+        )
+    (left, right), (low, high) = np.asarray(box, dtype=float)
+    ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")
+    _legend_above(ax)
+    return ax
+
+
+def minima_by_layer(
+    tests: dict[str, tuple[ArrayLike, ArrayLike]],
+    threshold: float,
+    ax: Axes | None = None,
+) -> Axes:
+    """Smallest distances over the layer, each test (layers, minima) one line, and the threshold of a collision.
+
+    >>> minima_by_layer({"windows": ([1, 2], [0.1, 0.2])}, 1e-6).get_yscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, (layers, minima)) in enumerate(tests.items()):
+        ax.plot(layers, minima, marker="o^sDv"[i % 5], label=label)
+    ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
+    ax.set(yscale="log", xlabel="layer", ylabel="smallest distance")
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def seconds_by_layer(
+    times: dict[str, tuple[ArrayLike, ArrayLike]], ax: Axes | None = None
+) -> Axes:
+    """Seconds to invert a prompt over the layer, one line of (layers, seconds) for each length.
+
+    >>> seconds_by_layer({"20 tokens": ([1, 2], [0.1, 0.2])}).get_ylabel()
+    'seconds per prompt'
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, (layers, seconds)) in enumerate(times.items()):
+        ax.plot(layers, seconds, marker="o^sDv"[i % 5], label=label)
+    ax.set(yscale="log", xlabel="layer", ylabel="seconds per prompt")
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def shifted_twins(
+    sizes: ArrayLike,
+    bands: dict[str, tuple[ArrayLike, ArrayLike]],
+    threshold: float,
+    ax: Axes | None = None,
+) -> Axes:
+    """Distances of planted pairs over the size of the shift that parts them: from the smallest to the largest.
+
+    A distance of zero is drawn at the bottom, at 1e-4 of the threshold.
+
+    >>> shifted_twins([1e-8, 1e-6], {"float64": ([0.0, 1e-6], [1e-7, 1e-5])}, 1e-6).get_xscale()
+    'log'
+    """
+    ax, floor = ax or plt.subplots()[1], threshold * 1e-4
+    for (label, (low, high)), color in zip(
+        bands.items(), (ACCEPTED, RUNNER_UP, "tab:green"), strict=False
+    ):
+        low, high = np.maximum(low, floor), np.maximum(high, floor)
+        ax.fill_between(sizes, low, high, color=color, alpha=0.25)
+        ax.plot(sizes, low, ".-", color=color, label=label)
+        ax.plot(sizes, high, ".-", color=color)
+    ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="size of the shift",
+        ylabel="distance of the planted pairs",
+    )
+    _legend_above(ax)
+    return ax
+
+
+def equal_pairs(
+    sizes: ArrayLike,
+    counts: dict[str, ArrayLike],
+    expected: dict[str, ArrayLike],
+    ax: Axes | None = None,
+) -> Axes:
+    """Equal pairs among the first N rounded states, one format a colour; dashed, the expected number.
+
+    Counts of zero are not drawn.
+
+    >>> len(equal_pairs([10, 20], {"int4": [0, 3]}, {"int4": [0.5, 2.0]}).lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, found) in enumerate(counts.items()):
+        ax.plot(
+            sizes,
+            np.where(np.asarray(found) > 0, found, np.nan),
+            "os^Dv"[i % 5],
+            color=f"C{i}",
+            label=label,
+        )
+        ax.plot(sizes, expected[label], "--", color=f"C{i}", linewidth=1.2)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="number of prompts N",
+        ylabel="equal pairs",
+        ylim=(0.3, None),
+    )
+    _legend_above(ax)
+    return ax
+
+
+def layer_profile(
+    layers: ArrayLike,
+    profiles: dict[str, ArrayLike],
+    axes: Sequence[Axes] | None = None,
+) -> Sequence:
+    """Several quantities over the layer, one panel below the other; the keys are the labels.
+
+    >>> len(layer_profile([1, 2], {"margin": [1.0, 2.0], "anisotropy": [0.1, 0.2]}))
+    2
+    """
+    if axes is None:
+        axes = list(
+            plt.subplots(
+                len(profiles), sharex=True, layout="constrained", squeeze=False
+            )[1][:, 0]
+        )
+    for i, (ax, (label, values)) in enumerate(zip(axes, profiles.items(), strict=True)):
+        ax.plot(layers, values, "o-", color=f"C{i}")
+        ax.set(ylabel=label, ylim=(0, 1.15 * np.max(values)))
+    axes[-1].set(xlabel="layer", xticks=list(layers))
+    return axes
+
+
+def computed_distances(
+    true: ArrayLike, computed: dict[str, ArrayLike], ax: Axes | None = None
+) -> Axes:
+    """What formulas compute against the true distance, both on logarithmic scales, and the diagonal.
+
+    A computed distance of zero is drawn at the bottom.
+
+    >>> computed_distances([0.1, 1.0], {"product": [0.0, 1.0]}).get_xscale()
+    'log'
+    """
+    ax, true = ax or plt.subplots()[1], np.asarray(true)
+    floor, reach = true.min() / 2, true.max()
+    ax.plot([floor, reach], [floor, reach], color=RADIUS, linewidth=1)
+    for (label, found), color, marker in zip(
+        computed.items(), (RUNNER_UP, ACCEPTED), "^.", strict=False
+    ):
+        ax.plot(
+            true,
+            np.maximum(found, floor),
+            marker,
+            color=color,
+            markersize=5,
+            label=label,
+        )
+    ax.set(
+        xscale="log", yscale="log", xlabel="true distance", ylabel="computed distance"
+    )
+    _legend_above(ax)
+    return ax
+
+
+def lower_bounds(
+    true: ArrayLike, bound: ArrayLike, limit: float, ax: Axes | None = None
+) -> Axes:
+    """Lower bounds of distances against the distances, the diagonal, and the limit above which pairs are skipped.
+
+    >>> len(lower_bounds([1.0, 2.0], [0.5, 1.5], 1.0).get_legend().get_texts())
+    3
+    """
+    ax, reach = ax or plt.subplots()[1], np.asarray(true).max()
+    ax.plot(
+        true,
+        bound,
+        ".",
+        color=ACCEPTED,
+        markersize=2,
+        alpha=0.5,
+        label="pair of states",
+    )
+    ax.plot(
+        [0, reach], [0, reach], color="black", linewidth=1.2, label="bound = distance"
+    )
+    ax.axhline(
+        limit, color=RUNNER_UP, linestyle="--", linewidth=1.8, label="smallest distance"
+    )
+    ax.set(xlabel="true distance", ylabel="lower bound", xlim=(0, None), ylim=(0, None))
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+        markerscale=5,
+    )
+    return ax
+
+
+def pairs_left(
+    layers: Sequence[int], stages: dict[str, ArrayLike], ax: Axes | None = None
+) -> Axes:
+    """Numbers of pairs that each stage of a search left over, one line a stage over the layers, on a logarithmic scale.
+
+    >>> pairs_left([1, 2], {"all": [10, 10], "recomputed": [1, 2]}).get_yscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    for (label, counts), marker in zip(stages.items(), "os^Dv", strict=False):
+        ax.plot(layers, counts, marker=marker, markersize=5, label=label)
+    ax.set(yscale="log", xlabel="layer", ylabel="pairs", xticks=list(layers))
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def _legend_above(ax: Axes) -> None:
+    # Points fill these axes from top to bottom, so there is no best place inside them.
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+    )
+
+
+def radius_sweep(
+    own: ArrayLike, rival: ArrayLike, chosen: float, ax: Axes | None = None
+) -> Axes:
+    """Shares of true tokens refused and of wrong tokens accepted over the radius; the chosen radius dashed.
+
+    ``own`` and ``rival`` are the relative distances of the true token and of its nearest rival, one a position.
+
+    >>> len(radius_sweep([1e-7, 2e-7], [0.1, 0.2], 1e-5).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    radii = np.logspace(-8, 0.5, 400)
+    ax.plot(
+        radii,
+        (np.asarray(own)[:, None] > radii).mean(0),
+        color=ACCEPTED,
+        label="true token refused",
+    )
+    ax.plot(
+        radii,
+        (np.asarray(rival)[:, None] <= radii).mean(0),
+        color=RUNNER_UP,
+        label="wrong one accepted",
+    )
+    ax.axvline(chosen, color=RADIUS, linestyle="--", label="measured radius")
+    ax.set(
+        xscale="log",
+        xlabel="radius over the norm of the state",
+        ylabel="share of positions",
+    )
+    _legend_above(ax)
+    return ax
+
+
+def discs(
+    centres: ArrayLike, radius: float, labels: Sequence[str], ax: Axes | None = None
+) -> Axes:
+    """Points of the plane, each the centre of a disc of the same radius: the acceptance regions of a few tokens.
+
+    >>> len(discs([[0, 0], [1, 1]], 0.5, ["a", "b"]).patches)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, ((x, y), label) in enumerate(zip(np.asarray(centres), labels, strict=True)):
+        ax.add_patch(plt.Circle((x, y), radius, color=f"C{i}", alpha=0.25))
+        ax.plot(x, y, "os^Dv"[i % 5], color=f"C{i}", label=label)
+    ax.set(xlabel="first number", ylabel="second number", aspect="equal")
+    ax.margins(0.1)
+    _legend_above(ax)
+    return ax
+
+
+def neighbour_counts(
+    groups: dict[str, ArrayLike], margin: float, ax: Axes | None = None
+) -> Axes:
+    """Numbers of tokens by the distance to their nearest neighbour, one outline a group, and the margin dashed.
+
+    >>> neighbour_counts({"occurs": [2.0, 3.0]}, 1.0).get_ylabel()
+    'tokens'
+    """
+    ax = ax or plt.subplots()[1]
+    edges = np.linspace(
+        0, max(np.asarray(found).max() for found in groups.values() if len(found)), 41
+    )
+    for i, (label, found) in enumerate(groups.items()):
+        ax.hist(
+            found, edges, histtype="step", linewidth=1.8, color=f"C{i}", label=label
+        )
+    ax.axvline(margin, color=RADIUS, linestyle="--", label="margin")
+    ax.set(xlabel="distance to the nearest neighbour", ylabel="tokens")
+    _legend_above(ax)
+    return ax
+
+
+def margin_lines(
+    x: ArrayLike,
+    lines: dict[str, ArrayLike],
+    marks: dict[str, ArrayLike],
+    xlabel: str,
+    ax: Axes | None = None,
+    noise: ArrayLike | None = None,
+) -> Axes:
+    """Margins of prefixes as lines and margins of the true tokens as markers, one colour a kind of prompt.
+
+    ``noise``, where given, is drawn dashed: below it a margin could not be told from rounding.
+
+    >>> len(margin_lines([1, 2], {"prose": [1, 1]}, {"prose": [9, 8]}, "layer").lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, values) in enumerate(lines.items()):
+        ax.plot(
+            x,
+            values,
+            "-",
+            color=f"C{i}",
+            linewidth=[3.2, 1.6][i % 2],
+            label=f"{label}, prefix",
+        )
+        ax.plot(
+            x, marks[label], "o^"[i % 2], color=f"C{i}", label=f"{label}, true token"
+        )
+    if noise is not None:
+        ax.plot(x, noise, "--", color=RADIUS, label="twice the radius")
+    ax.set(
+        yscale="log",
+        xlabel=xlabel,
+        ylabel="margin",
+        xticks=list(x),
+        xticklabels=list(map(str, x)),
+    )
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def residual_paths(
+    paths: dict[str, ArrayLike], hit: int, ax: Axes | None = None
+) -> Axes:
+    """Relative residuals over the steps of several searches, logarithmic; a circle at step ``hit`` of the first.
+
+    >>> len(residual_paths({"far": [1.0, 0.1], "near": [0.1, 1e-4]}, 1).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for (label, values), color, marker in zip(
+        paths.items(), (ACCEPTED, RUNNER_UP, "tab:green"), "os^", strict=False
+    ):
+        ax.plot(values, marker=marker, markersize=4, color=color, label=label)
+    first = list(next(iter(paths.values())))
+    ax.plot(
+        hit,
+        first[hit],
+        "o",
+        markersize=14,
+        markerfacecolor="none",
+        color=RADIUS,
+        markeredgewidth=2,
+    )
+    ax.set(yscale="log", xlabel="step", ylabel="residual over the norm of the state")
+    _legend_above(ax)
+    return ax
+
+
+def draft_grid(kinds: ArrayLike, labels: Sequence[str], ax: Axes | None = None) -> Axes:
+    """What became of each drafted token, one row a prompt; ``kinds`` holds indices into ``labels``.
+
+    >>> len(draft_grid([[0, 1], [2, 0]], ["first", "later", "repaired"]).get_legend().get_texts())
+    3
+    """
+    ax, kinds = ax or plt.subplots()[1], np.asarray(kinds)
+    colors = ["tab:blue", "lightskyblue", "tab:orange"]
+    for i, (label, color) in enumerate(zip(labels, colors, strict=True)):
+        row, position = np.nonzero(kinds == i)
+        ax.plot(position, row, "s", color=color, markersize=7, label=label)
+    ax.set(xlabel="position", ylabel="prompt", ylim=(len(kinds) - 0.3, -0.7))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=1,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def time_ladder(
+    seconds: dict[str, float], reference: float, label: str, ax: Axes | None = None
+) -> Axes:
+    """Seconds of several ways as horizontal bars on a logarithmic scale, the first on top; dashed, a reference.
+
+    >>> time_ladder({"slow": 10.0, "fast": 0.1}, 0.01, "one forward pass").get_xscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    ax.barh(range(len(seconds)), list(seconds.values()), color=ACCEPTED, height=0.7)
+    ax.axvline(reference, color=RADIUS, linestyle="--", label=label)
+    for row, value in enumerate(seconds.values()):
+        note = {
+            "facecolor": "white",
+            "edgecolor": "none",
+            "pad": 1,
+        }  # above the dashed line
+        ax.text(
+            value * 1.1, row, f"{value:.2g} s", va="center", fontsize="small", bbox=note
+        )
+    low, high = min(reference, *seconds.values()), max(seconds.values())
+    ax.set(xscale="log", xlabel="seconds per prompt", xlim=(low / 2, high * 4))
+    ax.set_yticks(range(len(seconds)), list(seconds))
+    ax.invert_yaxis()
+    _legend_above(ax)
+    return ax
+
+
+def noise_steps(
+    shares: ArrayLike,
+    kept: ArrayLike,
+    predicted: ArrayLike,
+    observed: ArrayLike,
+    axes: Sequence[Axes] | None = None,
+) -> Sequence[Axes]:
+    """Share of tokens recovered over the push, with the step at one half; below, where each of some tokens is lost.
+
+    ``predicted`` and ``observed`` are breaks in units of the prefix margin, one a token.
+
+    >>> len(noise_steps([0.4, 0.6], [1.0, 0.0], [2.0, 1.0], [2.0, 1.0]))
+    2
+    """
+    axes = list(plt.subplots(2, layout="constrained")[1]) if axes is None else axes
+    axes[0].plot(
+        [min(shares), 0.5, 0.5, max(shares)],
+        [1, 1, 0, 0],
+        color=RADIUS,
+        label="predicted",
+    )
+    axes[0].plot(shares, kept, ".", color=ACCEPTED, label="observed")
+    axes[0].set(
+        xlabel="push, as a share of the token's own margin", ylabel="share recovered"
+    )
+    order = np.argsort(predicted)
+    rows = range(len(order))
+    axes[1].barh(
+        rows,
+        np.asarray(predicted)[order],
+        height=0.5,
+        color=RADIUS,
+        alpha=0.6,
+        label="predicted",
+    )
+    axes[1].plot(
+        np.asarray(observed)[order],
+        rows,
+        "o",
+        color=ACCEPTED,
+        markersize=5,
+        label="observed",
+    )
+    axes[1].axvline(0.5, color=RUNNER_UP, linestyle="--", label="Theorem 3.2")
+    axes[1].set(
+        xlabel="noise at which the token is lost, in prefix margins",
+        ylabel="token",
+        yticks=[],
+    )
+    for ax in axes:
+        _legend_above(ax)
+    return axes
+
+
+def noise_shares(
+    sizes: ArrayLike, measured: ArrayLike, bound: ArrayLike, ax: Axes | None = None
+) -> Axes:
+    """Share of wrong tokens over the size of the noise: worst direction, random directions, and a bound for these.
+
+    >>> len(noise_shares([0.0, 2.0], [0.0, 0.1], [0.0, 0.2]).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    ax.plot(
+        [0, 0.5, 0.5, max(sizes)],
+        [0, 0, 1, 1],
+        color=RUNNER_UP,
+        label="worst direction",
+    )
+    ax.plot(sizes, bound, "--", color=RADIUS, label="bound, random")
+    ax.plot(sizes, measured, ".-", color=ACCEPTED, label="random directions")
+    ax.set(xlabel="noise, in margins of the token", ylabel="share of wrong tokens")
+    _legend_above(ax)
+    return ax
+
+
+def loss_lines(
+    tau: ArrayLike,
+    groups: dict[str, Sequence[ArrayLike]],
+    ylabel: str = "loss",
+    ax: Axes | None = None,
+) -> Axes:
+    """Losses along lines from wrong tokens to the true ones, each over its start; one colour a group of lines.
+
+    >>> len(loss_lines([0, 1], {"others true": [[2, 0], [3, 0]]}).lines)
+    2
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, curves) in enumerate(groups.items()):
+        for k, curve in enumerate(curves):
+            share = np.asarray(curve) / curve[0]
+            ax.plot(
+                tau,
+                share,
+                ["-", "--"][i % 2],
+                color=f"C{i}",
+                linewidth=1.2,
+                label=None if k else label,
+            )
+    ax.set(xlabel="share of the way to the true token", ylabel=ylabel, ylim=(0, None))
+    _legend_above(ax)
+    return ax
+
+
+def descents(
+    series: dict[str, ArrayLike],
+    log: Sequence[str] = (),
+    axes: Sequence[Axes] | None = None,
+) -> Sequence:
+    """Quantities of many descents, shape (steps, descents), over the step: the median and the middle 80 %.
+
+    The keys are the labels, one panel each; those in ``log`` get a logarithmic scale.
+
+    >>> len(descents({"loss": [[4.0, 2.0], [1.0, 0.5]], "rank": [[9, 3], [1, 1]]}, log=["rank"]))
+    2
+    """
+    if axes is None:
+        axes = list(
+            plt.subplots(len(series), sharex=True, layout="constrained", squeeze=False)[
+                1
+            ][:, 0]
+        )
+    for i, (ax, (label, values)) in enumerate(zip(axes, series.items(), strict=True)):
+        low, middle, high = np.quantile(
+            np.asarray(values, dtype=float), (0.1, 0.5, 0.9), axis=1
+        )
+        ax.fill_between(
+            np.arange(len(middle)), low, high, color=f"C{i}", alpha=0.25, linewidth=0
+        )
+        ax.plot(middle, color=f"C{i}")
+        ax.set(
+            ylabel=label, **({"yscale": "log"} if label in log else {"ylim": (0, None)})
+        )
+    axes[-1].set(xlabel="step")
+    return axes
+
+
+def proxy_in_plane(
+    cloud: ArrayLike,
+    path: ArrayLike,
+    true: ArrayLike,
+    steps: int,
+    ax: Axes | None = None,
+) -> Axes:
+    """The first steps of a proxy among embeddings, all projected to a plane; the true embedding is a star.
+
+    >>> len(proxy_in_plane([[0, 0]], [[1, 1], [2, 0]], [0, 1], 1).lines)
+    4
+    """
+    ax, path = ax or plt.subplots()[1], np.asarray(path)
+    ax.plot(
+        *np.asarray(cloud).T,
+        ".",
+        color=RADIUS,
+        alpha=0.5,
+        markersize=3,
+        label="embeddings",
+    )
+    ax.plot(*path[: steps + 1].T, "-", color=ACCEPTED, linewidth=1)
+    ax.plot(
+        *path[: steps + 1].T,
+        "o",
+        color=ACCEPTED,
+        markersize=4,
+        label=f"proxy, step {steps}",
+    )
+    ax.plot(*np.asarray(true), "*", color=RUNNER_UP, markersize=14, label="true token")
+    every = np.vstack([cloud, path, [true]])
+    low, reach = every.min(0), np.ptp(every, axis=0)
+    ax.set(xlabel="first principal direction", ylabel="second principal direction")
+    ax.set(xlim=(low[0] - 0.05 * reach[0], low[0] + 1.05 * reach[0]))
+    ax.set(ylim=(low[1] - 0.05 * reach[1], low[1] + 1.05 * reach[1]))
+    _legend_above(ax)
+    return ax
+
+
+def player(draw: Callable[[int, Axes], object], frames: int) -> str:
+    """An animation as HTML that needs no network: ``draw(k, ax)`` draws frame k into empty axes.
+
+    >>> "http" in player(lambda k, ax: ax.plot([k]), 2).split("data:image")[0]
+    False
+    """
+    figure, ax = plt.subplots(figsize=(4.6, 3.6), dpi=72, layout="constrained")
+
+    def update(k: int) -> None:
+        ax.clear()
+        draw(k, ax)
+
+    page = FuncAnimation(figure, update, frames=frames, interval=400).to_jshtml(
+        default_mode="once"
+    )
+    plt.close(figure)
+    page = re.sub(
+        r'<link rel="stylesheet"\s+href="[^"]*">', "", page
+    )  # the font of the icons comes from the network
+    for icon, sign in ICONS.items():
+        page = page.replace(f'<i class="fa fa-{icon}"></i>', sign)
+    return page
+
+
+def forced_lengths(
+    lengths: dict[str, dict[str, int]], contexts: dict[str, int], ax: Axes | None = None
+) -> Axes:
+    """For each model and number format, the length from which collisions are forced, over the model's context.
+
+    >>> len(forced_lengths({"a": {"float32": 90, "int8": 20}}, {"a": 60}).lines)
+    3
+    """
+    ax, models = ax or plt.subplots(layout="constrained")[1], list(lengths)
+    for i, form in enumerate(next(iter(lengths.values()))):
+        shares = [lengths[model][form] / contexts[model] for model in models]
+        ax.plot(
+            shares, np.arange(len(models)), "os^D"[i % 4], color=f"C{i}", label=form
+        )
+    ax.axvline(1, color=RADIUS, linestyle="--")
+    ax.set(xscale="log", xlabel="length over context", ylim=(len(models) - 0.5, -0.5))
+    ax.set_yticks(np.arange(len(models)), models)
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+    )
+    return ax
+
+
+def states_used(
+    prompts: Sequence[int],
+    used: dict[str, ArrayLike],
+    limit: int,
+    ax: Axes | None = None,
+) -> Axes:
+    """Different states over the number of prompts, one line a format, on logarithmic scales; the limit of one dashed.
+
+    >>> len(states_used([4, 20], {"bfloat16": [4, 20], "FP4": [4, 9]}, 16).lines)
+    3
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (form, counts) in enumerate(used.items()):
+        ax.plot(prompts, counts, "os^D"[i % 4] + "-", color=f"C{i}", label=form)
+    ax.axhline(limit, color=f"C{len(used) - 1}", linestyle="--")
+    ax.set(xscale="log", yscale="log", xlabel="prompts", ylabel="different states")
+    ax.legend(loc="upper left", frameon=False)
+    return ax
+
+
+def scales(sizes: dict[str, ArrayLike], label: str, ax: Axes | None = None) -> Axes:
+    """Sizes of several kinds at the same places, on a logarithmic scale.
+
+    >>> scales({"margin": [1.0, 2.0], "noise": [1e-6, 1e-5]}, "distance").get_yscale()
+    'log'
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (name, found) in enumerate(sizes.items()):
+        ax.plot(
+            np.arange(1, len(found) + 1),
+            found,
+            "os^D"[i % 4],
+            color=f"C{i}",
+            label=name,
+        )
+    ax.set(yscale="log", xlabel="place", ylabel=label)
+    _legend_above(ax)
+    return ax
+
+
+def defence_curves(
+    curves: dict[str, Sequence[ArrayLike]],
+    guessed: float,
+    at_least: Sequence[str] = (),
+    ax: Axes | None = None,
+) -> Axes:
+    """Share of tokens recovered over what the defence costs: (cost, its error, share, lower end, upper end) each.
+
+    ``guessed`` is the share that the model itself guesses, without any state; curves that are lower bounds are hollow.
+
+    >>> len(defence_curves({"noise": ([0.1, 2], [0, 0.1], [1, 0.5], [0.9, 0.4], [1, 0.6])}, 0.3).containers)
+    1
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (name, (cost, error, share, low, high)) in enumerate(curves.items()):
+        ends = np.clip([np.subtract(share, low), np.subtract(high, share)], 0, None)
+        style, face = ("--", "white") if name in at_least else ("-", f"C{i}")
+        label = f"{name}, at least" if name in at_least else name
+        looks = {
+            "color": f"C{i}",
+            "markerfacecolor": face,
+            "capsize": 2,
+            "label": label,
+        }
+        ax.errorbar(cost, share, ends, error, fmt="os^D"[i % 4] + style, **looks)
+    ax.axhline(guessed, color=RADIUS, linestyle=":", label="guessed without a state")
+    ax.set(
+        xlabel="extra loss (nats a token)",
+        ylabel="share of tokens recovered",
+        ylim=(-0.03, 1.05),
+    )
+    _legend_above(ax)
+    return ax
+
+
+def partners_in_space(
+    tokens: ArrayLike,
+    partners: ArrayLike,
+    right: int,
+    shown: int,
+    ax: Axes | None = None,
+) -> Axes:
+    """Embeddings in space, and for each first token the second embedding that the state asks for.
+
+    ``right`` is the first token whose partner is a token; the line holds the partners of all points on the straight
+    line from it to the token ``shown``.
+
+    >>> len(partners_in_space([[0, 0, 0], [1, 0, 0]], [[1, 0, 0], [2, 2, 2]], 0, 1).lines)
+    4
+    """
+    ax, asked = (
+        ax or plt.figure().add_subplot(projection="3d"),
+        np.asarray(partners, dtype=float),
+    )
+    steps = np.linspace(-0.6, 1.6, 2)[:, None]
+    ax.plot(
+        *(asked[right] + steps * (asked[shown] - asked[right])).T,
+        "-",
+        color=RADIUS,
+        label="a line of solutions",
+    )
+    ax.plot(*np.asarray(tokens, dtype=float).T, "o", color=ACCEPTED, label="tokens")
+    ax.plot(
+        *np.delete(asked, right, 0).T, "x", color=RUNNER_UP, label="partners asked for"
+    )
+    ax.plot(
+        *asked[[right]].T,
+        "o",
+        color="black",
+        markersize=11,
+        fillstyle="none",
+        label="partner and token",
+    )
+    ax.set(xlabel="first number", ylabel="second number", zlabel="third number")
+    ax.locator_params(nbins=5)
+    _legend_above(ax)
+    return ax
+
+
+def belief_bars(
+    shares: ArrayLike,
+    labels: Sequence[Sequence[str]],
+    right: ArrayLike,
+    note: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """A belief: for each position a bar of its likeliest tokens by their probabilities, the right one in blue.
+
+    >>> len(belief_bars([[0.5, 0.3]], [["a", "b"]], [[True, False]]).patches)
+    2
+    """
+    ax, shares = ax or plt.subplots()[1], np.asarray(shares, dtype=float)
+    left = np.cumsum(shares, axis=1) - shares
+    for t, row in enumerate(shares):
+        for k, share in enumerate(row):
+            colour = ACCEPTED if np.asarray(right)[t][k] else RUNNER_UP
+            ax.barh(
+                t + 1,
+                share,
+                left=left[t, k],
+                color=colour,
+                alpha=0.75,
+                edgecolor="white",
+            )
+            if share > 0.12:
+                ax.text(
+                    left[t, k] + share / 2,
+                    t + 1,
+                    labels[t][k],
+                    ha="center",
+                    va="center",
+                    fontsize="small",
+                )
+    ax.set(
+        xlabel=f"probability {note}".strip(),
+        ylabel="position",
+        xlim=(0, 1),
+        ylim=(len(shares) + 0.5, 0.5),
+    )
+    ax.set_yticks(range(1, len(shares) + 1))
+    return ax
+
+
+def success_by_length(
+    groups: dict[str, Sequence[ArrayLike]], ax: Axes | None = None
+) -> Axes:
+    """Share of prompts recovered over their length: (lengths, share, lower end, upper end of the interval) each.
+
+    >>> success_by_length({"prose": ([1, 2], [1, 0.9], [0.9, 0.8], [1, 1])}).get_xlabel()
+    'tokens in the prompt'
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (name, (lengths, share, low, high)) in enumerate(groups.items()):
+        ends = np.clip([np.subtract(share, low), np.subtract(high, share)], 0, None)
+        at = np.asarray(lengths) + 0.06 * (
+            i - (len(groups) - 1) / 2
+        )  # side by side, so that no bar hides another
+        ax.errorbar(
+            at,
+            share,
+            ends,
+            fmt="os^D"[i % 4] + "-",
+            color=f"C{i}",
+            capsize=3,
+            label=name,
+        )
+    ax.set(
+        xlabel="tokens in the prompt",
+        ylabel="share recovered exactly",
+        ylim=(-0.03, 1.05),
+    )
+    ax.set_xticks(sorted({int(n) for lengths, *_ in groups.values() for n in lengths}))
+    _legend_above(ax)
+    return ax

@@ -1,0 +1,108 @@
+"""The baselines do what the paper describes, and stop when told to."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sipit_lite import Gradient, LanguageModel, OneStepMap, Random, StatesError
+from sipit_lite.experiments.baselines import (
+    Attempt,
+    _candidates,
+    brute_force,
+    greedy_coordinate,
+    hard_prompts,
+    hard_prompts_last,
+    published,
+)
+from sipit_lite.experiments.families import small
+
+Family = tuple[PreTrainedModel, LanguageModel]
+
+
+def test_published_proposes_what_our_gradient_policy_proposes(
+    family: Family, prompt: Tensor
+) -> None:
+    """The same candidates from the same start, one with a cache and a cut model, the other with neither."""
+    model, layer = family[1], 2
+    target = model.states(prompt[:5], layer)[-1]
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    theirs = list(
+        _candidates(model, prompt[:4].tolist(), target, layer, generators[0], True)
+    )
+    step = OneStepMap.after(model, layer, prompt[:4])
+    ours = torch.cat(list(Gradient(1).proposals(step, target, generators[1]))).tolist()
+    assert theirs[:12] == ours[:12] and sorted(theirs) == sorted(ours) == list(
+        range(model.vocab_size)
+    )
+
+
+@pytest.mark.parametrize("baseline", [published, brute_force])
+def test_prompts_come_back(baseline: object, family: Family, prompt: Tensor) -> None:
+    """Exact, candidates counted one by one."""
+    model = family[1]
+    found = baseline(model.states(prompt[:4], 3), model, 3)
+    assert found.finished and found.tokens.tolist() == prompt[:4].tolist()
+    assert (
+        len(found.tested) == 4
+        and (found.tested >= 1).all()
+        and (found.tested <= model.vocab_size).all()
+    )
+
+
+def test_brute_force_tests_half_the_vocabulary(pocket: LanguageModel) -> None:
+    """The order is that of Algorithm 2: the place of the true token in a random permutation."""
+    ids = pocket.encode("a")
+    found = brute_force(pocket.states(ids, 0), pocket, 0, seed=4)
+    order = torch.cat(list(Random().proposals(OneStepMap.after(pocket, 0), torch.zeros(256, device=ids.device),
+                                              torch.Generator().manual_seed(4)))).tolist()  # fmt: skip
+    assert found.tested.tolist() == [order.index(int(ids[0])) + 1]
+
+
+def test_a_limit_ends_it(pocket: LanguageModel) -> None:
+    """Not finished, and what was found so far is there."""
+    for baseline in (published, brute_force, hard_prompts):
+        found = baseline(
+            pocket.states("a prompt that takes longer than no time", 6),
+            pocket,
+            6,
+            limit=0.0,
+        )
+        assert not found.finished and len(found.tested) >= 1 and found.seconds < 30
+
+
+def test_hard_prompts_solve_the_easy_layer_and_say_so_elsewhere(
+    family: Family, prompt: Tensor
+) -> None:
+    """At layer 0 the joint problem falls apart into one convex problem a position: it finishes. Deeper it need not."""
+    model = family[1]
+    easy = hard_prompts(model.states(prompt[:3], 0), model, 0, steps=400, rate=0.02)
+    assert easy.finished == (easy.tokens.tolist() == prompt[:3].tolist())
+    deep = hard_prompts(model.states(prompt, 3), model, 3, steps=20)
+    assert (
+        deep.finished == (deep.tokens.tolist() == prompt.tolist())
+        and deep.tested.tolist() == [20] * 13
+    )
+
+
+def test_bad_states_are_refused(pocket: LanguageModel) -> None:
+    """As everywhere."""
+    with pytest.raises(StatesError, match="got states of shape"):
+        published(torch.zeros(2, 3), pocket, 1)
+
+
+@pytest.mark.parametrize(
+    ("search", "length"), [(greedy_coordinate, 2), (hard_prompts_last, 1)]
+)
+def test_searches_from_the_last_state_find_a_short_prompt(
+    search: Callable[..., Attempt], length: int
+) -> None:
+    """What they call finished is the true prompt; a state that no prompt has is never finished."""
+    model = small("GPT2", device="cpu")
+    ids = torch.tensor([7, 11])[:length]
+    state = model.states(ids, 1)[-1]
+    found = search(state, model, 1, length, limit=60.0)
+    assert found.finished and found.tokens.tolist() == ids.tolist()
+    assert not search(torch.randn(model.d_model), model, 1, length, limit=0.2).finished

@@ -1,0 +1,387 @@
+"""States of a running model survive the disk; the prompt is not in the file unless asked for; bad files are refused."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from sipit_lite import (
+    Captured,
+    LanguageModel,
+    NotVerified,
+    StatesError,
+    capture,
+    invert,
+    load,
+    read_states,
+    write_states,
+)
+
+TEXT = "Nobody should read this in the file."
+POCKET = Path(__file__).parents[2] / "sipit_lite" / "pocket_gpt2"
+# What somebody else's program does: transformers alone, and one line of ours around it.
+PROGRAM = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from sipit_lite import capture
+folder, path, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+asked = tokenizer("A running model leaks", return_tensors="pt")
+with capture(model, path, layers=[1, 6]):
+    answer = model.generate(**asked, max_new_tokens=5, do_sample=False)
+print(*answer[0].tolist())
+"""
+
+
+@pytest.fixture
+def untouched() -> PreTrainedModel:
+    """The bundled model in the hands of transformers alone."""
+    return GPT2LMHeadModel.from_pretrained(POCKET, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.float16, torch.bfloat16])
+def test_round_trip(
+    pocket: LanguageModel, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    """What comes back is what was captured, in the format that was asked for."""
+    written = write_states(
+        tmp_path / "s.safetensors", pocket, TEXT, [6, 3], dtype=dtype
+    )
+    stored = read_states(tmp_path / "s.safetensors")
+    for layer in (3, 6):
+        assert torch.equal(
+            stored.at(layer),
+            pocket.states(TEXT, layer).cpu().to(dtype or torch.float32),
+        )
+    told = (stored.model, stored.layer, stored.text, stored.begin, stored.passes)
+    assert told == ("pocket-gpt2", 3, None, None, (len(stored.at(3)),))
+    assert told == (
+        written.model,
+        written.layer,
+        written.text,
+        written.begin,
+        written.passes,
+    )
+
+
+def test_eight_bits_come_with_their_scale(
+    pocket: LanguageModel, tmp_path: Path
+) -> None:
+    """Each number is within half the scale of what it was, and the prompt comes back at a deep layer."""
+    stored = write_states(tmp_path / "s.safetensors", pocket, TEXT, 6, dtype=torch.int8)
+    stored = read_states(tmp_path / "s.safetensors")
+    exact = pocket.states(TEXT, 6).cpu()
+    off = (stored.at(6) * stored.scales[6][:, None] - exact).abs()
+    assert stored.at(6).dtype == torch.int8 and bool(
+        (off <= stored.scales[6][:, None] * 0.5001).all()
+    )
+    assert invert(stored, pocket).text == TEXT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_process_and_its_generation(dtype: str, tmp_path: Path) -> None:
+    """States that another process captured while it generated: every token comes back, but the last, never read."""
+    path = tmp_path / "s.safetensors"
+    command = [sys.executable, "-c", PROGRAM, str(POCKET), str(path), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    model, stored = load(device="cpu", dtype=getattr(torch, dtype)), read_states(path)
+    found = invert(stored, model)
+    assert (
+        found.tokens.tolist() == [int(token) for token in done.stdout.split()][:-1]
+        and found.layer == 1
+    )
+    assert stored.passes == (len(found.tokens) - 4, 1, 1, 1, 1)
+
+
+def test_every_family_is_captured_as_it_runs(
+    family: tuple[PreTrainedModel, LanguageModel], prompt: Tensor
+) -> None:
+    """All layers of an untouched model in one pass: the states that ours has, and the prompt back."""
+    untouched, model = family
+    with torch.no_grad(), capture(untouched, layers=range(4)) as tape:
+        untouched(prompt[None])
+    stored = tape.captured()
+    for layer in range(4):
+        torch.testing.assert_close(
+            stored.at(layer).to(model.device), model.states(prompt, layer)
+        )
+    assert torch.equal(invert(stored, model, 3).tokens, prompt.cpu())
+
+
+def test_the_cheapest_layer_that_does_not_refuse(pocket: LanguageModel) -> None:
+    """The lowest layer is taken; where no token verifies there, the next one; the last refusal is the answer."""
+    good = {layer: pocket.states(TEXT, layer) for layer in (2, 4, 5)}
+    assert invert(Captured(good, "pocket-gpt2"), pocket).layer == 2
+    spoiled = good | {2: torch.randn_like(good[2])}
+    found = invert(Captured(spoiled, "pocket-gpt2"), pocket)
+    assert (found.layer, found.text) == (4, TEXT)
+    with pytest.raises(NotVerified):
+        invert(Captured(spoiled, "pocket-gpt2"), pocket, 2)
+    with pytest.raises(NotVerified):
+        invert(
+            Captured(
+                {layer: torch.randn_like(x) for layer, x in good.items()}, "pocket-gpt2"
+            ),
+            pocket,
+        )
+    with pytest.raises(
+        StatesError, match="got layer 3; these states are of layers 2, 4, 5"
+    ):
+        invert(Captured(good, "pocket-gpt2"), pocket, 3)
+    with pytest.raises(StatesError, match="without states"):
+        invert(Captured({}, "pocket-gpt2"), pocket)
+    with pytest.raises(StatesError, match="no layer; expected its layer"):
+        invert(good[2], pocket)
+
+
+def with_begin(folder: Path, begin: int) -> LanguageModel:
+    """A small model whose tokenizer puts a begin-of-text token first."""
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(9)}, unk_token="t0"))
+    words.post_processor = TemplateProcessing(
+        single=f"t{begin} $A", special_tokens=[(f"t{begin}", begin)]
+    )
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2, n_positions=9)
+    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="t0", bos_token=f"t{begin}"
+    ).save_pretrained(folder)
+    return load(folder)
+
+
+def test_the_begin_of_text_token(tmp_path: Path) -> None:
+    """It is recovered as any token, is in the file, and not in the text; another tokenizer's is refused."""
+    one, other = with_begin(tmp_path / "a", 3), with_begin(tmp_path / "b", 4)
+    path = tmp_path / "s.safetensors"
+    assert (
+        one.begin == 3
+        and write_states(path, one, "t7", 2).begin == read_states(path).begin == 3
+    )
+    found = invert(read_states(path), one)
+    assert found.tokens.tolist() == [
+        3,
+        *one.tokenizer("t7", add_special_tokens=False)["input_ids"],
+    ]
+    assert found.text == "t7" and torch.equal(
+        one.encode(found.text).cpu(), found.tokens
+    )
+    with pytest.raises(
+        StatesError,
+        match=r"begin-of-text token 3; the tokenizer of .* puts token 4 first: expected",
+    ):
+        invert(read_states(path), other)
+    with pytest.raises(
+        StatesError,
+        match="begin-of-text token 3; the tokenizer of pocket-gpt2 puts none first",
+    ):
+        invert(read_states(path), load())
+    with torch.no_grad(), capture(one.decoder, tokenizer=one.tokenizer) as tape:
+        one.decoder(input_ids=one.encode("t7")[None])
+    assert tape.captured().begin == 3
+
+
+def test_neither_text_nor_ids_unless_asked(
+    pocket: LanguageModel, tmp_path: Path
+) -> None:
+    """By default the file holds the states alone and no word of the prompt."""
+    write_states(tmp_path / "s.safetensors", pocket, TEXT, 2)
+    assert set(load_file(tmp_path / "s.safetensors")) == {"layer.2"}
+    assert b"Nobody" not in (tmp_path / "s.safetensors").read_bytes()
+    write_states(tmp_path / "kept.safetensors", pocket, TEXT, 2, keep_text=True)
+    assert read_states(tmp_path / "kept.safetensors").text == TEXT
+    assert torch.equal(
+        load_file(tmp_path / "kept.safetensors")["ids"], pocket.encode(TEXT).cpu()
+    )
+
+
+def test_the_layout_is_the_one_in_the_readme(tmp_path: Path) -> None:
+    """Every tensor and every entry of the metadata has its line there, and every line something in the file."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| ((?:tensor|metadata) [^|]*) \|", readme, re.MULTILINE)
+    told = {name for line in lines for name in re.findall(r"`([^`]*)`", line)}
+    write_states(
+        tmp_path / "s.safetensors",
+        with_begin(tmp_path, 3),
+        "t7",
+        2,
+        dtype=torch.int8,
+        keep_text=True,
+    )
+    with safe_open(tmp_path / "s.safetensors", "pt") as stored:
+        assert told == {name.replace("2", "ℓ") for name in stored.keys()} | set(
+            stored.metadata()
+        )
+        assert f"`{stored.metadata()['format']}`" in readme
+
+
+def test_the_older_layout_is_read(pocket: LanguageModel, tmp_path: Path) -> None:
+    """One layer, its number in the metadata."""
+    old = {"format": "sipit-lite states 1", "model": "pocket-gpt2", "layer": "6"}
+    save_file({"states": pocket.states(TEXT, 6).cpu()}, tmp_path / "old", old)
+    assert invert(read_states(tmp_path / "old"), pocket).text == TEXT
+
+
+def test_what_a_running_model_does_wrong(
+    untouched: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Each is refused in the pass that does it, and what was captured before is kept."""
+    ids = torch.tensor([[5, 6, 7]])
+    with (
+        pytest.raises(StatesError, match="got a batch of 2 prompts"),
+        capture(untouched),
+    ):
+        untouched(ids.expand(2, -1))
+    with (
+        pytest.raises(StatesError, match="got a prompt with padding"),
+        capture(untouched),
+    ):
+        untouched(ids, attention_mask=torch.tensor([[0, 1, 1]]))
+    path = tmp_path / "s.safetensors"
+    with (
+        pytest.raises(StatesError, match="starts at position 0 after 3 captured"),
+        capture(untouched, path),
+    ):
+        untouched(ids)
+        untouched(ids)
+    assert read_states(path).at(6).shape == (3, 256)
+    cache = untouched(ids, use_cache=True).past_key_values
+    with (
+        pytest.raises(StatesError, match="starts at position 3 after 0 captured"),
+        capture(untouched),
+    ):
+        untouched(ids, past_key_values=cache)
+    with (
+        pytest.raises(StatesError, match="no forward pass inside capture"),
+        capture(untouched, path),
+    ):
+        pass
+    for layers in ([7], [-1, 2], []):
+        with (
+            pytest.raises(StatesError, match=r"has layers 0 .embeddings. to 6"),
+            capture(untouched, layers=layers),
+        ):
+            untouched(ids)
+    with (
+        pytest.raises(StatesError, match="got a model in training mode"),
+        capture(untouched.train()),
+    ):
+        untouched(ids)
+    untouched.eval()
+    assert (
+        not untouched.transformer._forward_pre_hooks
+        and not untouched.transformer.h[5]._forward_hooks
+    )
+
+
+def test_ctrl_c_keeps_the_whole_passes(
+    untouched: PreTrainedModel, pocket: LanguageModel, tmp_path: Path
+) -> None:
+    """A generation stopped in the middle of its third pass: two passes in the file, all layers of the same length."""
+    passes, path = [], tmp_path / "s.safetensors"
+
+    def stop(*_: object) -> None:
+        passes.append(1)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+
+    ids = pocket.encode("Interrupted while")[None].cpu()
+    handle = untouched.transformer.h[3].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt), capture(untouched, path, layers=[1, 6]):
+        untouched.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=9,
+            do_sample=False,
+        )
+    handle.remove()
+    stored = read_states(path)
+    assert stored.passes == (ids.shape[1], 1) and {
+        len(x) for x in stored.states.values()
+    } == {ids.shape[1] + 1}
+    assert invert(stored, pocket).tokens.tolist()[:-1] == ids[0].tolist()
+
+
+def broken_file(tmp_path: Path, case: str) -> Path:
+    """One file for each way in which a file can be broken."""
+    path, states = tmp_path / "broken.safetensors", {"layer.3": torch.zeros(2, 256)}
+    good = {"format": "sipit-lite states 2", "model": "pocket-gpt2"}
+    if case == "truncated":
+        save_file({"layer.3": torch.zeros(64, 256)}, path, good)
+        path.write_bytes(path.read_bytes()[:-100])
+    elif case == "not safetensors":
+        path.write_text("states, but as text")
+    elif case == "empty":
+        path.touch()
+    elif case == "no metadata":
+        save_file(states, path)
+    elif case == "no states":
+        save_file({"other": torch.zeros(2)}, path, good)
+    elif case == "no layer":
+        save_file({"layer.three": torch.zeros(2, 256)}, path, good)
+    elif case == "passes":
+        save_file(states, path, good | {"passes": "1 one"})
+    elif case == "8 bits, no scale":
+        save_file({"layer.3": torch.zeros(2, 256, dtype=torch.int8)}, path, good)
+    elif case == "a folder":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("missing", "where there is no file; expected a safetensors file"),
+        ("a folder", "where there is no file"),
+        ("truncated", "not a whole safetensors file"),
+        ("not safetensors", "not a whole safetensors file"),
+        ("empty", "not a whole safetensors file"),
+        ("no metadata", "expected tensors 'layer.ℓ' and metadata 'format'"),
+        ("no states", r"with tensors \['other'\]"),
+        ("no layer", r"with tensors \['layer.three'\]"),
+        ("passes", "got 'one' in the metadata"),
+        (
+            "8 bits, no scale",
+            r"layer 3 in torch\.int8 and no scale; expected the tensor 'layer\.3\.scale'",
+        ),
+    ],
+)
+def test_broken_files_are_refused(tmp_path: Path, case: str, message: str) -> None:
+    """One line that names the file and what was expected."""
+    path = broken_file(tmp_path, case)
+    with pytest.raises(StatesError, match=message) as refusal:
+        read_states(path)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_what_cannot_be_written_is_refused(
+    pocket: LanguageModel, tmp_path: Path
+) -> None:
+    """A folder that is not there, a format that holds no states, one that is too small for them."""
+    with pytest.raises(StatesError, match="where no file can be written"):
+        write_states(tmp_path / "none" / "s.safetensors", pocket, TEXT, 2)
+    with pytest.raises(StatesError, match=r"got dtype torch\.int16"):
+        write_states(tmp_path / "s.safetensors", pocket, TEXT, 2, dtype=torch.int16)
+    large = LanguageModel(
+        "large", pocket.decoder, pocket.tokenizer, pocket.embeddings * 1e6
+    )
+    with pytest.raises(
+        StatesError,
+        match=r"got dtype torch\.float16; expected one that holds the states of layer 0",
+    ):
+        write_states(tmp_path / "s.safetensors", large, TEXT, 0, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())

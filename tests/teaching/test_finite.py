@@ -1,0 +1,230 @@
+"""Counting against enumeration, exhaustive search against dictionaries of Python tuples, routes against each other."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations, product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sipit_lite import LanguageModel, ModelError, load
+from sipit_lite.experiments.families import small
+from sipit_lite.model import embedding_rows
+from sipit_lite.teaching.finite import (
+    chance_pairs,
+    coincidences,
+    crowded_length,
+    every_last_state,
+    every_prompt,
+    finite_values,
+    forced_pairs,
+    pigeonhole_length,
+    route_spread,
+    routes,
+    same_bits,
+)
+
+EIGHT = [
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+]
+
+
+@pytest.mark.parametrize("dtype", [*EIGHT, torch.float16, torch.bfloat16])
+def test_finite_values_are_counted_one_by_one(dtype: torch.dtype) -> None:
+    """Every pattern of the format, written out as a Python number."""
+    patterns = torch.arange(2 ** (8 * dtype.itemsize)).to(
+        {1: torch.uint8, 2: torch.uint16}[dtype.itemsize]
+    )
+    numbers = patterns.view(dtype).double().tolist()
+    assert finite_values(dtype) == len({x for x in numbers if math.isfinite(x)})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponent", "fraction"), [(torch.float32, 8, 23), (torch.float64, 11, 52)]
+)
+def test_finite_values_of_wide_formats(
+    dtype: torch.dtype, exponent: int, fraction: int
+) -> None:
+    """IEEE 754: all exponents but one, all fractions, both signs, one zero."""
+    assert finite_values(dtype) == 2 * (2**exponent - 1) * 2**fraction - 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count"), [(torch.int8, 256), (torch.uint8, 256), (torch.int16, 65536)]
+)
+def test_finite_values_of_integers(dtype: torch.dtype, count: int) -> None:
+    """All patterns."""
+    assert finite_values(dtype) == count
+
+
+@given(st.integers(1, 6000), st.integers(1, 64), st.integers(2, 300_000))
+@settings(max_examples=60, deadline=None)
+def test_pigeonhole_length_is_the_first(
+    d_model: int, bits: int, vocab_size: int
+) -> None:
+    """At T there are more prompts than patterns, at T − 1 not; and T is the number after T*."""
+    length = pigeonhole_length(d_model, bits, vocab_size)
+    assert vocab_size ** (length - 1) <= 2 ** (d_model * bits) < vocab_size**length
+    assert abs(length - d_model * bits / math.log2(vocab_size)) < 1 + 1e-6
+
+
+@given(st.integers(2, 40), st.integers(1, 10**30))
+def test_crowded_length_by_counting_up(vocab_size: int, states: int) -> None:
+    """The same by multiplication, from nothing."""
+    length, prompts = 0, 1
+    while prompts <= states:
+        length, prompts = length + 1, prompts * vocab_size
+    assert crowded_length(vocab_size, states) == length
+
+
+@pytest.mark.parametrize(("prompts", "states"), list(product(range(6), range(1, 5))))
+def test_forced_and_chance_pairs_over_all_maps(prompts: int, states: int) -> None:
+    """The smallest and the mean number of equal pairs, over every map there is."""
+    maps = list(product(range(states), repeat=prompts))
+    counts = [sum(a == b for a, b in combinations(values, 2)) for values in maps]
+    assert forced_pairs(prompts, states) == min(counts)
+    assert chance_pairs(prompts, states) * len(maps) == sum(counts)
+
+
+@given(st.integers(0, 10**9), st.integers(1, 10**9))
+def test_chance_forces_at_least(prompts: int, states: int) -> None:
+    """A minimum is at most a mean; pairs are forced if and only if there are more prompts than states."""
+    forced = forced_pairs(prompts, states)
+    assert forced <= chance_pairs(prompts, states) and (forced > 0) == (
+        prompts > states
+    )
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_every_prompt_is_there_once(vocab_size: int, longest: int) -> None:
+    """The same tuples in the same order as from itertools."""
+    found = [
+        tuple(ids)
+        for batch in every_prompt(vocab_size, longest)
+        for ids in batch.tolist()
+    ]
+    assert found == [
+        ids
+        for n in range(1, longest + 1)
+        for ids in product(range(vocab_size), repeat=n)
+    ]
+
+
+def test_every_last_state_is_that_of_the_prompt(
+    family: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt at a time, in every architecture; also where the prompts need several chunks."""
+    monkeypatch.setattr("sipit_lite.teaching.finite.CHUNK", 7)
+    model = family[1]
+    prompts = every_prompt(3, 3)
+    found = every_last_state(model, 2, prompts)
+    alone = torch.stack(
+        [model.states(ids, 2)[-1] for batch in prompts for ids in batch]
+    )
+    assert torch.allclose(found, alone, atol=1e-4)
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-30])] * 2),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_coincidences_against_a_dictionary(rows: list[tuple[float, float]]) -> None:
+    """Python compares tuples of floats as numbers, and 0 with −0 as equal."""
+    found, counts = coincidences(torch.tensor(rows, dtype=torch.float64)), Counter(rows)
+    assert sorted(found.sizes.tolist()) == sorted(counts.values())
+    assert found.pairs == sum(a == b for a, b in combinations(rows, 2))
+    for first in range(len(rows) + 1):
+        assert found.different(first) == len(set(rows[:first]))
+    groups = [group.tolist() for group in found.groups()]
+    assert sorted(groups) == sorted(
+        [i for i, x in enumerate(rows) if x == row] for row in counts if counts[row] > 1
+    )
+    assert [len(group) for group in groups] == sorted(map(len, groups), reverse=True)
+
+
+@pytest.mark.parametrize(
+    "dtype", [*EIGHT[:2], torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
+def test_same_bits(dtype: torch.dtype) -> None:
+    """One pattern apart is not the same, and neither is another format or sign of zero."""
+    x = torch.tensor([[1.0, 0.0], [2.0, -3.0]]).to(dtype)
+    assert same_bits(x, x.clone()) and same_bits(x.t(), x.t().clone())
+    assert not same_bits(x, (-x.float()).to(dtype))
+    assert not same_bits(torch.zeros(1).to(dtype), (-torch.zeros(1)).to(dtype))
+    assert not same_bits(x.float(), x.double())
+
+
+def test_rotary_models_have_exactly_thirty_pairs() -> None:
+    """All 363 prompts of 1 to 5 of three tokens: in float64, rounded to twelve digits, the constant ones coincide."""
+    prompts = every_prompt(3, 5)
+    for name, pairs in (("Llama", 30), ("GPT2", 0)):
+        model = small(name, device="cpu")
+        decoder = model.decoder.double()
+        model = replace(model, decoder=decoder, embeddings=embedding_rows(decoder))
+        states = every_last_state(model, model.n_layers, prompts)
+        found = coincidences((states * 1e10).round())
+        assert found.pairs == pairs
+        ids = [tuple(row) for batch in prompts for row in batch.tolist()]
+        assert all(len(set(ids[i])) == 1 for group in found.groups() for i in group)
+
+
+def test_routes_agree_up_to_rounding(pocket: LanguageModel) -> None:
+    """All of them are the states of the same prompt, and no two formats give the same bits."""
+    ids = torch.randint(
+        pocket.vocab_size, (12,), generator=torch.Generator().manual_seed(5)
+    )
+    threads = torch.get_num_threads()
+    found = routes(pocket, ids, 3)
+    assert torch.get_num_threads() == threads
+    assert {"one pass", "token by token", "in a batch", "one thread", "float64"} <= set(
+        found
+    )
+    assert all(
+        torch.allclose(x, found["one pass"], atol=1e-3, rtol=1e-4)
+        for x in found.values()
+    )
+    spread = route_spread(found)
+    assert spread.shape == (12,) and 0 < float(spread.max()) < 1e-4
+    assert torch.equal(found["one pass"].float(), pocket.states(ids, 3).cpu())
+    assert pocket.dtype == torch.float32, "the model is as it was"
+
+
+def test_route_spread_by_hand() -> None:
+    """Three routes, two positions: the largest of three distances, over the norm of the first."""
+    found = {
+        "a": torch.tensor([[3.0, 4.0], [1.0, 0.0]], dtype=torch.float64),
+        "b": torch.tensor([[3.0, 4.0], [1.5, 0.0]], dtype=torch.float64),
+        "c": torch.tensor([[0.0, 0.0], [0.5, 0.0]], dtype=torch.float64),
+    }
+    assert route_spread(found).tolist() == [1.0, 1.0]
+
+
+def test_bad_input() -> None:
+    """Each refusal quotes what came."""
+    for dtype in (torch.bool, torch.complex64, torch.float8_e8m0fnu):
+        with pytest.raises(ValueError, match=f"got {dtype}"):
+            finite_values(dtype)
+    with pytest.raises(ValueError, match="got d_model=0, bits=32"):
+        pigeonhole_length(0, 32, 50257)
+    with pytest.raises(ValueError, match="got vocab_size=1, states=1024"):
+        pigeonhole_length(10, 1, 1)
+    for count in (forced_pairs, chance_pairs):
+        with pytest.raises(ValueError, match="got prompts=3, states=0"):
+            count(3, 0)
+        with pytest.raises(ValueError, match="got prompts=-1, states=2"):
+            count(-1, 2)
+    with pytest.raises(ValueError, match="got vocab_size=3, longest=0"):
+        every_prompt(3, 0)
+    with pytest.raises(ValueError, match="got 2 states with NaN or Inf"):
+        coincidences(torch.tensor([[1.0, math.nan], [0.0, 0.0], [math.inf, 0.0]]))
+    with pytest.raises(ModelError, match="layers 0"):
+        every_last_state(load(device="cpu"), 7, every_prompt(2, 1))

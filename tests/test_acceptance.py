@@ -1,0 +1,230 @@
+"""The verifier: distances with an oracle, rounding cells that hold what they must, refusals that say why."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+from transformers import ModernBertConfig, ModernBertModel
+
+from sipit_lite import (
+    LanguageModel,
+    ModelError,
+    Observation,
+    StatesError,
+    load,
+    noise_floor,
+)
+from sipit_lite.acceptance import distance_to_stored, rounding_half_width
+
+FLOATS = st.floats(-6e4, 6e4, width=32, allow_subnormal=True)
+COARSE = [torch.float16, torch.bfloat16]
+CPU_POCKET = load(
+    "pocket-gpt2", device="cpu"
+)  # hypothesis runs a test many times: no fixture of narrower scope
+
+
+@pytest.mark.parametrize("dtype", COARSE)
+@given(values=arrays("float32", (3, 4), elements=FLOATS))
+def test_rounding_never_moves_a_number_out_of_its_cell(
+    dtype: torch.dtype, values: object
+) -> None:
+    """What was stored lies within half a unit of what was there: the true token always passes."""
+    truth = torch.as_tensor(values)
+    stored = truth.to(dtype)
+    if not torch.isfinite(stored).all():
+        return
+    half_width = rounding_half_width(stored, CPU_POCKET)
+    assert ((stored.float() - truth).abs() <= half_width).all()
+    for row in range(3):
+        assert (
+            distance_to_stored(
+                truth[row : row + 1], stored[row].float(), half_width[row]
+            ).item()
+            == 0
+        )
+
+
+@pytest.mark.parametrize("dtype", COARSE)
+def test_cells_are_no_wider_than_they_must(dtype: torch.dtype) -> None:
+    """Two numbers that round to different values are not in each other's cell, but for the shared border."""
+    grid = torch.linspace(1, 4, 100_001)
+    stored = grid.to(dtype)
+    half_width = rounding_half_width(stored[None], CPU_POCKET)[0]
+    outside = (grid[:-1] - stored[1:].float()).abs() - half_width[1:]
+    # Below a power of two the true cell is half as wide; that side is taken at full width, never too narrow.
+    apart = (stored[:-1] != stored[1:]) & (
+        torch.frexp(stored[:-1].float()).exponent
+        == torch.frexp(stored[1:].float()).exponent
+    )
+    assert apart.any() and (outside[apart] > -2 * 3e-5).all()
+
+
+def test_float32_and_float64_have_no_cell(pocket: LanguageModel) -> None:
+    """Nothing was lost, so nothing is forgiven."""
+    states = pocket.states("exact", 2)
+    for dtype in (torch.float32, torch.float64):
+        assert Observation.of(states.to(dtype), pocket, 2).exact
+    assert not Observation.of(states.to(torch.bfloat16), pocket, 2).exact
+
+
+@given(
+    arrays("float32", (5, 6), elements=st.floats(-100, 100, width=32)),
+    arrays("float32", 6, elements=st.floats(-100, 100, width=32)),
+)
+def test_without_a_cell_it_is_the_euclidean_distance(
+    candidates: object, observed: object
+) -> None:
+    """Against a sum of squares in Python's own numbers."""
+    found = distance_to_stored(
+        torch.as_tensor(candidates), torch.as_tensor(observed), torch.zeros(6)
+    )
+    for row, value in zip(candidates.tolist(), found.tolist(), strict=True):
+        expected = (
+            sum((a - b) ** 2 for a, b in zip(row, observed.tolist(), strict=True))
+            ** 0.5
+        )
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def test_an_overflowed_candidate_is_infinitely_far() -> None:
+    """NaN compares false with everything, which must not read as untested or as near."""
+    found = distance_to_stored(
+        torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0]]),
+        torch.zeros(2),
+        torch.zeros(2),
+    )
+    assert found.tolist() == [torch.inf, torch.inf]
+
+
+def test_noise_floor_holds_for_other_prompts(pocket: LanguageModel) -> None:
+    """Measured on one random prompt, it bounds the difference of routes on prose, at every layer and position."""
+    from sipit_lite import OneStepMap
+
+    ids = pocket.encode(
+        "The noise floor was measured on random tokens; this prompt is prose, and longer. "
+        * 20
+    )[:256]
+    assert len(ids) == pocket.n_positions
+    for layer in range(pocket.n_layers + 1):
+        whole = pocket.states(ids, layer)
+        assert noise_floor(pocket, layer) < 1e-4
+        for t in range(0, len(ids), 15):
+            found = OneStepMap.after(pocket, layer, ids[:t]).tokens(ids[t : t + 1])[0]
+            assert (found - whole[t]).norm() <= noise_floor(pocket, layer) * whole[
+                t
+            ].norm() / 4, (layer, t)
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    """Its one-step map is no map of the prefix: the routes differ by far more than rounding."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+    }
+    sizes |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    decoder = ModernBertModel(
+        ModernBertConfig(**sizes, num_attention_heads=4, max_position_embeddings=40)
+    ).eval()
+    model = LanguageModel(
+        "both ways", decoder, None, decoder.get_input_embeddings().weight.detach()
+    )
+    with pytest.raises(
+        ModelError,
+        match=r"got both ways, whose states at layer 2 differ by .* \(is it causal\?\)",
+    ):
+        noise_floor(model, 2)
+
+
+BAD_STATES = {
+    "width": (
+        torch.zeros(3, 255),
+        "states of shape (3, 255); pocket-gpt2 has shape (T, 256) with T from 1 to 256",
+    ),
+    "no position": (torch.zeros(0, 256), "states of shape (0, 256)"),
+    "too many positions": (torch.zeros(257, 256), "states of shape (257, 256)"),
+    "a batch": (torch.zeros(1, 3, 256), "states of shape (1, 3, 256)"),
+    "integers": (
+        torch.zeros(3, 256, dtype=torch.int64),
+        "states of torch.int64 without a scale; expected",
+    ),
+    "NaN": (torch.full((2, 256), torch.nan), "NaN or Inf in the state at position 0"),
+    "Inf": (
+        torch.cat([torch.zeros(4, 256), torch.full((1, 256), torch.inf)]),
+        "NaN or Inf in the state at position 4",
+    ),
+    "overflow": (
+        torch.full((2, 256), 1e38),
+        "got states of norm 1.6e+39; torch.float32 overflows",
+    ),
+    "sparse": (
+        torch.zeros(2, 256).to_sparse(),
+        "torch.sparse_coo; not convertible to torch.float32",
+    ),
+    "no tensor": ([[0.0] * 256], "states of type list; expected a torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_states_that_no_prompt_has_are_refused(
+    pocket: LanguageModel, case: str
+) -> None:
+    """Each refusal quotes what was received and what was expected."""
+    states, message = BAD_STATES[case]
+    with pytest.raises(StatesError, match=re.escape(message)):
+        Observation.of(states, pocket, 3)
+
+
+@pytest.mark.parametrize("epsilon", [-1.0, float("nan"), float("inf")])
+def test_bad_epsilon_is_refused(pocket: LanguageModel, epsilon: float) -> None:
+    """A bound on the noise is finite and not negative."""
+    with pytest.raises(StatesError, match=f"got epsilon={epsilon}"):
+        Observation.of(torch.zeros(1, 256), pocket, 3, epsilon)
+
+
+def test_bad_layer_is_refused(pocket: LanguageModel) -> None:
+    """Before anything is computed."""
+    with pytest.raises(ModelError, match="got layer 9; pocket-gpt2 has layers 0"):
+        Observation.of(Tensor(torch.zeros(1, 256)), pocket, 9)
+
+
+def test_eight_bit_integers_need_a_scale(pocket: LanguageModel) -> None:
+    """Without it they are refused; with it the cell of each number is half the scale; bad scales are quoted."""
+    states = pocket.states("scale", 3)
+    scale = states.abs().amax(1) / 127
+    stored = (states / scale[:, None]).round().to(torch.int8)
+    with pytest.raises(
+        StatesError,
+        match=r"got states of torch\.int8 without a scale; expected a floating-point",
+    ):
+        Observation.of(stored, pocket, 3)
+    seen = Observation.of(stored, pocket, 3, scale=scale)
+    torch.testing.assert_close(seen.half_width, (scale / 2)[:, None].expand_as(states))
+    assert not seen.exact and bool(
+        (seen.distance(0, states[:1]) <= seen.radius[0]).all()
+    )
+    for bad in (scale[1:], -scale, scale * torch.nan, scale[:, None, None]):
+        with pytest.raises(
+            StatesError,
+            match=r"got a scale of shape .* expected one finite number above 0",
+        ):
+            Observation.of(stored, pocket, 3, scale=bad)
+    with pytest.raises(StatesError, match=r"got states of torch\.int64 with a scale"):
+        Observation.of(stored.long(), pocket, 3, scale=scale)
+
+
+def test_a_scale_of_floating_point_states_scales_their_cells(
+    pocket: LanguageModel,
+) -> None:
+    """States stored as float16 / 8 with the scale 8 have the cells of float16, eight times as wide."""
+    states = pocket.states("scale", 3)
+    stored = (states / 8).half()
+    seen = Observation.of(stored, pocket, 3, scale=torch.full((len(states),), 8.0))
+    torch.testing.assert_close(seen.states, stored.to(states) * 8)
+    torch.testing.assert_close(seen.half_width, rounding_half_width(stored, pocket) * 8)
