@@ -1,0 +1,211 @@
+"""The house stays small: budgets of lines, imports that run one way, and lines that read."""
+
+import ast
+import io
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sipit_lite"
+ROOMS = ("io", "extensions", "experiments", "teaching", "pocket_gpt2")
+# Lines of each file of the core, docstrings and blank lines included.
+CORE = {
+    "__init__.py": 40,
+    "model.py": 260,
+    "onestep.py": 135,
+    "acceptance.py": 280,
+    "policies.py": 150,
+    "recovery.py": 80,
+    "sipit.py": 380,
+    "collisions.py": 460,
+    "memory.py": 35,
+}
+BUDGET = {
+    "core": 1800,
+    "io": 1100,
+    "extensions": 1200,
+    "experiments": 2900,
+    "teaching": 1000,
+    "cli": 430,
+    "all": 8600,
+}
+# What each part of the house may import, itself included.
+MAY_IMPORT = {
+    "core": {"core"},
+    "io": {"core", "io"},
+    "extensions": {"core", "io", "extensions"},
+    "experiments": {"core", "io", "extensions", "experiments"},
+    "teaching": {"core", "teaching"},
+    "pocket_gpt2": {"core", "io", "pocket_gpt2"},
+    "cli": {"core", "io", "extensions", "experiments", "teaching", "cli"},
+}
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def sources() -> Iterator[Path]:
+    """Every Python file of the package."""
+    yield from sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The part of the house that a file belongs to."""
+    relative = path.relative_to(PACKAGE)
+    if relative.parts[0] in ROOMS:
+        return relative.parts[0]
+    return "cli" if relative.name == "cli.py" else "core"
+
+
+def line_count(path: Path) -> int:
+    """All lines of a file."""
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of the house that a file imports from, wherever the import stands."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "sipit_lite":
+                room = rest[0] if rest else ""
+                parts.add(room if room in (*ROOMS, "cli") else "core")
+    return parts
+
+
+def docstring_lines(tree: ast.AST) -> set[int]:
+    """Numbers of the lines that docstrings take."""
+    lines = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if isinstance(node.value.value, str):
+                lines.update(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def figures(path: Path) -> dict[str, int]:
+    """Code lines, comments, nested comprehensions and tuple assignments of a file."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    docs = docstring_lines(tree)
+    code, comments = set(), set()
+    layout = {
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        span = range(token.start[0], token.end[0] + 1)
+        if token.type == tokenize.COMMENT:
+            # Remarks to tools say nothing to a reader.
+            if not token.string.startswith(("# noqa", "# fmt:", "# type:")):
+                comments.add(token.start[0])
+        elif token.type not in layout:
+            code.update(line for line in span if line not in docs)
+    nested = 0
+    packed = 0
+    for node in ast.walk(tree):
+        if isinstance(node, COMPREHENSIONS):
+            inner = [n for n in ast.walk(node) if isinstance(n, COMPREHENSIONS)]
+            nested += len(inner) > 1 or len(node.generators) > 1
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            packed += isinstance(node.targets[0], ast.Tuple)
+    return {
+        "code": len(code),
+        "comments": len(comments),
+        "nested": nested,
+        "packed": packed,
+    }
+
+
+def totals() -> dict[str, int]:
+    """The figures of the package."""
+    total: dict[str, int] = {}
+    for path in sources():
+        for name, value in figures(path).items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+@pytest.mark.parametrize("name", sorted(CORE))
+def test_files_of_the_core_stay_within_their_budget(name: str) -> None:
+    """A reader of the paper reads each in one sitting."""
+    assert line_count(PACKAGE / name) <= CORE[name]
+
+
+def test_the_core_has_no_other_files() -> None:
+    """What is not the paper's own lives in a room."""
+    there = {path.name for path in PACKAGE.glob("*.py")}
+    assert there == {*CORE, "cli.py"}
+
+
+@pytest.mark.parametrize("part", sorted(BUDGET))
+def test_parts_stay_within_their_budget(part: str) -> None:
+    """Caps, docstrings included: before you add, delete."""
+    lines = 0
+    for path in sources():
+        if part in ("all", part_of(path)):
+            lines += line_count(path)
+    assert lines <= BUDGET[part]
+
+
+def test_imports_run_one_way() -> None:
+    """cli → experiments → extensions → io → core; teaching uses the core alone."""
+    for path in sources():
+        # The front door names what every room offers.
+        if path == PACKAGE / "__init__.py":
+            continue
+        wrong = imported_parts(path) - MAY_IMPORT[part_of(path)]
+        assert not wrong, f"{path.relative_to(PACKAGE)} imports {sorted(wrong)}"
+
+
+def test_lines_fit_the_page() -> None:
+    """At most 88 columns."""
+    for path in sources():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 88, f"{path.relative_to(PACKAGE)}:{number}"
+
+
+def test_lines_hold_one_thing() -> None:
+    """Per 1 000 code lines at most one nested comprehension and five packed tuples."""
+    total = totals()
+    assert total["nested"] * 1000 <= 1 * total["code"], total
+    assert total["packed"] * 1000 <= 5 * total["code"], total
+
+
+def test_comments_stand_where_a_reader_stops() -> None:
+    """At least eight in a hundred code lines."""
+    total = totals()
+    assert total["comments"] * 100 >= 8 * total["code"], total
+
+
+def report() -> None:
+    """Print where the lines are: ``python tests/test_house.py``."""
+    by_part: dict[str, int] = {}
+    for path in sources():
+        lines = line_count(path)
+        by_part[part_of(path)] = by_part.get(part_of(path), 0) + lines
+        wide = sum(len(line) > 88 for line in path.read_text().splitlines())
+        name = str(path.relative_to(PACKAGE))
+        print(f"{name:34}{lines:6} lines  {figures(path)}  wide {wide}")
+    for part, lines in by_part.items():
+        print(f"{part:12}{lines:6} of {BUDGET.get(part, '-')}")
+    total = totals()
+    code = total["code"]
+    print(f"all {sum(by_part.values())} of {BUDGET['all']}; {code} code lines")
+    print(f"nested {1000 * total['nested'] / code:.1f} (≤ 1) per 1 000 code lines")
+    print(f"packed {1000 * total['packed'] / code:.1f} (≤ 5) per 1 000 code lines")
+    print(f"comments {100 * total['comments'] / code:.1f} (≥ 8) per 100 code lines")
+
+
+if __name__ == "__main__":
+    sys.exit(report())
