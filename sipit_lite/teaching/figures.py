@@ -16,6 +16,21 @@ ICONS = {
 }  # fmt: skip
 
 
+def legend_above(ax: Axes, columns: int = 3) -> None:
+    """Put the legend above the axes: curves fill them, so no place inside is free.
+
+    >>> ax = distances([0.0, 1e-6], [1.0, 2.0], [1e-4, 1e-4])
+    >>> legend_above(ax, columns=1)
+    """
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize="small",
+    )
+
+
 def distances(
     accepted: Sequence[float],
     runner_up: Sequence[float],
@@ -43,7 +58,7 @@ def distances(
         label="accepted token",
     )
     ax.set(yscale="log", xlabel="position", ylabel="distance to the observed state")
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -63,7 +78,7 @@ def candidates(
         ax.plot(counts, ".-", label=label)
     ax.axhline(vocab_size, color=RADIUS, linestyle="--", label="whole vocabulary")
     ax.set(yscale="log", xlabel="position", ylabel="candidates tested")
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -118,7 +133,7 @@ def partial_sums(
         ax.axvline(edge, color=RADIUS, linestyle="--", linewidth=1)
     low, reach = np.min(f), np.ptp(f) or 1.0
     ax.set(xlabel="x", ylabel="value", ylim=(low - 0.5 * reach, low + 1.5 * reach))
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -143,7 +158,7 @@ def share_curves(
     ax.set(
         xlabel="strength of the head", ylabel="difference of the shares", ylim=(0, None)
     )
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -176,7 +191,7 @@ def distance_counts(
         ylabel="pairs",
         ylim=(0.5, None),
     )
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -296,7 +311,7 @@ def pushed_density(
         xlabel="parameter after", ylabel="density", ylim=(0, 3 * np.median(density))
     )
     for ax in axes:
-        _legend_above(ax)
+        legend_above(ax)
     return axes
 
 
@@ -321,7 +336,7 @@ def critical_curves(
             )
     ax.plot(0, 0, "k+", markersize=10)
     ax.set(xlabel="u", ylabel="b", aspect="equal")
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -345,7 +360,7 @@ def training_distances(
     ):
         axes[1].plot(found, color=color, label=label)
     axes[1].set(yscale="log", xlabel="step", ylabel="smallest distance")
-    _legend_above(axes[1])
+    legend_above(axes[1])
     return axes
 
 
@@ -368,7 +383,7 @@ def nearest_by_layer(
     )
     ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
     ax.set(yscale="log", xlabel="layer", ylabel="distance to the nearest neighbour")
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -472,7 +487,7 @@ def component_zeros(
         )
     (left, right), (low, high) = np.asarray(box, dtype=float)
     ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -551,7 +566,7 @@ def shifted_twins(
         xlabel="size of the shift",
         ylabel="distance of the planted pairs",
     )
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -585,7 +600,7 @@ def equal_pairs(
         ylabel="equal pairs",
         ylim=(0.3, None),
     )
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -639,7 +654,7 @@ def computed_distances(
     ax.set(
         xscale="log", yscale="log", xlabel="true distance", ylabel="computed distance"
     )
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -701,17 +716,6 @@ def pairs_left(
     return ax
 
 
-def _legend_above(ax: Axes) -> None:
-    # Points fill these axes from top to bottom, so there is no best place inside them.
-    ax.legend(
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=3,
-        frameon=False,
-        fontsize="small",
-    )
-
-
 def radius_sweep(
     own: ArrayLike, rival: ArrayLike, chosen: float, ax: Axes | None = None
 ) -> Axes:
@@ -742,7 +746,7 @@ def radius_sweep(
         xlabel="radius over the norm of the state",
         ylabel="share of positions",
     )
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -760,7 +764,7 @@ def discs(
         ax.plot(x, y, "os^Dv"[i % 5], color=f"C{i}", label=label)
     ax.set(xlabel="first number", ylabel="second number", aspect="equal")
     ax.margins(0.1)
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -782,7 +786,7 @@ def neighbour_counts(
         )
     ax.axvline(margin, color=RADIUS, linestyle="--", label="margin")
     ax.set(xlabel="distance to the nearest neighbour", ylabel="tokens")
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -857,7 +861,7 @@ def residual_paths(
         markeredgewidth=2,
     )
     ax.set(yscale="log", xlabel="step", ylabel="residual over the norm of the state")
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -908,7 +912,7 @@ def time_ladder(
     ax.set(xscale="log", xlabel="seconds per prompt", xlim=(low / 2, high * 4))
     ax.set_yticks(range(len(seconds)), list(seconds))
     ax.invert_yaxis()
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -962,7 +966,7 @@ def noise_steps(
         yticks=[],
     )
     for ax in axes:
-        _legend_above(ax)
+        legend_above(ax)
     return axes
 
 
@@ -984,7 +988,7 @@ def noise_shares(
     ax.plot(sizes, bound, "--", color=RADIUS, label="bound, random")
     ax.plot(sizes, measured, ".-", color=ACCEPTED, label="random directions")
     ax.set(xlabel="noise, in margins of the token", ylabel="share of wrong tokens")
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -1012,7 +1016,7 @@ def loss_lines(
                 label=None if k else label,
             )
     ax.set(xlabel="share of the way to the true token", ylabel=ylabel, ylim=(0, None))
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -1084,7 +1088,7 @@ def proxy_in_plane(
     ax.set(xlabel="first principal direction", ylabel="second principal direction")
     ax.set(xlim=(low[0] - 0.05 * reach[0], low[0] + 1.05 * reach[0]))
     ax.set(ylim=(low[1] - 0.05 * reach[1], low[1] + 1.05 * reach[1]))
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -1175,7 +1179,7 @@ def scales(sizes: dict[str, ArrayLike], label: str, ax: Axes | None = None) -> A
             label=name,
         )
     ax.set(yscale="log", xlabel="place", ylabel=label)
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -1210,7 +1214,7 @@ def defence_curves(
         ylabel="share of tokens recovered",
         ylim=(-0.03, 1.05),
     )
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -1254,7 +1258,7 @@ def partners_in_space(
     )
     ax.set(xlabel="first number", ylabel="second number", zlabel="third number")
     ax.locator_params(nbins=5)
-    _legend_above(ax)
+    legend_above(ax)
     return ax
 
 
@@ -1331,5 +1335,5 @@ def success_by_length(
         ylim=(-0.03, 1.05),
     )
     ax.set_xticks(sorted({int(n) for lengths, *_ in groups.values() for n in lengths}))
-    _legend_above(ax)
+    legend_above(ax)
     return ax
