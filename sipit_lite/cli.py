@@ -676,7 +676,7 @@ def run_bench(options: argparse.Namespace) -> int:
         print(json.dumps(bench.report(options.bench, model, checks, data)))
     else:
         print(
-            bench.table(checks),
+            bench.verdicts(checks),
             *(f"{name}: {value:.4g}" for name, value in data["reported"].items()),
             sep="\n",
         )

@@ -9,7 +9,7 @@ import torch
 from sipit_lite import LanguageModel
 from sipit_lite.cli import main, speed_figure, success_figure
 from sipit_lite.experiments import checks as bench
-from sipit_lite.experiments.checks import Check, candidate_counts, table
+from sipit_lite.experiments.checks import Check, candidate_counts, verdicts
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_silent_errors_are_counted(
 
 def test_a_missed_target_is_reported() -> None:
     """The table says so; nothing is raised."""
-    assert "MISSED" in table([Check.of("exact, all", 0.99)]) and "met" in table(
+    assert "MISSED" in verdicts([Check.of("exact, all", 0.99)]) and "met" in verdicts(
         [Check.of("exact, all", 1.0)]
     )
 
