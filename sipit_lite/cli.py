@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -720,7 +719,11 @@ def run_reproduce(options: argparse.Namespace) -> int:
     if options.rounded:
         # The model keeps its name: what was done to the weights is told beside it.
         model, weights = (
-            replace(quantised(model, options.rounded), name=model.name),
+            LanguageModel(
+                quantised(model, options.rounded).decoder,
+                model.tokenizer,
+                name=model.name,
+            ),
             f"{options.rounded}, rounded",
         )
     if options.output:

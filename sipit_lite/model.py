@@ -1,26 +1,32 @@
 """Language models as maps from a prompt to hidden states, cut at any layer.
 
-One path for every Hugging Face decoder: its blocks and its final norm are found by structure, not by name.
-States are taken after block ``layer`` and before the final norm, as in the paper (its §3 and official code).
+One path for every Hugging Face decoder: its blocks and its final norm are recognised by
+structure, not by name. States are taken after block ``layer`` and before the final
+norm, as in the paper (its §3 and official code).
 """
 
 import copy
+import json
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sipit_lite.memory import advised
+
+# Fields of a configuration that change no state: names, formats, what is returned.
+_ASIDE = (
+    "architectures transformers_version dtype torch_dtype use_cache "
+    "output_hidden_states output_attentions return_dict"
+).split()
 
 
 class SipItError(ValueError):
@@ -28,31 +34,83 @@ class SipItError(ValueError):
 
 
 class StatesError(SipItError):
-    """Observed states that no prompt of this model can have: wrong width, format, length, or not finite."""
+    """States that no prompt of this model can have: width, format, length, not finite."""
 
 
 class ModelError(SipItError):
-    """A model that cannot be loaded, or a question that the loaded model cannot answer."""
+    """A model that cannot be loaded, or a question that it cannot answer."""
 
 
-@dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A decoder-only transformer as the paper sees it: the map s ↦ H^(ℓ)(s) from a prompt to its hidden states.
+    """A decoder-only transformer as the paper sees it: the map s ↦ H^(ℓ)(s).
 
-    ``decoder`` is the untouched ``transformers`` model without its unembedding; ``embeddings`` holds the rows
-    E_v that it feeds to its first block, shape (vocab_size, d_model), any embedding scale included.
+    States are computed without gradients and in evaluation mode, whatever mode the
+    model is in. The model itself is neither copied nor changed: same weights, same
+    mode, same ``requires_grad``. Change its weights, and build this anew.
 
-    >>> from sipit_lite import load
+    Parameters
+    ----------
+    hf_model
+        Any causal model of ``transformers`` in memory: with or without its
+        unembedding, or wrapped by PEFT (LoRA). ``load`` takes names and folders.
+    tokenizer
+        Its tokenizer; without one, prompts are token ids.
+    name
+        What messages and files call it; by default what its configuration says.
 
-    >>> model = load(device="cpu")
-    >>> model.n_layers, model.d_model, model.vocab_size
-    (6, 256, 4096)
+    Attributes
+    ----------
+    decoder
+        The model without its unembedding, untouched.
+    measured
+        What was measured of this model once, by what and layer: ``("noise", 3)``.
+
+    Raises
+    ------
+    ModelError
+        For anything but a model whose blocks and final norm can be told apart.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> sizes = GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)
+    >>> LanguageModel(GPT2LMHeadModel(sizes), name="tiny")
+    LanguageModel('tiny': 2 blocks, width 8, 50 tokens, torch.float32 on cpu)
     """
 
-    name: str
-    decoder: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    embeddings: Float[Tensor, "vocab d_model"]
+    def __init__(
+        self,
+        hf_model: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str | None = None,
+    ):
+        decoder = decoder_of(hf_model)
+        self._parts = landmarks(decoder)
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.name = name or decoder.config._name_or_path or type(decoder).__name__
+        self.measured: dict[tuple, Any] = {}
+
+    def __repr__(self) -> str:
+        size = f"{self.n_layers} blocks, width {self.d_model}, {self.vocab_size} tokens"
+        return f"LanguageModel({self.name!r}: {size}, {self.dtype} on {self.device})"
+
+    @cached_property
+    def embeddings(self) -> Float[Tensor, "vocab d_model"]:
+        """The rows E_v that enter the first block, any embedding scale included."""
+        table = self.decoder.get_input_embeddings()
+        if type(table) is nn.Embedding:
+            return table.weight.detach()  # the weights themselves, not a copy
+        # Gemma scales its embeddings, LoRA may add to them.
+        everything = torch.arange(len(table.weight), device=table.weight.device)
+        with torch.no_grad():
+            return table(everything)
+
+    @property
+    def vocabulary(self) -> Int[Tensor, " vocab"]:
+        """All token ids, 0 to |V| − 1, on the device of the model."""
+        return torch.arange(self.vocab_size, device=self.device)
 
     @property
     def n_layers(self) -> int:
@@ -76,7 +134,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the embeddings are."""
         return self.embeddings.device
 
     @property
@@ -84,120 +142,136 @@ class LanguageModel:
         """The floating-point format the model computes in."""
         return self.embeddings.dtype
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name, shape and up to 1024 evenly spread numbers of every weight: which model this is.
+        """SHA-256 over every bit of every weight and all of the configuration.
 
+        Two models of one fingerprint compute the same states, up to rounding: what does
+        not change the computation (``_ASIDE``) is left out.
+
+        Examples
+        --------
         >>> from sipit_lite import load
-
         >>> load(device="cpu").fingerprint == load(device="cpu").fingerprint
         True
         """
-        digest = sha256()
-        for name, weight in self.decoder.named_parameters():
-            spread = torch.linspace(
-                0, weight.numel() - 1, min(weight.numel(), 1024), dtype=torch.float64
-            ).long()
-            some = weight.detach().flatten()[spread.to(weight.device)].double().cpu()
-            digest.update(
-                f"{name}{tuple(weight.shape)}{weight.dtype}".encode()
-                + some.numpy().tobytes()
-            )
+        digest = sha256(_computing(self.decoder.config).encode())
+        for name, weight in self.decoder.state_dict().items():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            # As bytes: bfloat16 and the 8-bit formats have no NumPy counterpart.
+            bits = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(bits.numpy())
         return digest.hexdigest()
 
     @cached_property
     def begin(self) -> int | None:
-        """The begin-of-text token that the tokenizer puts before every text, or None where it puts none.
-
-        >>> from sipit_lite import load
-
-        >>> load(device="cpu").begin is None
-        True
-        """
+        """The begin-of-text token that the tokenizer puts before every text, or None."""
         return begin_token(self.tokenizer)
 
-    @cached_property
-    def _parts(self) -> tuple[str, str]:
-        return landmarks(self.decoder)
-
     def encode(self, text: str) -> Int[Tensor, " pos"]:
-        """Token ids of a text, special tokens included where the tokenizer adds them.
+        """Token ids of a text, with the special tokens that the tokenizer adds.
 
-        Raises ``ModelError`` for an empty text, or where the model came without a tokenizer or with another model's.
+        Raises
+        ------
+        ModelError
+            For an empty text, and where the model came without a tokenizer or with that
+            of another model.
 
+        Examples
+        --------
         >>> from sipit_lite import load
-
         >>> model = load(device="cpu")
         >>> model.decode(model.encode("hidden states"))
         'hidden states'
         """
         if self.tokenizer is None:
             raise ModelError(
-                f"{self.name} came without a readable tokenizer: got text, expected token ids"
+                f"{self.name} came without a readable tokenizer: got text, expected "
+                "token ids"
             )
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ModelError(
-                f"got the text {text!r} with lone surrogates; expected text that UTF-8 can write"
+                f"got the text {shortly(text)} with lone surrogates; expected text that "
+                "UTF-8 can write"
             )
         ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
         if ids.numel() == 0:
             raise ModelError(
-                f"got the text {text!r} of 0 tokens; a prompt has at least one"
+                f"got the text {shortly(text)} of 0 tokens; a prompt has at least one"
             )
         if int(ids.max()) >= self.vocab_size:
             raise ModelError(
-                f"got token {int(ids.max())} from the tokenizer; {self.name} has embeddings for tokens 0 to "
-                f"{self.vocab_size - 1}: tokenizer and model disagree"
+                f"got token {int(ids.max())} from the tokenizer; {self.name} has "
+                f"embeddings for tokens 0 to {self.vocab_size - 1}: tokenizer and model "
+                "disagree"
             )
         return ids.to(self.device)
 
     def decode(self, ids: Int[Tensor, " pos"]) -> str:
-        """The text of token ids, without the begin-of-text token that ``encode`` would put back at its start.
+        """The text of token ids, without the begin-of-text token at its start.
 
         Without a tokenizer, the ids themselves, written out.
         """
         if self.tokenizer is None:
             return " ".join(map(str, ids.tolist()))
-        ids = ids[1:] if len(ids) and int(ids[0]) == self.begin else ids
+        if len(ids) and int(ids[0]) == self.begin:
+            ids = ids[1:]  # ``encode`` would put it back
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def check_layer(self, layer: int) -> None:
         """Raise ``ModelError`` unless 0 ≤ layer ≤ L."""
-        if (
-            isinstance(layer, bool)
-            or not isinstance(layer, Integral)
-            or not 0 <= layer <= self.n_layers
-        ):
+        integral = isinstance(layer, Integral) and not isinstance(layer, bool)
+        if not integral or not 0 <= layer <= self.n_layers:
             raise ModelError(
-                f"got layer {layer!r}; {self.name} has layers 0 (embeddings) to {self.n_layers}"
+                f"got layer {layer!r}; {self.name} has layers 0 (embeddings) to "
+                f"{self.n_layers}"
             )
 
     def check_ids(self, ids: Tensor) -> None:
-        """Raise ``ModelError`` unless the ids are integers below |V| in rows of 1 to K tokens."""
+        """Raise ``ModelError`` unless the ids are below |V|, in rows of 1 to K."""
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ModelError(f"got ids of {ids.dtype}; token ids are integers")
         if ids.ndim == 0 or ids.numel() == 0 or ids.shape[-1] > self.n_positions:
             raise ModelError(
-                f"got ids of shape {tuple(ids.shape)}; a prompt has 1 to {self.n_positions} tokens"
+                f"got ids of shape {tuple(ids.shape)}; a prompt has 1 to "
+                f"{self.n_positions} tokens"
             )
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
             raise ModelError(
-                f"got ids from {ids.min()} to {ids.max()}; tokens are 0 to {self.vocab_size - 1}"
+                f"got ids from {ids.min()} to {ids.max()}; tokens are 0 to "
+                f"{self.vocab_size - 1}"
             )
 
     def states(
         self, prompt: str | Tensor, layer: int
     ) -> Float[Tensor, "*batch pos d_model"]:
-        """Hidden states H^(ℓ) of a text or of token ids at every position, before the final norm.
+        """Hidden states H^(ℓ) at every position, before the final norm.
 
-        ``prompt`` is a text, or ids of shape (T,) or, for a batch of equal lengths, (..., T).
-        Layer 0 is the input of the first block (embeddings, with absolute positions where the model has them);
-        layer ℓ is the output of block ℓ. Only the first ℓ blocks run, and never the unembedding.
-        Raises ``ModelError`` for a layer outside 0..L, an empty or too long prompt, ids outside 0..|V|−1, or a batch
-        that does not fit into memory.
+        Only the first ℓ blocks run, and never the unembedding.
 
+        Parameters
+        ----------
+        prompt
+            A text, or token ids of shape (T,) or, for a batch of equal lengths,
+            (..., T).
+        layer
+            0 for the input of the first block (embeddings, with absolute positions
+            where the model has them), ℓ for the output of block ℓ.
+
+        Returns
+        -------
+        Tensor
+            States of shape (..., T, d).
+
+        Raises
+        ------
+        ModelError
+            For a layer outside 0..L, an empty or too long prompt, ids outside 0..|V|−1,
+            or a batch that does not fit into memory.
+
+        Examples
+        --------
         >>> from sipit_lite import load
-
         >>> load(device="cpu").states("hidden states", layer=3).shape[-1]
         256
         """
@@ -205,70 +279,87 @@ class LanguageModel:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.device)
         self.check_ids(ids)
         rows = ids.reshape(-1, ids.shape[-1])
-        with (
-            torch.no_grad(),
-            advised(
-                f"{len(rows)} prompts of {ids.shape[-1]} tokens", self.dtype, ModelError
-            ),
-        ):
-            found = self.cut(layer)(
+        size = f"{len(rows)} prompts of {ids.shape[-1]} tokens"
+        with torch.no_grad(), advised(size, self.dtype, ModelError):
+            output = self.cut(layer)(
                 inputs_embeds=self.embeddings[rows], use_cache=False
-            ).last_hidden_state
-        return found.to(self.device).reshape(*ids.shape, self.d_model)
+            )
+        states = output.last_hidden_state.to(self.device)
+        return states.reshape(*ids.shape, self.d_model)
 
     def cut(self, layer: int) -> nn.Module:
-        """The decoder with its first ``layer`` blocks and no final norm; it shares all weights.
+        """The decoder with its first ``layer`` blocks and no final norm, for inference.
 
+        It shares all weights with the decoder, which stays as it is.
+
+        Examples
+        --------
         >>> from sipit_lite import load
-
         >>> model = load(device="cpu")
         >>> len(model.cut(2).h), len(model.decoder.h)
         (2, 6)
         """
         self.check_layer(layer)
-        shortened = copy.copy(self.decoder)
-        shortened._modules = dict(
-            self.decoder._modules
-        )  # a shallow copy: the model itself must stay whole
+        cut = copy.copy(self.decoder)
+        cut._modules = dict(self.decoder._modules)  # else the cut would cut the decoder
         blocks, norm = self._parts
-        setattr(shortened, blocks, getattr(self.decoder, blocks)[:layer])
-        setattr(shortened, norm, nn.Identity())
-        for hooked in (
-            "forward",
-            "_old_forward",
-            "_hf_hook",
-        ):  # with a device map, these are bound to the whole model
-            shortened.__dict__.pop(hooked, None)
-        return shortened
+        setattr(cut, blocks, getattr(self.decoder, blocks)[:layer])
+        setattr(cut, norm, nn.Identity())
+        # With a device map, these are bound to the model before the cut.
+        for hooked in ("forward", "_old_forward", "_hf_hook"):
+            cut.__dict__.pop(hooked, None)
+        training = any(part.training for part in self.decoder.modules())
+        return _evaluating(cut) if training else cut
 
     @contextmanager
     def tapped(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-        """Keep the states of several layers while the decoder or a cut of it runs: layer → its latest states.
+        """While the decoder or a cut of it runs in this thread: layer → latest states.
 
-        The option ``output_hidden_states`` of ``transformers`` is not for this: it leaves hooks in the blocks, which
-        all cuts share, so from the second cut on it returns some layers twice.
+        The option ``output_hidden_states`` of ``transformers`` is not for this: it
+        leaves hooks in the blocks, which all cuts share, so from the second cut on it
+        returns layers twice.
 
+        Examples
+        --------
         >>> from sipit_lite import load
-
         >>> model = load(device="cpu")
         >>> with torch.no_grad(), model.tapped([0, 2]) as states:
         ...     _ = model.cut(2)(inputs_embeds=model.embeddings[None, :3])
-        >>> {layer: kept.shape[1] for layer, kept in states.items()}
+        >>> {layer: h.shape[1] for layer, h in states.items()}
         {0: 3, 2: 3}
         """
         states: dict[int, Tensor] = {}
-        with tap(self.decoder, layers, states.__setitem__):
+        thread = threading.get_ident()
+
+        def keep(layer: int, h: Tensor) -> None:
+            # All cuts share the blocks: passes of other threads come by here as well.
+            if threading.get_ident() == thread:
+                states[layer] = h
+
+        with tap(self.decoder, layers, keep):
             yield states
 
 
+def shortly(text: str) -> str:
+    """A text as messages quote it: 40 characters at most, since it may be a secret."""
+    return repr(text if len(text) <= 40 else text[:39] + "…")
+
+
+def decoder_of(model: Any) -> PreTrainedModel:
+    """The decoder inside a model in memory; ``ModelError`` where there is none."""
+    if hasattr(model, "get_base_model"):  # PEFT, with its adapters left in place
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        hint = "load(name) takes names and folders" if isinstance(model, str) else ""
+        raise ModelError(
+            f"got an object of type {type(model).__name__}; expected a model of "
+            f"transformers in memory{hint and ': '}{hint}"
+        )
+    return model.get_decoder()
+
+
 def begin_token(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    """The begin-of-text token that a tokenizer puts before every text; None where it puts none, or there is none.
-
-    >>> from sipit_lite import load
-
-    >>> begin_token(load(device="cpu").tokenizer) is None
-    True
-    """
+    """The begin-of-text token that a tokenizer puts before every text, or None."""
     alone = tokenizer("")["input_ids"] if tokenizer is not None else []
     return int(alone[0]) if alone else None
 
@@ -277,52 +368,47 @@ def begin_token(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
 def tap(
     decoder: PreTrainedModel, layers: Iterable[int], keep: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """While the decoder or a cut of it runs, ``keep`` gets each layer's number and its states, pass by pass."""
+    """While the decoder or a cut runs, ``keep`` gets each layer and its states."""
     blocks = getattr(decoder, landmarks(decoder)[0])
+    handles = []
 
     def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
         keep(0, args[0] if args else kwargs["hidden_states"])
 
     def after(layer: int) -> Callable:
-        return lambda block, args, output: keep(
-            layer, output if isinstance(output, Tensor) else output[0]
-        )
+        def keep_output(block: nn.Module, args: tuple, output: Any) -> None:
+            keep(layer, output if isinstance(output, Tensor) else output[0])
 
-    handles = [
-        blocks[0].register_forward_pre_hook(before, with_kwargs=True) if layer == 0
-        else blocks[layer - 1].register_forward_hook(after(layer))
-        for layer in set(layers)
-    ]  # fmt: skip
+        return keep_output
+
     try:
+        for layer in set(layers):
+            if layer == 0:
+                handle = blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+            else:
+                handle = blocks[layer - 1].register_forward_hook(after(layer))
+            handles.append(handle)
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def embedding_rows(decoder: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:
-    """The rows E_v as the first block sees them, shape (vocab_size, d_model), any embedding scale included."""
-    table = decoder.get_input_embeddings()
-    if type(table) is nn.Embedding:
-        return table.weight
-    with torch.no_grad():  # some families scale their embeddings (Gemma)
-        return table(torch.arange(table.weight.shape[0], device=table.weight.device))
-
-
 def landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
-    """Names of the list of blocks and of the final norm, found by structure."""
-    config, children = decoder.config, dict(decoder.named_children())
-    depth, width = (
-        getattr(config, "num_hidden_layers", None),
-        getattr(config, "hidden_size", None),
-    )
-    blocks = [
-        name
-        for name, child in children.items()
-        if isinstance(child, nn.ModuleList) and len(child) == depth
-    ]
-    norms = [name for name, child in children.items() if _is_norm(child, width)]
-    wanted = {
+    """Names of the list of blocks and of the final norm, recognised by structure."""
+    config = decoder.config
+    depth = getattr(config, "num_hidden_layers", None)
+    width = getattr(config, "hidden_size", None)
+    children = dict(decoder.named_children())
+    blocks = []
+    norms = []
+    for name, child in children.items():
+        if isinstance(child, nn.ModuleList) and len(child) == depth:
+            blocks.append(name)
+        shapes = {tuple(weight.shape) for weight in child.parameters()}
+        if shapes == {(width,)} and not list(child.children()):
+            norms.append(name)
+    there = {
         f"one torch.nn.ModuleList of config.num_hidden_layers = {depth} blocks": len(
             blocks
         )
@@ -330,18 +416,29 @@ def landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
         f"a norm of config.hidden_size = {width} numbers": bool(norms),
         "config.max_position_embeddings": hasattr(config, "max_position_embeddings"),
     }
-    if not all(wanted.values()):
-        lacking = [what for what, there in wanted.items() if not there]
+    lacking = [part for part, present in there.items() if not present]
+    if lacking:
         raise ModelError(
             f"got {type(decoder).__name__} with parts {list(children)} and without {' and '.join(lacking)}; expected a "
-            f"decoder-only language model, which has among its own parts {', '.join(wanted)}"
+            f"decoder-only language model, which has among its parts {', '.join(there)}"
         )
-    return blocks[0], norms[
-        -1
-    ]  # a norm of the embeddings comes first, the final norm last
+    return blocks[0], norms[-1]  # a norm of the embeddings comes first
 
 
-def _is_norm(child: nn.Module, width: int | None) -> bool:
-    return {tuple(p.shape) for p in child.parameters()} == {(width,)} and not list(
-        child.children()
-    )
+def _evaluating(module: nn.Module) -> nn.Module:
+    """A twin of a module in evaluation mode: the same weights and hooks."""
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {
+        name: child and _evaluating(child) for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _computing(config: PreTrainedConfig) -> str:
+    """The configuration as text, without what changes no state."""
+    fields = {}
+    for name, value in config.to_dict().items():
+        if name not in _ASIDE and not name.startswith("_"):
+            fields[name] = value
+    return json.dumps(fields, sort_keys=True, default=str)

@@ -132,9 +132,7 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     decoder = ModernBertModel(
         ModernBertConfig(**sizes, num_attention_heads=4, max_position_embeddings=40)
     ).eval()
-    model = LanguageModel(
-        "both ways", decoder, None, decoder.get_input_embeddings().weight.detach()
-    )
+    model = LanguageModel(decoder, name="both ways")
     with pytest.raises(
         ModelError,
         match=r"got both ways, whose states at layer 2 differ by .* \(is it causal\?\)",

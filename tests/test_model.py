@@ -433,7 +433,7 @@ def test_a_model_that_accelerate_has_spread(pocket: LanguageModel) -> None:
     spread = copy.copy(pocket.decoder)
     spread._modules = dict(pocket.decoder._modules)
     spread.forward, spread._hf_hook = pocket.decoder.forward, object()
-    model = LanguageModel("spread", spread, pocket.tokenizer, pocket.embeddings)
+    model = LanguageModel(spread, pocket.tokenizer, name="spread")
     assert torch.equal(
         model.states("hidden states", 2), pocket.states("hidden states", 2)
     )

@@ -153,7 +153,7 @@ def test_no_draft_is_trusted_beside_a_massive_dimension() -> None:
     config = GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=4, n_positions=16)
     decoder = GPT2Model(config).eval().requires_grad_(False)
     decoder.wpe.weight[:, 0] += 120_000
-    model, refused = LanguageModel("massive", decoder, None, decoder.wte.weight), 0
+    model, refused = LanguageModel(decoder, name="massive"), 0
     lens = Lens.fit(
         model, 0, prompts=[ids[:16] % 500 for ids in random_prompts(model)], features=0
     )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sipit_lite.experiments.checks import Check, share
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.loading import pick_device
-from sipit_lite.model import LanguageModel, embedding_rows
+from sipit_lite.model import LanguageModel
 from sipit_lite.policies import Gradient, Newton, Policy
 from sipit_lite.recovery import NotVerified, Outcome, Recovery
 from sipit_lite.sipit import invert, invert_many
@@ -82,9 +82,7 @@ def small(
         ):  # gains of one and biases of zero would hide mistakes
             weight.add_(0.1 * torch.randn_like(weight))
     decoder = decoder.to(pick_device(device))
-    return LanguageModel(
-        f"small {name}, seed {seed}", decoder, None, embedding_rows(decoder)
-    )
+    return LanguageModel(decoder, name=f"small {name}, seed {seed}")
 
 
 def families(

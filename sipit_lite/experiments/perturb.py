@@ -1,13 +1,12 @@
 """What is done to states and models on purpose: noise, rounding, and collisions made by hand."""
 
 import copy
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sipit_lite.model import LanguageModel, embedding_rows
+from sipit_lite.model import LanguageModel
 
 FORMATS = {
     "bfloat16": torch.bfloat16,
@@ -87,12 +86,8 @@ def quantised(model: LanguageModel, form: str) -> LanguageModel:
         for weight in decoder.parameters():
             if weight.ndim == 2 and id(weight) not in tables:
                 weight.copy_(_fp4(weight) if form == "fp4" else rounded(weight, form))
-    return replace(
-        model,
-        name=f"{model.name}, {form} weights",
-        decoder=decoder,
-        embeddings=embedding_rows(decoder),
-    )
+    name = f"{model.name}, {form} weights"
+    return LanguageModel(decoder, model.tokenizer, name=name)
 
 
 def _fp4(weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
@@ -131,4 +126,4 @@ def twins(
     shift = (apart * shift / torch.linalg.vector_norm(shift)).to(table)
     with torch.no_grad():
         table[second] = table[first] + shift
-    return replace(model, decoder=decoder, embeddings=embedding_rows(decoder))
+    return LanguageModel(decoder, model.tokenizer, name=model.name)

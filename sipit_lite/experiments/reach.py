@@ -20,7 +20,7 @@ from sipit_lite.experiments.inversion import sample
 from sipit_lite.experiments.last_states import one, summary
 from sipit_lite.extensions.laststate import Ends, fitted_ends
 from sipit_lite.io.text import prompts
-from sipit_lite.model import LanguageModel, embedding_rows
+from sipit_lite.model import LanguageModel
 
 LENGTH, COUNT, SECONDS = (
     5,
@@ -136,9 +136,7 @@ def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
         decoder = (
             AutoModel.from_config(config).eval().requires_grad_(False).to(model.device)
         )
-    return LanguageModel(
-        f"untrained, width {width}", decoder, model.tokenizer, embedding_rows(decoder)
-    )
+    return LanguageModel(decoder, model.tokenizer, name=f"untrained, width {width}")
 
 
 def measured(condition: Condition, seconds: float, quick: bool = False) -> dict:

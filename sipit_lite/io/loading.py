@@ -30,7 +30,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sipit_lite.memory import GIB, is_out_of_memory
-from sipit_lite.model import LanguageModel, ModelError, embedding_rows, landmarks
+from sipit_lite.model import LanguageModel, ModelError, landmarks
 
 POCKET = "pocket-gpt2"
 
@@ -178,7 +178,7 @@ def load(
             ) from error
         raise ModelError(_reason(name, error)) from error
     name += f" at random initialisation, seed {seed}" if random_init else ""
-    model = LanguageModel(name, decoder, tokenizer, embedding_rows(decoder))
+    model = LanguageModel(decoder, tokenizer, name=name)
     _check_causal(model)
     return model
 

@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
-from sipit_lite.model import LanguageModel, embedding_rows
+from sipit_lite.model import LanguageModel
 from sipit_lite.onestep import OneStepMap
 
 PATTERNS = {
@@ -265,7 +265,7 @@ def route_spread(
 def _moved(model: LanguageModel, **where: object) -> LanguageModel:
     """A copy of the model in another format or on another device."""
     decoder = copy.deepcopy(model.decoder).to(**where)
-    return replace(model, decoder=decoder, embeddings=embedding_rows(decoder))
+    return LanguageModel(decoder, model.tokenizer, name=model.name)
 
 
 @contextmanager

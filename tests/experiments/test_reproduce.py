@@ -127,9 +127,7 @@ def test_the_same_answer_is_that_of_transformers(
         closest(untied, alike, untied.n_layers), rel=1e-4
     )
     assert torch.equal(unembedding(untied).cpu(), whole.lm_head.weight)
-    drawn_anew = LanguageModel(
-        "Llama at random initialisation", untied.decoder, None, untied.embeddings
-    )
+    drawn_anew = LanguageModel(untied.decoder, name="Llama at random initialisation")
     with pytest.raises(
         ModelError,
         match="whose unembedding is its own and not kept; expected one that can be read",

@@ -92,12 +92,7 @@ def test_the_map_is_the_last_row_of_transformers(
 def test_slopes_are_finite_differences(family: Family, prompt: Tensor) -> None:
     """Central differences in float64 at two of four positions, in random directions; another block for each row."""
     model = family[1]
-    double = LanguageModel(
-        model.name,
-        copy.deepcopy(model.decoder).double(),
-        None,
-        model.embeddings.double(),
-    )
+    double = LanguageModel(copy.deepcopy(model.decoder).double(), name=model.name)
     last, e = LastMap.of(double, 2), double.embeddings[prompt[:8].view(2, 4)]
     blocks = torch.tensor([[0, 3], [1, 2]], device=e.device)
     state, slopes = last.linear(e, blocks)
@@ -549,7 +544,7 @@ def test_double_precision() -> None:
     """A model that computes in float64 is inverted in float64, inside a radius of its own."""
     coarse = small("GPT2", device="cpu")
     decoder = copy.deepcopy(coarse.decoder).double()
-    model = LanguageModel("double", decoder, None, coarse.embeddings.double())
+    model = LanguageModel(decoder, name="double")
     found = invert_last(
         row(model, [3, 400], 2), model, 2, ends=quick(model, 2), longest=4
     )

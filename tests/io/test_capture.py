@@ -1,5 +1,6 @@
 """States of a running model survive the disk; the prompt is not in the file unless asked for; bad files are refused."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -376,9 +377,9 @@ def test_what_cannot_be_written_is_refused(
         write_states(tmp_path / "none" / "s.safetensors", pocket, TEXT, 2)
     with pytest.raises(StatesError, match=r"got dtype torch\.int16"):
         write_states(tmp_path / "s.safetensors", pocket, TEXT, 2, dtype=torch.int16)
-    large = LanguageModel(
-        "large", pocket.decoder, pocket.tokenizer, pocket.embeddings * 1e6
-    )
+    decoder = copy.deepcopy(pocket.decoder)
+    decoder.wte.weight.mul_(1e6)
+    large = LanguageModel(decoder, pocket.tokenizer, name="large")
     with pytest.raises(
         StatesError,
         match=r"got dtype torch\.float16; expected one that holds the states of layer 0",

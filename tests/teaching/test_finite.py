@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from sipit_lite import LanguageModel, ModelError, load
 from sipit_lite.experiments.families import small
-from sipit_lite.model import embedding_rows
 from sipit_lite.teaching.finite import (
     chance_pairs,
     coincidences,
@@ -168,8 +166,7 @@ def test_rotary_models_have_exactly_thirty_pairs() -> None:
     prompts = every_prompt(3, 5)
     for name, pairs in (("Llama", 30), ("GPT2", 0)):
         model = small(name, device="cpu")
-        decoder = model.decoder.double()
-        model = replace(model, decoder=decoder, embeddings=embedding_rows(decoder))
+        model = LanguageModel(model.decoder.double(), name=name)
         states = every_last_state(model, model.n_layers, prompts)
         found = coincidences((states * 1e10).round())
         assert found.pairs == pairs
