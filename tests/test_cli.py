@@ -165,11 +165,11 @@ def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "no file": (["invert", str(folder / "none")], "there is no file"),
         "truncated": (
             ["invert", str(folder / "short")],
-            "not a whole safetensors file",
+            "not a complete safetensors file",
         ),
         "not safetensors": (
             ["invert", str(folder / "text")],
-            "not a whole safetensors file",
+            "not a complete safetensors file",
         ),
         "no fields": (["invert", str(folder / "bare")], "expected tensors 'layer.ℓ'"),
         "unknown model": (

@@ -137,7 +137,7 @@ def test_gpt2_at_initialisation_needs_no_file() -> None:
         assert model.decode(torch.tensor([5, 7])) == "5 7"
         with pytest.raises(
             ModelError,
-            match=r"without a readable tokenizer: got text, expected token ids",
+            match=r"got text; gpt2 at .* came without a readable tokenizer",
         ):
             model.encode("text")
 
@@ -213,13 +213,9 @@ def test_other_structures_are_refused(tmp_path: Path) -> None:
     ):
         load(tmp_path / "b")
     BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "c")
-    blocks, norm = (
-        r"one torch\.nn\.ModuleList of config\.num_hidden_layers = 2",
-        r"norm of config\.hidden_size = 8",
-    )
     with pytest.raises(
         ModelError,
-        match=rf"got BertModel with .* without {blocks} .* {norm} numbers; expected a decoder",
+        match=r"got BertModel with 0 lists of 2 blocks, 0 norms of width 8 .* expected a",
     ):
         load(tmp_path / "c")
     MambaModel(
@@ -227,7 +223,7 @@ def test_other_structures_are_refused(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path / "d")
     with pytest.raises(
         ModelError,
-        match=r"got MambaModel with parts .* and without config\.max_position_embeddings; ",
+        match=r"got MambaModel with 1 lists .* and no max_position_embeddings; ",
     ):
         load(tmp_path / "d")
 
@@ -263,7 +259,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     ).save_pretrained(tmp_path)
     pocket.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
-        ModelError, match=r"embeddings for tokens 0 to 98: tokenizer and model disagree"
+        ModelError, match=r"got token \d+; .* has 99: tokenizer and model disagree"
     ):
         load(tmp_path).encode("hidden states")
 

@@ -443,9 +443,11 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
     if getattr(model.decoder.config, "tie_word_embeddings", True):
         return model.embeddings
     try:
-        config = shortened(AutoConfig.from_pretrained(model.name), 1)
+        config = shortened(
+            AutoConfig.from_pretrained(model.name, trust_remote_code=False), 1
+        )
         whole = AutoModelForCausalLM.from_pretrained(
-            model.name, config=config, dtype=model.dtype
+            model.name, config=config, dtype=model.dtype, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ModelError(

@@ -1,38 +1,41 @@
-"""Hidden states from any running model into a file, and back: the layout ``sipit-lite states 2``.
+"""Hidden states from any running model into a file, and back: ``sipit-lite states 2``.
 
-One safetensors file holds the states of one prompt. Tensors: ``layer.ℓ`` of shape (T, d_model) for each layer ℓ kept,
-in the format they were captured in; ``layer.ℓ.scale`` of shape (T,), float32, where that format is an 8-bit integer, so
-that the states are ``layer.ℓ · scale``. Metadata: ``format``, ``model``; ``begin``, the begin-of-text token that the
-tokenizer put first, where it puts one; ``passes``, the number of positions that each forward pass computed.
-The prompt itself is written only when asked for: metadata ``text`` and tensor ``ids``.
+A safetensors file holds the states of one prompt. Tensors: ``layer.ℓ``, shape (T, d),
+and, for 8-bit integers, ``layer.ℓ.scale``, shape (T,): the states are their product.
+Metadata: ``format``, ``model``; ``begin``, the token that the tokenizer puts before
+every text; ``passes``, how many positions each forward pass computed. By request alone,
+the prompt: metadata ``text`` and tensor ``ids``.
 """
 
+import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sipit_lite.model import LanguageModel, StatesError, begin_token, tap
+from sipit_lite.model import LanguageModel, StatesError
+from sipit_lite.recovery import NotVerified, Recovery
 
-FORMAT, OLD = "sipit-lite states 2", "sipit-lite states 1"
+FORMAT = "sipit-lite states 2"
 STEPS = 127  # of an 8-bit integer, on either side of zero
 
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """The states of one prompt at one or more layers, and what is known of where they come from.
+    """The states of one prompt at one or more layers, and where they come from.
 
-    ``states`` maps a layer to its states, shape (T, d_model); ``scales`` a layer of 8-bit integers to its scale, shape
-    (T,). ``begin`` is the begin-of-text token that the tokenizer puts first, None where it puts none or is not known;
-    ``passes`` counts the positions of each forward pass; ``text`` is there where it was kept.
+    ``states`` maps a layer to its states, shape (T, d), ``scales`` a layer of 8-bit
+    integers to its scale, shape (T,); ``begin`` is the token that the tokenizer puts
+    first, ``passes`` the positions of each forward pass; ``text`` may be there.
     """
 
     states: Mapping[int, Tensor]
@@ -44,137 +47,163 @@ class Captured:
 
     @property
     def layer(self) -> int:
-        """The cheapest layer to invert: the lowest, since the one-step map runs the blocks up to it alone."""
+        """The cheapest layer to invert: the lowest."""
         return min(self.states)
 
-    def check(self, model: LanguageModel) -> None:
-        """Raise ``StatesError`` where the tokenizer of ``model`` begins its prompts in another way."""
-        if (
-            self.begin is not None
-            and model.tokenizer is not None
-            and self.begin != model.begin
-        ):
-            own = "none" if model.begin is None else f"token {model.begin}"
-            raise StatesError(
-                f"got states of prompts that begin with the begin-of-text token {self.begin}; the tokenizer of "
-                f"{model.name} puts {own} first: expected states captured with the same tokenizer"
-            )
-
     def at(self, layer: int) -> Shaped[Tensor, "pos d_model"]:
-        """The states of one layer as they are stored; raises ``StatesError`` for a layer that was not kept."""
+        """The states of one layer as stored; ``StatesError`` for another."""
         if layer not in self.states:
-            raise StatesError(
-                f"got layer {layer}; these states are of layers {', '.join(map(str, self.states))}"
-            )
+            there = ", ".join(map(str, self.states))
+            raise StatesError(f"got layer {layer}; these states are of layers {there}")
         return self.states[layer]
+
+    def check(self, model: LanguageModel) -> None:
+        """Raise ``StatesError`` where the tokenizer of ``model`` begins otherwise."""
+        if self.begin is None or model.tokenizer is None or self.begin == model.begin:
+            return
+        puts = "none" if model.begin is None else f"token {model.begin}"
+        raise StatesError(
+            f"got prompts that begin with the begin-of-text token {self.begin}; the "
+            f"tokenizer of {model.name} puts {puts} first: expected that of the states"
+        )
+
+    def invert(
+        self, model: LanguageModel, layer: int | None = None, **options: Any
+    ) -> Recovery:
+        """Recover the prompt by ``sipit_lite.invert``, with its options and errors.
+
+        Without a layer, from that of the lens, or the cheapest that does not refuse.
+        """
+        # Imported late: the core comes first, and names no room.
+        from sipit_lite.sipit import invert
+
+        self.check(model)
+        lens = options.get("lens")
+        if layer is None and lens is not None:
+            layer = lens.layer
+        refusal: Exception = StatesError("got a Captured without states")
+        for number in sorted(self.states) if layer is None else [layer]:
+            states = self.at(number)
+            known = {"scale": self.scales.get(number), "passes": self.passes}
+            try:
+                recovered = invert(states, model, number, **known, **options)
+                return replace(recovered, layer=number)
+            except NotVerified as error:
+                refusal = error
+        raise refusal
 
 
 @dataclass(eq=False)
 class Tape:
-    """What a running ``capture`` has kept so far; ``captured`` reads it at any time."""
+    """What a running ``capture`` has so far; ``captured`` reads it at any time."""
 
-    name: str
+    model: LanguageModel
     dtype: torch.dtype | None
-    begin: int | None
     rows: dict[int, list[Tensor]]
     passes: list[int] = field(default_factory=list)
+    thread: int | None = None
 
     def captured(self) -> Captured:
-        """The states of all positions that every layer has; raises ``StatesError`` before the first pass."""
-        whole = min(
-            len(rows) for rows in self.rows.values()
-        )  # a pass that was cut short is dropped
-        if whole == 0:
-            raise StatesError(
-                "got no forward pass inside capture; expected the model to run on one prompt"
-            )
-        kept = {layer: torch.cat(rows[:whole]) for layer, rows in self.rows.items()}
-        states, scales = _stored(kept, self.dtype)
-        return Captured(
-            states, self.name, scales, self.begin, tuple(self.passes[:whole])
-        )
+        """The states of all positions that every layer has, at least one."""
+        # A pass that was cut short has reached the lower layers alone: it is dropped.
+        complete = min(len(rows) for rows in self.rows.values())
+        if complete == 0:
+            raise StatesError("got no forward pass inside capture; expected one prompt")
+        states = {x: torch.cat(rows[:complete]) for x, rows in self.rows.items()}
+        states, scales = _in_format(states, self.dtype)
+        passes = tuple(self.passes[:complete])
+        return Captured(states, self.model.name, scales, self.model.begin, passes)
 
-    def check(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before each pass of the decoder: one prompt, no padding, its positions in turn, no dropout."""
+    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Raise ``StatesError`` for a pass that does not go on with the one prompt."""
+        thread = threading.get_ident()
+        if decoder is not self.model.decoder:
+            # A cut, which shares its hooks: an inversion beside us, not to be kept.
+            self.thread = None if self.thread == thread else self.thread
+            return
         given = args[0] if args else kwargs.get("input_ids")
         given = kwargs["inputs_embeds"] if given is None else given
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if len(given) != 1:
-            raise StatesError(
-                f"got a batch of {len(given)} prompts inside capture; expected one prompt at a time"
-            )
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
-            raise StatesError(
-                "got a prompt with padding inside capture; expected every position to be attended to"
-            )
-        if decoder.training:
-            raise StatesError(
-                "got a model in training mode; expected model.eval(), since dropout changes the states"
-            )
-        before, kept = (
-            0 if cache is None else int(cache.get_seq_length()),
-            sum(self.passes),
-        )
-        if before != kept:
-            raise StatesError(
-                f"got a pass that starts at position {before} after {kept} captured ones; expected one prompt from its "
-                "first token on, with its cache: a capture for each prompt"
-            )
+        mask = kwargs.get("attention_mask")
+        padded = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
+        cache = kwargs.get("past_key_values")
+        start = 0 if cache is None else int(cache.get_seq_length())
+        count = sum(self.passes)
+        pieces = f"a pass that starts at position {start} after {count} captured ones"
+        problems = {
+            f"a batch of {len(given)} prompts; expected one": len(given) != 1,
+            "a prompt with padding; expected a mask of ones": padded,
+            "a model in training mode; expected model.eval()": decoder.training,
+            f"{pieces}; expected one prompt a capture, with its cache": start != count,
+        }
+        for message, present in problems.items():
+            if present:
+                raise StatesError(f"inside capture, got {message}")
         self.passes.append(given.shape[1])
+        self.thread = thread
 
     def keep(self, layer: int, states: Float[Tensor, "1 pos d_model"]) -> None:
-        """Called by each layer as it runs."""
-        self.rows[layer].append(states[0].detach().cpu())
+        """Called by each layer as it runs, in a pass of ours or of a cut."""
+        if self.thread == threading.get_ident():
+            self.rows[layer].append(states[0].detach().cpu())
 
 
 @contextmanager
 def capture(
-    model: PreTrainedModel,
+    model: Any,
     path: str | Path | None = None,
     *,
     layers: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
 ) -> Iterator[Tape]:
-    """Keep the hidden states of one prompt while any ``transformers`` decoder runs, and write them to a file.
+    """Record the hidden states of one prompt while any ``transformers`` decoder runs.
 
-    ``layers`` are 0 (embeddings) to L, the last alone by default; ``dtype`` rounds the states, ``torch.int8`` with a
-    scale for each position. A generation adds its tokens pass by pass, all but the last, which the model never reads.
-    With ``tokenizer``, the file says which begin-of-text token it puts first. An error or Ctrl-C inside keeps, and
-    writes, the passes that are whole. Raises ``StatesError`` for a layer outside 0..L, and, from inside the model's
-    pass, for a batch of prompts, padding, a second prompt, or dropout.
+    A generation adds its tokens pass by pass, all but the last, which the model never
+    reads. An error or Ctrl-C inside leaves, and writes, the passes that are complete.
 
-    >>> from sipit_lite import invert, load
+    Parameters
+    ----------
+    path
+        The file to write at the end, if any.
+    layers
+        0 (embeddings) to L, the last alone by default.
+    dtype
+        The format to round to, ``torch.int8`` with a scale for each position.
+    tokenizer
+        With it, the file says which begin-of-text token comes first.
+
+    Raises
+    ------
+    StatesError
+        For a bad layer or format; inside the pass of the model, for a batch of prompts,
+        padding, a second prompt, or dropout.
+
+    Examples
+    --------
+    >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> with capture(model.decoder, layers=[3]) as tape:  # any model of transformers, not only ours
+    >>> with capture(model.decoder, layers=[3]) as tape:  # or any other of transformers
     ...     _ = model.decoder(input_ids=model.encode("hidden states")[None])
-    >>> invert(tape.captured(), model).text
+    >>> tape.captured().invert(model).text
     'hidden states'
     """
-    decoder = model.get_decoder()
-    depth = decoder.config.num_hidden_layers
-    asked = [depth] if layers is None else sorted(set(layers))
-    if not asked or not 0 <= asked[0] <= asked[-1] <= depth:
-        raise StatesError(
-            f"got layers {asked}; {type(model).__name__} has layers 0 (embeddings) to {depth}"
-        )
-    name = model.config.name_or_path or type(model).__name__
-    tape = Tape(
-        name,
-        _check_dtype(dtype),
-        begin_token(tokenizer),
-        {layer: [] for layer in asked},
-    )
-    hook = decoder.register_forward_pre_hook(tape.check, with_kwargs=True)
-    whole = False
+    ours = LanguageModel(model, tokenizer)
+    wanted = [ours.n_layers] if layers is None else sorted(set(layers))
+    if not wanted or not 0 <= wanted[0] <= wanted[-1] <= ours.n_layers:
+        there = f"{ours.name} has layers 0 (embeddings) to {ours.n_layers}"
+        raise StatesError(f"got layers {wanted}; {there}")
+    _in_format({}, dtype)  # a bad format is refused before the model runs
+    tape = Tape(ours, dtype, {layer: [] for layer in wanted})
+    hook = ours.decoder.register_forward_pre_hook(tape.before, with_kwargs=True)
+    finished = False
     try:
-        with tap(decoder, asked, tape.keep):
+        with ours.tapped(wanted, tape.keep):
             yield tape
-        whole = True
+        finished = True
     finally:
         hook.remove()
-        if path is not None and (whole or all(tape.rows.values())):
-            _save(path, tape.captured())
+        if path is not None and (finished or all(tape.rows.values())):
+            _save(path, tape.captured(), {})
 
 
 def write_states(
@@ -186,150 +215,97 @@ def write_states(
     dtype: torch.dtype | None = None,
     keep_text: bool = False,
 ) -> Captured:
-    """Capture the hidden states of a text at one or more layers into a safetensors file; ``dtype`` rounds them first.
+    """Write the hidden states of a text at one or more layers into a safetensors file.
 
-    Raises ``ModelError`` for an empty or too long text or a bad layer, ``StatesError`` where the file cannot be
-    written, or ``dtype`` is no floating-point format or 8-bit integer, or cannot hold the states.
-
-    >>> import tempfile; from sipit_lite import load
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = write_states(f"{folder}/states.safetensors", load(device="cpu"), "hidden states", [3, 6])
-    ...     captured = read_states(f"{folder}/states.safetensors")
-    >>> captured.model, captured.layer, list(captured.states), captured.text
-    ('pocket-gpt2', 3, [3, 6], None)
+    ``dtype`` rounds them first; ``keep_text`` writes the text and its ids as well.
+    Raises ``ModelError`` for an empty or too long text or a bad layer, ``StatesError``
+    where the file cannot be written or ``dtype`` cannot hold the states.
     """
     layers = [layers] if isinstance(layers, int) else sorted(set(layers))
     ids = model.encode(text)
-    model.check_ids(ids)
-    kept = {layer: model.states(ids, layer).cpu() for layer in layers}
-    states, scales = _stored(kept, _check_dtype(dtype))
-    captured = Captured(
-        states,
-        model.name,
-        scales,
-        model.begin,
-        (len(ids),),
-        text if keep_text else None,
-    )
+    states = {layer: model.states(ids, layer).cpu() for layer in layers}
+    states, scales = _in_format(states, dtype)
+    known = text if keep_text else None
+    captured = Captured(states, model.name, scales, model.begin, (len(ids),), known)
     _save(path, captured, {"ids": ids.cpu()} if keep_text else {})
     return captured
 
 
 def read_states(path: str | Path) -> Captured:
-    """Read a file that ``capture`` or ``write_states`` wrote, or one of the older layout with one layer.
+    """Read a file that ``capture`` or ``write_states`` wrote.
 
-    Raises ``StatesError`` for a file that is missing, truncated, not safetensors, or without the fields.
+    Raises ``StatesError`` where it is missing, truncated, or without the fields.
     """
     if not Path(path).is_file():
-        raise StatesError(
-            f"got the path {str(path)!r}, where there is no file; expected a safetensors file of states"
-        )
+        raise StatesError(f"got {str(path)!r}, where there is no file of states")
     try:
         with safe_open(path, framework="pt") as stored:
-            told = stored.metadata() or {}
+            metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
     except (SafetensorError, OSError) as error:
-        raise StatesError(
-            f"got {str(path)!r}, which is not a whole safetensors file ({error})"
-        ) from error
-    if told.get("format") == OLD and told.get("layer", "").isdecimal():
-        tensors = {
-            f"layer.{told['layer']}" if name == "states" else name: x
-            for name, x in tensors.items()
-        }
-    states = {
-        int(name[6:]): x
-        for name, x in tensors.items()
-        if re.fullmatch(r"layer\.\d{1,6}", name)
+        refusal = f"got {str(path)!r}, not a complete safetensors file ({error})"
+        raise StatesError(refusal) from error
+    kinds: dict[str, dict[int, Tensor]] = {"": {}, ".scale": {}}
+    for name, x in tensors.items():
+        if match := re.fullmatch(r"layer\.(\d{1,6})(|\.scale)", name):
+            kinds[match[2]][int(match[1])] = x
+    states = dict(sorted(kinds[""].items()))
+    numbers = [metadata.get("begin", "0"), *metadata.get("passes", "").split()]
+    unscaled = {x for x in states if not states[x].is_floating_point()}
+    parts = {
+        "tensors 'layer.ℓ'": bool(states),
+        "'layer.ℓ.scale' for 8-bit integers": unscaled <= set(kinds[".scale"]),
+        f"metadata 'format' ({FORMAT!r})": metadata.get("format") == FORMAT,
+        "'model'": "model" in metadata,
+        "integers": all(re.fullmatch(r"\d{1,9}", n) for n in numbers),
     }
-    if told.get("format") not in (FORMAT, OLD) or "model" not in told or not states:
-        raise StatesError(
-            f"got {str(path)!r} with tensors {sorted(tensors)} and metadata {sorted(told)}; expected tensors 'layer.ℓ' "
-            f"and metadata 'format' ({FORMAT!r}) and 'model'"
-        )
-    scales = {
-        layer: tensors[f"layer.{layer}.scale"]
-        for layer in states
-        if f"layer.{layer}.scale" in tensors
-    }
-    bare = [
-        layer
-        for layer in states
-        if not states[layer].is_floating_point() and layer not in scales
-    ]
-    if bare:
-        raise StatesError(
-            f"got {str(path)!r} with layer {bare[0]} in {states[bare[0]].dtype} and no scale; expected the tensor "
-            f"'layer.{bare[0]}.scale', one number a position"
-        )
-    passes = tuple(_number(count, path) for count in told.get("passes", "").split())
-    begin = _number(told["begin"], path) if "begin" in told else None
-    return Captured(
-        dict(sorted(states.items())),
-        told["model"],
-        scales,
-        begin,
-        passes or None,
-        told.get("text"),
-    )
+    if not all(parts.values()):
+        there = f"tensors {sorted(tensors)} and metadata {sorted(metadata)}"
+        expected = f"expected {', '.join(parts)} in 'begin' and 'passes'"
+        raise StatesError(f"got {str(path)!r} with {there}; {expected}")
+    begin, *passes = map(int, numbers)
+    begin = begin if "begin" in metadata else None
+    text = metadata.get("text")
+    model = metadata["model"]
+    return Captured(states, model, kinds[".scale"], begin, tuple(passes) or None, text)
 
 
-def _number(text: str, path: str | Path) -> int:
-    if not text.isdecimal() or len(text) > 9:
-        raise StatesError(
-            f"got {text[:20]!r} in the metadata of {str(path)!r}; expected a whole number"
-        )
-    return int(text)
-
-
-def _check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype.is_floating_point or dtype == torch.int8:
-        return dtype
-    raise StatesError(
-        f"got dtype {dtype}; states are stored in a floating-point format such as torch.float32, or in torch.int8"
-    )
-
-
-def _stored(
-    kept: Mapping[int, Tensor], dtype: torch.dtype | None
-) -> tuple[dict[int, Tensor], dict[int, Float32[Tensor, " pos"]]]:
-    """The states in the format to be stored, and the scales that 8-bit integers need."""
-    if dtype == torch.int8:
-        largest = {layer: x.float().abs().amax(1) for layer, x in kept.items()}
-        scales = {
-            layer: torch.where(top > 0, top / STEPS, 1.0)
-            for layer, top in largest.items()
-        }
-        steps = {
-            layer: (x.float() / scales[layer][:, None]).round()
-            for layer, x in kept.items()
-        }
-        return {layer: x.to(torch.int8) for layer, x in steps.items()}, scales
-    rounded = {layer: x.to(dtype or x.dtype) for layer, x in kept.items()}
-    for layer, x in rounded.items():
-        if not bool(x.float().isfinite().all()):
-            largest = float(kept[layer].float().abs().max())
+def _in_format(
+    states: Mapping[int, Tensor], dtype: torch.dtype | None
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The states in the format to be stored, and the scales of 8-bit integers."""
+    if dtype is not None and not dtype.is_floating_point and dtype != torch.int8:
+        raise StatesError(f"got dtype {dtype}; expected torch.float32, torch.int8, ...")
+    stored = {}
+    scales = {}
+    for layer, x in states.items():
+        largest = x.float().abs().amax(1)  # at each position, shape (T,)
+        if dtype == torch.int8:
+            scales[layer] = torch.where(largest > 0, largest / STEPS, 1.0)
+            x = (x.float() / scales[layer][:, None]).round()
+        stored[layer] = x.to(dtype or x.dtype)
+        if not bool(stored[layer].float().isfinite().all()):
+            expected = f"one that holds the states of layer {layer}"
             raise StatesError(
-                f"got dtype {dtype}; expected one that holds the states of layer {layer}, up to {largest:.3g}"
+                f"got dtype {dtype}; expected {expected}, up to {largest.max():.3g}"
             )
-    return rounded, {}
+    return stored, scales
 
 
-def _save(
-    path: str | Path, captured: Captured, beside: Mapping[str, Tensor] | None = None
-) -> None:
+def _save(path: str | Path, captured: Captured, extra: Mapping[str, Tensor]) -> None:
+    """Write beside, then rename: a full disk does not cost the file that was there."""
     tensors = {f"layer.{layer}": x.contiguous() for layer, x in captured.states.items()}
-    tensors |= {
-        f"layer.{layer}.scale": x for layer, x in captured.scales.items()
-    } | dict(beside or {})
-    passes = " ".join(map(str, captured.passes)) if captured.passes else None
+    tensors |= {f"layer.{layer}.scale": x for layer, x in captured.scales.items()}
+    metadata = {"format": FORMAT, "model": captured.model}
+    passes = " ".join(map(str, captured.passes or ())) or None
     known = {"begin": captured.begin, "text": captured.text, "passes": passes}
-    told = {"format": FORMAT, "model": captured.model} | {
-        k: str(v) for k, v in known.items() if v is not None
-    }
+    metadata |= {name: str(x) for name, x in known.items() if x is not None}
+    beside = Path(f"{path}.{os.getpid()}.part")
     try:
-        save_file(tensors, path, told)
+        save_file(tensors | dict(extra), beside, metadata)
+        beside.replace(path)
     except (OSError, SafetensorError) as error:
-        raise StatesError(
-            f"got the path {str(path)!r}, where no file can be written ({error})"
-        ) from error
+        refusal = f"got {str(path)!r}, where no file can be written ({error})"
+        raise StatesError(refusal) from error
+    finally:
+        beside.unlink(missing_ok=True)

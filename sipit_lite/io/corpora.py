@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sipit_lite.io.loading import hub_in_reach
 from sipit_lite.io.text import distinct
-from sipit_lite.model import begin_token
+from sipit_lite.model import edge_tokens
 
 Document = Mapping[str, object]  # its text is under "text"
 # Name on the hub, configuration, column of the text: those that the paper names, The Pile in the copy that is public.
@@ -101,7 +101,7 @@ def sampled(
     >>> [tokenizer.decode(ids) for ids in sampled(tokenizer, 3, 2, streams)]
     ['one two', 'hidden states', 'the prompt']
     """
-    window = _Window(tokenizer, length, begin_token(tokenizer), seed)
+    window = _Window(tokenizer, length, edge_tokens(tokenizer)[0], seed)
     if count < 1 or not streams or length <= len(window.first):
         raise CorporaError(
             f"got count={count}, length={length}, {len(streams)} streams; expected one or more of each, and a length "

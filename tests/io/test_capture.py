@@ -27,7 +27,6 @@ from sipit_lite import (
     NotVerified,
     StatesError,
     capture,
-    invert,
     load,
     read_states,
     write_states,
@@ -91,7 +90,7 @@ def test_eight_bits_come_with_their_scale(
     assert stored.at(6).dtype == torch.int8 and bool(
         (off <= stored.scales[6][:, None] * 0.5001).all()
     )
-    assert invert(stored, pocket).text == TEXT
+    assert stored.invert(pocket).text == TEXT
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -101,7 +100,7 @@ def test_another_process_and_its_generation(dtype: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(POCKET), str(path), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     model, stored = load(device="cpu", dtype=getattr(torch, dtype)), read_states(path)
-    found = invert(stored, model)
+    found = stored.invert(model)
     assert (
         found.tokens.tolist() == [int(token) for token in done.stdout.split()][:-1]
         and found.layer == 1
@@ -121,33 +120,27 @@ def test_every_family_is_captured_as_it_runs(
         torch.testing.assert_close(
             stored.at(layer).to(model.device), model.states(prompt, layer)
         )
-    assert torch.equal(invert(stored, model, 3).tokens, prompt.cpu())
+    assert torch.equal(stored.invert(model, 3).tokens, prompt.cpu())
 
 
 def test_the_cheapest_layer_that_does_not_refuse(pocket: LanguageModel) -> None:
     """The lowest layer is taken; where no token verifies there, the next one; the last refusal is the answer."""
     good = {layer: pocket.states(TEXT, layer) for layer in (2, 4, 5)}
-    assert invert(Captured(good, "pocket-gpt2"), pocket).layer == 2
+    assert Captured(good, "pocket-gpt2").invert(pocket).layer == 2
     spoiled = good | {2: torch.randn_like(good[2])}
-    found = invert(Captured(spoiled, "pocket-gpt2"), pocket)
+    found = Captured(spoiled, "pocket-gpt2").invert(pocket)
     assert (found.layer, found.text) == (4, TEXT)
     with pytest.raises(NotVerified):
-        invert(Captured(spoiled, "pocket-gpt2"), pocket, 2)
+        Captured(spoiled, "pocket-gpt2").invert(pocket, 2)
+    noise = {layer: torch.randn_like(x) for layer, x in good.items()}
     with pytest.raises(NotVerified):
-        invert(
-            Captured(
-                {layer: torch.randn_like(x) for layer, x in good.items()}, "pocket-gpt2"
-            ),
-            pocket,
-        )
+        Captured(noise, "pocket-gpt2").invert(pocket)
     with pytest.raises(
         StatesError, match="got layer 3; these states are of layers 2, 4, 5"
     ):
-        invert(Captured(good, "pocket-gpt2"), pocket, 3)
+        Captured(good, "pocket-gpt2").invert(pocket, 3)
     with pytest.raises(StatesError, match="without states"):
-        invert(Captured({}, "pocket-gpt2"), pocket)
-    with pytest.raises(StatesError, match="no layer; expected its layer"):
-        invert(good[2], pocket)
+        Captured({}, "pocket-gpt2").invert(pocket)
 
 
 def with_begin(folder: Path, begin: int) -> LanguageModel:
@@ -173,7 +166,7 @@ def test_the_begin_of_text_token(tmp_path: Path) -> None:
         one.begin == 3
         and write_states(path, one, "t7", 2).begin == read_states(path).begin == 3
     )
-    found = invert(read_states(path), one)
+    found = read_states(path).invert(one)
     assert found.tokens.tolist() == [
         3,
         *one.tokenizer("t7", add_special_tokens=False)["input_ids"],
@@ -185,12 +178,12 @@ def test_the_begin_of_text_token(tmp_path: Path) -> None:
         StatesError,
         match=r"begin-of-text token 3; the tokenizer of .* puts token 4 first: expected",
     ):
-        invert(read_states(path), other)
+        read_states(path).invert(other)
     with pytest.raises(
         StatesError,
         match="begin-of-text token 3; the tokenizer of pocket-gpt2 puts none first",
     ):
-        invert(read_states(path), load())
+        read_states(path).invert(load())
     with torch.no_grad(), capture(one.decoder, tokenizer=one.tokenizer) as tape:
         one.decoder(input_ids=one.encode("t7")[None])
     assert tape.captured().begin == 3
@@ -228,13 +221,6 @@ def test_the_layout_is_the_one_in_the_readme(tmp_path: Path) -> None:
             stored.metadata()
         )
         assert f"`{stored.metadata()['format']}`" in readme
-
-
-def test_the_older_layout_is_read(pocket: LanguageModel, tmp_path: Path) -> None:
-    """One layer, its number in the metadata."""
-    old = {"format": "sipit-lite states 1", "model": "pocket-gpt2", "layer": "6"}
-    save_file({"states": pocket.states(TEXT, 6).cpu()}, tmp_path / "old", old)
-    assert invert(read_states(tmp_path / "old"), pocket).text == TEXT
 
 
 def test_what_a_running_model_does_wrong(
@@ -314,7 +300,7 @@ def test_ctrl_c_keeps_the_whole_passes(
     assert stored.passes == (ids.shape[1], 1) and {
         len(x) for x in stored.states.values()
     } == {ids.shape[1] + 1}
-    assert invert(stored, pocket).tokens.tolist()[:-1] == ids[0].tolist()
+    assert stored.invert(pocket).tokens.tolist()[:-1] == ids[0].tolist()
 
 
 def broken_file(tmp_path: Path, case: str) -> Path:
@@ -346,19 +332,19 @@ def broken_file(tmp_path: Path, case: str) -> Path:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("missing", "where there is no file; expected a safetensors file"),
+        ("missing", "where there is no file"),
         ("a folder", "where there is no file"),
-        ("truncated", "not a whole safetensors file"),
-        ("not safetensors", "not a whole safetensors file"),
-        ("empty", "not a whole safetensors file"),
-        ("no metadata", "expected tensors 'layer.ℓ' and metadata 'format'"),
+        ("truncated", "not a complete safetensors file"),
+        ("not safetensors", "not a complete safetensors file"),
+        ("empty", "not a complete safetensors file"),
+        (
+            "no metadata",
+            r"metadata \[\]; expected tensors 'layer.ℓ', .* metadata 'format'",
+        ),
         ("no states", r"with tensors \['other'\]"),
         ("no layer", r"with tensors \['layer.three'\]"),
-        ("passes", "got 'one' in the metadata"),
-        (
-            "8 bits, no scale",
-            r"layer 3 in torch\.int8 and no scale; expected the tensor 'layer\.3\.scale'",
-        ),
+        ("passes", "expected .* integers in 'begin' and 'passes'"),
+        ("8 bits, no scale", "expected .* 'layer.ℓ.scale' for 8-bit integers"),
     ],
 )
 def test_broken_files_are_refused(tmp_path: Path, case: str, message: str) -> None:
