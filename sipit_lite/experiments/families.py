@@ -1,145 +1,129 @@
-"""The paper's six families as small random models, each with its peculiarities switched on, and a bench over them.
+"""The paper's six families as small random models, and a bench over them.
 
-No weights are needed: the architecture is what the generic code path has to survive. Windows are shorter than the
-prompts, key-value heads are shared, embeddings scaled, rotations partial; two more recent decoders check that the path
-is generic.
+No weights are needed: the architecture is what the code has to survive. Windows are
+shorter than the prompts, key-value heads are shared, embeddings scaled, rotations
+partial; Qwen3 and OLMo2, two more recent decoders, check that the path is generic.
 """
-
-from collections.abc import Iterable
 
 import torch
 import transformers
 from torch import Tensor
-from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from sipit_lite.experiments.checks import Check, share
+from sipit_lite.experiments.checks import Check, judged, progress_bar, share
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.loading import pick_device
 from sipit_lite.model import LanguageModel
 from sipit_lite.policies import Gradient, Newton, Policy
-from sipit_lite.recovery import NotVerified, Outcome, Recovery
+from sipit_lite.recovery import NotVerified, Outcome
 from sipit_lite.sipit import invert, invert_many
 
-LONGEST, WINDOW = 48, 6
-ENDS = {"bos_token_id": 1, "eos_token_id": 2}
-COMMON = {
-    "vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": LONGEST, "pad_token_id": 0, **ENDS,
-}  # fmt: skip
-GROUPED = COMMON | {"num_key_value_heads": 2, "intermediate_size": 128}
-ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
-NEO = {
-    "num_layers": 3,
-    "num_heads": 4,
-    "attention_types": [[["global", "local", "global"], 1]],
-    "window_size": WINDOW,
-}
+LONGEST = 48
+WINDOW = 6
+LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
+NEO = [[["global", "local", "global"], 1]]
+# What each has beside the common sizes, by the name of its configuration.
 SETTINGS = {
-    "GPT2": {
-        "vocab_size": 500,
-        "n_embd": 64,
-        "n_layer": 3,
-        "n_head": 4,
-        "n_positions": LONGEST,
-        **ENDS,
-    },
-    "GPTNeo": {
-        "vocab_size": 500,
-        "hidden_size": 64,
-        "max_position_embeddings": LONGEST,
-        **NEO,
-        **ENDS,
-    },
-    "Llama": GROUPED,
-    "Mistral": GROUPED | {"sliding_window": WINDOW},
-    "Gemma3Text": GROUPED
-    | {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ALTERNATING},
-    "Phi3": GROUPED | {"partial_rotary_factor": 0.5},
-    "Qwen3": GROUPED | {"head_dim": 16},
-    "Olmo2": GROUPED,
+    "GPT2": {},
+    "GPTNeo": {"attention_types": NEO, "window_size": WINDOW},
+    "Llama": {},
+    "Mistral": {"sliding_window": WINDOW},
+    "Gemma3Text": {"sliding_window": WINDOW, "layer_types": LOCAL_AND_GLOBAL},
+    "Phi3": {"partial_rotary_factor": 0.5},
+    "Qwen3": {},
+    "Olmo2": {},
 }
+
+
+def configuration(
+    name: str, vocabulary: int = 500, width: int = 64, context: int = LONGEST
+) -> PreTrainedConfig:
+    """The configuration of a small model; ``name`` is a key of ``SETTINGS``.
+
+    >>> configuration("Mistral").sliding_window
+    6
+    """
+    sizes = {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": context}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if not name.startswith("GPT"):
+        sizes |= {"num_key_value_heads": 2, "intermediate_size": 2 * width}
+        sizes |= {"head_dim": width // 4}
+    return getattr(transformers, f"{name}Config")(**sizes, **SETTINGS[name])
+
+
+def randomised(
+    config: PreTrainedConfig, head: type = transformers.AutoModel, *, seed: int = 0
+) -> PreTrainedModel:
+    """A model whose weights are all drawn, gains and biases included."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        hf_model = head.from_config(config).eval().requires_grad_(False)
+        # Default gains of one and biases of zero would hide mistakes.
+        for weight in hf_model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return hf_model
 
 
 def small(
     name: str, *, seed: int = 0, device: str | torch.device = "auto"
 ) -> LanguageModel:
-    """A small model of one architecture, every weight drawn from a normal law, gains and biases included.
-
-    ``name`` is a key of ``SETTINGS``, the name of its configuration in ``transformers``. Raises ``KeyError`` for
-    another.
+    """A small random model of one architecture; ``KeyError`` for an unknown name.
 
     >>> small("Mistral", device="cpu").n_layers
     3
     """
-    config = getattr(transformers, f"{name}Config")(**SETTINGS[name])
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        decoder = (
-            transformers.AutoModel.from_config(config).eval().requires_grad_(False)
-        )
-        for weight in (
-            decoder.parameters()
-        ):  # gains of one and biases of zero would hide mistakes
-            weight.add_(0.1 * torch.randn_like(weight))
-    decoder = decoder.to(pick_device(device))
+    decoder = randomised(configuration(name), seed=seed).to(pick_device(device))
     return LanguageModel(decoder, name=f"small {name}, seed {seed}")
 
 
 def families(
     model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
 ) -> tuple[list[Check], dict]:
-    """Invert prompts of 1 to 48 random tokens at two layers of every family; the policies by themselves on a few.
+    """Invert prompts of 1 to 48 random tokens at two layers of every family.
 
-    ``model`` gives the device alone. Each prompt is inverted by ``auto`` with a lens, every tenth also by ``Gradient``
-    and by ``Newton``.
+    ``model`` gives the device alone. ``auto`` with a lens inverts each prompt,
+    ``Gradient`` and ``Newton`` every tenth.
     """
-    count, runs = 3 if quick else 100, []
-    names = list(SETTINGS)[: 3 if quick else None]
-    for name in tqdm(names, "families", disable=None if progress else True):
+    names = list(SETTINGS)[: 2 if quick else None]
+    runs = []
+    for name in progress_bar(names, "families", progress):
         tested = small(name, seed=seed, device=model.device)
-        asked = random_prompts(tested, count, seed + 1)
         for layer in (1, tested.n_layers):
-            lens = Lens.fit(
-                tested,
-                layer,
-                prompts=random_prompts(tested, 200, seed + 2),
-                tokens=4000,
-                features=64,
-            )
-            states = [tested.states(ids, layer) for ids in asked]
-            found = {"auto": (asked, invert_many(states, tested, layer, lens=lens))}
-            for policy in (Gradient(), Newton()):
-                told = [outcome(x, tested, layer, policy) for x in states[::10]]
-                found[type(policy).__name__] = (asked[::10], told)
-            runs += [
-                {"family": name, "layer": layer, "policy": policy}
-                | counts(prompts, told)
-                for policy, (prompts, told) in found.items()
-            ]
-    checks = [
-        Check.of(
-            "exact, all families", share(run["exact"] == run["prompts"] for run in runs)
-        ),
-        Check.of("silent errors", sum(run["silent errors"] for run in runs)),
-    ]
-    inverted = {
-        name: sum(run["exact"] for run in runs if run["family"] == name)
-        for name in names
-    }
-    return checks, {
-        "reported": {f"exact, {name}": n for name, n in inverted.items()},
-        "runs": runs,
-    }
+            for row in _inverted(tested, layer, 3 if quick else 100, seed):
+                runs.append({"family": name, "layer": layer} | row)
+    exact = share(run["exact"] == run["prompts"] for run in runs)
+    silent = sum(run["silent errors"] for run in runs)
+    reported = {}
+    for name in names:
+        count = sum(run["exact"] for run in runs if run["family"] == name)
+        reported[f"exact, {name}"] = count
+    checks = [Check.of("exact, all families", exact), Check.of("silent errors", silent)]
+    return checks, {"reported": reported, "runs": runs}
+
+
+def _inverted(model: LanguageModel, layer: int, count: int, seed: int) -> list[dict]:
+    """One row for ``auto`` and one for each policy by itself."""
+    prompts = random_prompts(model, count, seed + 1)
+    states = [model.states(ids, layer) for ids in prompts]
+    text = random_prompts(model, 200, seed + 2)
+    lens = Lens.fit(model, layer, prompts=text, tokens=4000, features=64)
+    outcomes = invert_many(states, model, layer, lens=lens)
+    rows = [{"policy": "auto"} | counts(prompts, outcomes)]
+    for policy in (Gradient(), Newton()):
+        outcomes = [outcome(x, model, layer, policy) for x in states[::10]]
+        name = type(policy).__name__
+        rows.append({"policy": name} | counts(prompts[::10], outcomes))
+    return rows
 
 
 def random_prompts(model: LanguageModel, count: int, seed: int) -> list[Tensor]:
-    """Prompts of 1 to 48 random tokens, the lengths spread evenly, on the model's device."""
+    """Prompts of random tokens, the lengths spread evenly from 1 to 48."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.linspace(1, LONGEST, count).round().long().tolist()
-    return [
-        torch.randint(model.vocab_size, (n,), generator=generator).to(model.device)
-        for n in lengths
-    ]
+    size = model.vocab_size
+    rows = [torch.randint(size, (n,), generator=generator) for n in lengths]
+    return [ids.to(model.device) for ids in rows]
 
 
 def outcome(
@@ -152,19 +136,9 @@ def outcome(
         return error
 
 
-def counts(prompts: Iterable[Tensor], outcomes: Iterable[Outcome]) -> dict[str, int]:
-    """How many prompts came back exactly, and how many came back wrong.
-
-    >>> model = small("GPT2", device="cpu")
-    >>> ids = torch.tensor([5, 6, 7])
-    >>> counts([ids], [outcome(model.states(ids, 1), model, 1, Gradient())])
-    {'prompts': 1, 'exact': 1, 'silent errors': 0}
-    """
-    pairs = list(zip(prompts, outcomes, strict=True))
-    returned = [(ids, o) for ids, o in pairs if isinstance(o, Recovery)]
-    exact = sum(torch.equal(o.tokens, ids.cpu()) for ids, o in returned)
-    return {
-        "prompts": len(pairs),
-        "exact": exact,
-        "silent errors": len(returned) - exact,
-    }
+def counts(prompts: list[Tensor], outcomes: list[Outcome]) -> dict[str, int]:
+    """How many prompts came back exactly, and how many came back wrong."""
+    rows = [judged(ids, found) for ids, found in zip(prompts, outcomes, strict=True)]
+    exact = sum(row["exact"] for row in rows)
+    silent = sum(row["silent error"] for row in rows)
+    return {"prompts": len(rows), "exact": exact, "silent errors": silent}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sipit_lite.experiments.baselines import (
     Attempt,
     greedy_coordinate,
-    hard_prompts_last,
+    hard_prompts,
 )
 from sipit_lite.experiments.checks import Check
 from sipit_lite.experiments.defences import wilson
@@ -266,7 +266,7 @@ def compared(
             _by_other, greedy_coordinate, model, ends.layer, seconds
         ),
         "HardPrompts": partial(
-            _by_other, hard_prompts_last, model, ends.layer, seconds
+            _by_other, hard_prompts, model, ends.layer, seconds
         ),
     }
     asked = sample(model, kind, count, length, seed)

@@ -10,11 +10,10 @@ from transformers import PreTrainedModel
 from sipit_lite import Gradient, LanguageModel, OneStepMap, Random, StatesError
 from sipit_lite.experiments.baselines import (
     Attempt,
-    _candidates,
+    _descent,
     brute_force,
     greedy_coordinate,
     hard_prompts,
-    hard_prompts_last,
     published,
 )
 from sipit_lite.experiments.families import small
@@ -30,7 +29,7 @@ def test_published_proposes_what_our_gradient_policy_proposes(
     target = model.states(prompt[:5], layer)[-1]
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     theirs = list(
-        _candidates(model, prompt[:4].tolist(), target, layer, generators[0], True)
+        _descent(model, prompt[:4].tolist(), target, layer, generators[0])
     )
     step = OneStepMap.after(model, layer, prompt[:4])
     ours = torch.cat(list(Gradient(1).proposals(step, target, generators[1]))).tolist()
@@ -94,7 +93,7 @@ def test_bad_states_are_refused(pocket: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("search", "length"), [(greedy_coordinate, 2), (hard_prompts_last, 1)]
+    ("search", "length"), [(greedy_coordinate, 2), (hard_prompts, 1)]
 )
 def test_searches_from_the_last_state_find_a_short_prompt(
     search: Callable[..., Attempt], length: int
