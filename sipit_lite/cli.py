@@ -24,10 +24,16 @@ from sipit_lite.experiments.collision_speed import collisions
 from sipit_lite.experiments.families import families
 from sipit_lite.experiments.inversion import inversion
 from sipit_lite.experiments.last_states import curves, laststate
-from sipit_lite.experiments.paper import side_by_side, table
+from sipit_lite.experiments.paper import comparison, side_by_side
 from sipit_lite.experiments.perturb import quantised
 from sipit_lite.experiments.reach import reach
-from sipit_lite.experiments.reproduce import EXPERIMENTS, WAYS, reproduce
+from sipit_lite.experiments.reproduce import (
+    EXPERIMENTS,
+    WAYS,
+    keep_result,
+    reproduce,
+    result_path,
+)
 from sipit_lite.experiments.scale import scale
 from sipit_lite.extensions.laststate import (
     LONGEST,
@@ -42,7 +48,7 @@ from sipit_lite.io.corpora import SOURCES, from_source
 from sipit_lite.io.loading import load
 from sipit_lite.io.shards import last_states
 from sipit_lite.io.text import KINDS, prompts
-from sipit_lite.model import LanguageModel, ModelError, StatesError
+from sipit_lite.model import LanguageModel, ModelError, SipItError, StatesError
 from sipit_lite.policies import Gradient, Newton, Policy, Random
 from sipit_lite.recovery import Interrupted, NotVerified, Recovery
 from sipit_lite.sipit import invert
@@ -93,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"got seed {options.seed}; expected a whole number below 2**62"
             )
         return options.run(options)
-    except (ModelError, StatesError, NotVerified, LastStateError) as error:
+    except (SipItError, NotVerified, LastStateError) as error:
         print(f"sipit-lite {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -338,6 +344,9 @@ def parser() -> argparse.ArgumentParser:
     )
     again.add_argument(
         "-o", "--output", help="a folder that gets one JSON file for each experiment"
+    )
+    again.add_argument(
+        "--force", action="store_true", help="replace earlier files there"
     )
     again.set_defaults(run=run_reproduce)
     return top
@@ -726,55 +735,49 @@ def run_reproduce(options: argparse.Namespace) -> int:
             ),
             f"{options.rounded}, rounded",
         )
-    if options.output:
-        _folder(options.output)
     names = ("prompts", "length", "lengths", "ways", "limit", "source", "shards")
-    asked = {name: getattr(options, name) for name in names} | {
-        "layers": options.layers or (None if options.layer is None else [options.layer])
-    }
+    changes = {name: getattr(options, name) for name in names}
+    changes["layers"] = options.layers or (
+        None if options.layer is None else [options.layer]
+    )
     changes = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in asked.items()
-        if value
+        for name, value in changes.items()
+        if value is not None
     }
-    for experiment in (
-        EXPERIMENTS if options.experiment == "all" else [options.experiment]
-    ):
-        try:
-            told = reproduce(
-                experiment,
-                model,
-                quick=options.quick,
-                weights=weights,
-                seed=options.seed,
-                progress=True,
-                **changes,
+    experiments = [options.experiment]
+    if options.experiment == "all":
+        experiments = list(EXPERIMENTS)
+    # Before the first run, not after it.
+    paths = {}
+    if options.output:
+        for name in experiments:
+            paths[name] = result_path(
+                options.output, model, name, weights, force=options.force
             )
-        except ValueError as error:
-            raise StatesError(str(error)) from error
+    for experiment in experiments:
+        wanted = changes
+        if options.experiment == "all":
+            parts = EXPERIMENTS[experiment].parts
+            wanted = {name: value for name, value in changes.items() if name in parts}
+        run = reproduce(
+            experiment,
+            model,
+            quick=options.quick,
+            weights=weights,
+            seed=options.seed,
+            progress=True,
+            **wanted,
+        )
         if options.output:
-            name = f"{Path(model.name).name}-{experiment}-{weights}.json".replace(
-                ", ", "-"
-            ).replace(" ", "-")
-            Path(options.output, name).write_text(
-                json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            keep_result(run, paths[experiment])
         lines = [
             line
-            for line in side_by_side([told], experiment)
+            for line in side_by_side([run], experiment)
             if line.measured is not None
         ]
-        print(json.dumps(told) if options.json else table(lines), flush=True)
+        print(json.dumps(run) if options.json else comparison(lines), flush=True)
     return 0
-
-
-def _folder(path: str) -> None:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StatesError(
-            f"got the folder {path!r}, which cannot be made ({error})"
-        ) from error
 
 
 def demo_prompts(model: LanguageModel, seed: int) -> Iterator[tuple[str, torch.Tensor]]:

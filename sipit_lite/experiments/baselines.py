@@ -52,7 +52,7 @@ def published(
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> published(model.states("a", 0), model, 0).finished
+    >>> published(model.states("a", 1), model, 1).finished
     True
     """
     return _sequential(states, model, layer, seed, limit, _descent)

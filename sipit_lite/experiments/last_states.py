@@ -265,9 +265,7 @@ def compared(
         "greedy coordinate": partial(
             _by_other, greedy_coordinate, model, ends.layer, seconds
         ),
-        "HardPrompts": partial(
-            _by_other, hard_prompts, model, ends.layer, seconds
-        ),
+        "HardPrompts": partial(_by_other, hard_prompts, model, ends.layer, seconds),
     }
     asked = sample(model, kind, count, length, seed)
     bar: Iterable = tqdm(

@@ -1,4 +1,4 @@
-"""What the paper reports, as data, and beside it what a reader's runs of ``reproduce`` measured (chapter 14)."""
+"""What the paper reports, as data, beside a reader's runs of ``reproduce`` (chapter 14)."""
 
 import json
 import re
@@ -7,37 +7,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sipit_lite.experiments import checks
+from sipit_lite.model import SipItError
+
 Run = dict[str, Any]
-GPT2, TINY, LLAMA = "gpt2", "roneneldan/TinyStories-33M", "meta-llama/Llama-3.1-8B"
-MISTRAL, PHI = "mistralai/Mistral-7B-v0.1", "microsoft/Phi-4-mini-instruct"
-MODELS = (
-    GPT2, "gpt2-medium", "gpt2-large", TINY, LLAMA, MISTRAL,
-    "google/gemma-3-1b-pt", "google/gemma-3-4b-pt", "google/gemma-3-12b-pt", PHI,
-)  # fmt: skip
+Value = float | int | None
+GPT2 = "gpt2"
+TINY = "roneneldan/TinyStories-33M"
+LLAMA = "meta-llama/Llama-3.1-8B"
+MISTRAL = "mistralai/Mistral-7B-v0.1"
+PHI = "microsoft/Phi-4-mini-instruct"
 DEPTHS = ("first", "middle", "last")
-OWN = "not in the paper"
+NOT_THERE = "not in the paper"
+SPEED = ("seconds", "exact")
+SHAPE = ("margin", "anisotropy", "dimension")
+CORRELATIONS = ("margin and anisotropy", "margin and dimension")
+# The quantities of each experiment that stand in its table.
 SHOWN = {
     "layers": ("minimum", "collisions"),
     "lengths": ("minimum", "mean", "maximum"),
     "continuations": ("minimum", "collisions"),
-    "inversion": ("seconds", "exact", "explored, %"),
-    "compared": ("seconds", "exact"),
-    "splits": ("seconds", "exact"),
-    "times": ("seconds", "exact"),
+    "inversion": (*SPEED, "explored, %"),
+    "compared": SPEED,
+    "splits": SPEED,
+    "times": SPEED,
     "same-answer": ("minimum", "collisions"),
-    "shape": (
-        "margin",
-        "anisotropy",
-        "dimension",
-        "margin and anisotropy",
-        "margin and dimension",
-    ),
+    "shape": (*SHAPE, *CORRELATIONS),
 }
+
+
+class RunsError(SipItError):
+    """A place that holds no runs of ``reproduce``."""
 
 
 @dataclass(frozen=True)
 class Reported:
-    """One number of the paper: where it stands, which experiment measures it here, for which model and condition.
+    """One number of the paper: where it stands, which experiment measures it here.
 
     ``weights`` are full, int8 or fp4; ``spread`` is what stands behind the paper's ±.
     """
@@ -52,130 +57,62 @@ class Reported:
     weights: str = "full"
 
 
+# The smallest distance at the first, middle and last layer.
+BY_DEPTH = [
+    ("Table 1", "layers", LLAMA, 0.001, 0.129, 0.620),
+    ("Table 1", "layers", MISTRAL, 0.002, 0.187, 1.274),
+    ("Table 1", "layers", PHI, 0.014, 1.336, 9.020),
+    ("Table 1", "layers", TINY, 0.029, 1.434, 2.793),
+    ("E.3", "same-answer", MISTRAL, 0.012, 0.265, 3.494),
+    ("E.3", "same-answer", LLAMA, 0.046, 0.733, 6.227),
+    ("E.3", "same-answer", PHI, 0.087, 2.302, 18.913),
+]
+# The same at the last layer, for weights in FP4, in int8 and in full.
+BY_WEIGHTS = [
+    (LLAMA, 2.281, 6.597, 1.274),
+    (MISTRAL, 1.748, 2.692, 1.136),
+    (PHI, 18.368, 20.956, 8.780),
+]
+# Seconds and their spread, weights, share of exact prompts, explored vocabulary in %.
+TIMED = [
+    ("Table 4", "inversion", MISTRAL, "published", 111.78, 46.50, "fp4", 1.0, 0.19),
+    ("Table 4", "inversion", LLAMA, "published", 549.48, 265.75, "fp4", 1.0, 0.21),
+    ("Table 5", "compared", GPT2, "hard prompts", 6132.59, 104.61, "full", 0.0, None),
+    ("Table 5", "compared", GPT2, "brute force", 3889.61, 691.17, "full", 1.0, None),
+    ("Table 5", "compared", GPT2, "published", 28.01, 35.87, "full", 1.0, None),
+    ("Table 6", "inversion", MISTRAL, "published", 72.99, 37.57, "full", None, 0.21),
+    ("Table 6", "inversion", LLAMA, "published", 345.35, 181.30, "full", None, 0.22),
+    ("Table 7", "splits", GPT2, "train, published", 146.48, 91.52, "full", 1.0, None),
+    ("Table 7", "splits", GPT2, "test, published", 128.62, 83.40, "full", 1.0, None),
+    ("Table 7", "splits", GPT2, "random, published", 106.87, 39.10, "full", 1.0, None),
+]
+SHAPES = [
+    ("first", "margin", 1.85),
+    ("last", "margin", 4.64),
+    ("last", "anisotropy", 0.288),
+    ("first", "dimension", 20.8),
+    ("last", "dimension", 16.4),
+    ("correlation", "margin and anisotropy", 0.72),
+    ("correlation", "margin and dimension", -0.60),
+]
+
+
 def _paper() -> Iterator[Reported]:
-    by_depth = {
-        ("Table 1", "layers", LLAMA): (0.001, 0.129, 0.620),
-        ("Table 1", "layers", MISTRAL): (0.002, 0.187, 1.274),
-        ("Table 1", "layers", PHI): (0.014, 1.336, 9.020),
-        ("Table 1", "layers", TINY): (0.029, 1.434, 2.793),
-        ("E.3", "same-answer", MISTRAL): (0.012, 0.265, 3.494),
-        ("E.3", "same-answer", LLAMA): (0.046, 0.733, 6.227),
-        ("E.3", "same-answer", PHI): (0.087, 2.302, 18.913),
-    }
-    for which, minima in by_depth.items():
-        for depth, value in zip(DEPTHS, minima, strict=True):
+    """All numbers, table by table."""
+    for *which, first, middle, last in BY_DEPTH:
+        for depth, value in zip(DEPTHS, (first, middle, last), strict=True):
             yield Reported(*which, depth, "minimum", value)
-    coarse = {
-        LLAMA: (2.281, 6.597, 1.274),
-        MISTRAL: (1.748, 2.692, 1.136),
-        PHI: (18.368, 20.956, 8.780),
-    }
-    for model, minima in coarse.items():
+    for model, *minima in BY_WEIGHTS:
+        which = ("Table 2", "layers", model, "last", "minimum")
         for weights, value in zip(("fp4", "int8", "full"), minima, strict=True):
-            yield Reported(
-                "Table 2", "layers", model, "last", "minimum", value, weights=weights
-            )
-    timed = [
-        ("Table 4", "inversion", MISTRAL, "published", 111.78, 46.50, "fp4", 1.0, 0.19),
-        ("Table 4", "inversion", LLAMA, "published", 549.48, 265.75, "fp4", 1.0, 0.21),
-        (
-            "Table 5",
-            "compared",
-            GPT2,
-            "hard prompts",
-            6132.59,
-            104.61,
-            "full",
-            0.0,
-            None,
-        ),
-        (
-            "Table 5",
-            "compared",
-            GPT2,
-            "brute force",
-            3889.61,
-            691.17,
-            "full",
-            1.0,
-            None,
-        ),
-        ("Table 5", "compared", GPT2, "published", 28.01, 35.87, "full", 1.0, None),
-        (
-            "Table 6",
-            "inversion",
-            MISTRAL,
-            "published",
-            72.99,
-            37.57,
-            "full",
-            None,
-            0.21,
-        ),
-        (
-            "Table 6",
-            "inversion",
-            LLAMA,
-            "published",
-            345.35,
-            181.30,
-            "full",
-            None,
-            0.22,
-        ),
-        (
-            "Table 7",
-            "splits",
-            GPT2,
-            "train, published",
-            146.48,
-            91.52,
-            "full",
-            1.0,
-            None,
-        ),
-        (
-            "Table 7",
-            "splits",
-            GPT2,
-            "test, published",
-            128.62,
-            83.40,
-            "full",
-            1.0,
-            None,
-        ),
-        (
-            "Table 7",
-            "splits",
-            GPT2,
-            "random, published",
-            106.87,
-            39.10,
-            "full",
-            1.0,
-            None,
-        ),
-    ]
-    for *which, seconds, spread, weights, exact, explored in timed:
+            yield Reported(*which, value, weights=weights)
+    for *which, seconds, spread, weights, exact, explored in TIMED:
         yield Reported(*which, "seconds", seconds, spread, weights)
         for quantity, value in (("exact", exact), ("explored, %", explored)):
             if value is not None:
                 yield Reported(*which, quantity, value, weights=weights)
-    shapes = {
-        "margin": (1.85, 4.64),
-        "anisotropy": (None, 0.288),
-        "dimension": (20.8, 16.4),
-    }
-    for quantity, ends in shapes.items():
-        for depth, value in zip(("first", "last"), ends, strict=True):
-            if value is not None:
-                yield Reported("Table 11", "shape", GPT2, depth, quantity, value)
-    for quantity, value in (
-        ("margin and anisotropy", 0.72),
-        ("margin and dimension", -0.60),
-    ):
-        yield Reported("Table 11", "shape", GPT2, "correlation", quantity, value)
+    for condition, quantity, value in SHAPES:
+        yield Reported("Table 11", "shape", GPT2, condition, quantity, value)
 
 
 PAPER = tuple(_paper())
@@ -183,167 +120,135 @@ PAPER = tuple(_paper())
 
 @dataclass(frozen=True)
 class Line:
-    """One quantity under one condition: the paper's number and that of a run, None where there is none."""
+    """One quantity under one condition, in the paper and in a run; None: not there."""
 
     where: str
     model: str
     condition: str
     quantity: str
-    paper: float | int | None
+    paper: Value
     spread: float | None
-    measured: float | int | None
+    measured: Value
     measured_spread: float | None
 
 
 def read_runs(place: str | Path) -> list[Run]:
-    """The runs of ``reproduce`` in one JSON file, which holds one of them or a list, or in all JSON files of a folder.
+    """Runs of ``reproduce``: of one JSON file, with one or a list, or of a folder.
 
-    Raises ``ValueError`` where there is no such place, no file in it, or one that holds something else.
+    Raises
+    ------
+    RunsError
+        Where there is no such place, no file in it, or one that holds something else.
     """
     place = Path(place)
     files = sorted(place.glob("*.json")) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):
-        raise ValueError(
-            f"got {str(place)!r}; expected a file, or a folder with files, that sipit-lite reproduce wrote"
+        raise RunsError(
+            f"got {str(place)!r}; expected a file, or a folder with files, that "
+            "sipit-lite reproduce wrote"
         )
     runs = []
     for file in files:
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
-            raise ValueError(
-                f"got {str(file)!r}, which is not JSON ({error})"
-            ) from error
-        runs += found if isinstance(found, list) else [found]
-    wrong = [
-        run
-        for run in runs
-        if not isinstance(run, dict)
-        or run.get("experiment") not in SHOWN
-        or "rows" not in run
-    ]
-    if wrong:
-        raise ValueError(
-            f"got {str(place)!r} with {str(wrong[0])[:60]!r}; expected runs of sipit-lite reproduce"
-        )
+            raise RunsError(f"got {str(file)!r}, which is not JSON ({error})") from None
+        runs += content if isinstance(content, list) else [content]
+    for run in runs:
+        known = isinstance(run, dict) and run.get("experiment") in SHOWN
+        if not known or "rows" not in run:
+            raise RunsError(
+                f"got {str(place)!r} with {str(run)[:60]!r}; expected runs of "
+                "sipit-lite reproduce"
+            )
     return runs
 
 
-def same_model(run: str, name: str) -> bool:
-    """Whether a run's model, a name on the hub or a folder, is the one of that name: the last parts decide.
-
-    >>> same_model("/models/Llama-3.1-8B/", "meta-llama/Llama-3.1-8B"), same_model("gpt2-medium", "gpt2")
-    (True, False)
-    """
-    return run.rstrip("/").split("/")[-1].lower() == name.split("/")[-1].lower()
-
-
 def side_by_side(runs: Sequence[Run], experiment: str) -> list[Line]:
-    """The paper's numbers of one experiment with the runs' beside them, then what the runs measured besides.
+    """The paper's numbers of one experiment beside the runs', then what only runs have.
 
-    The last of several runs of one model with the same weights counts. Raises ``KeyError`` for an unknown experiment.
+    The last of several runs of one model with the same weights counts. Raises
+    ``KeyError`` for an unknown experiment.
 
     >>> [line.measured for line in side_by_side([], "same-answer")[:2]]
     [None, None]
     """
-    shown, lines, used = SHOWN[experiment], [], set()
-    runs = list(
-        {
-            (run["model"], run["weights"]): run
-            for run in runs
-            if run["experiment"] == experiment
-        }.values()
-    )
-    rows = [(run["model"], run["weights"], row) for run in runs for row in run["rows"]]
-    for told in (told for told in PAPER if told.experiment == experiment):
-        own = (None, None)
+    shown = SHOWN[experiment]
+    latest = {}
+    for run in runs:
+        if run["experiment"] == experiment:
+            latest[run["model"], run["weights"]] = run["rows"]
+    rows = []
+    for (model, weights), measured in latest.items():
+        rows += [(model, weights, row) for row in measured]
+    lines = []
+    used = set()
+    for number in PAPER:
+        if number.experiment != experiment:
+            continue
+        value = (None, None)
         for model, weights, row in rows:
-            if (weights, row["condition"]) == (
-                told.weights,
-                told.condition,
-            ) and same_model(model, told.model):
-                own = _value(row, told.quantity)
-                used.add((model, weights, told.condition, told.quantity))
-        label = _label(told.model, told.weights)
-        lines.append(
-            Line(
-                told.where,
-                label,
-                told.condition,
-                told.quantity,
-                told.value,
-                told.spread,
-                *own,
-            )
-        )
+            # A folder's name counts as the hub's.
+            there = (_last_part(model).lower(), weights, row["condition"])
+            name = _last_part(number.model).lower()
+            if there == (name, number.weights, number.condition):
+                value = _value(row, number.quantity)
+                used.add((model, weights, number.condition, number.quantity))
+        label = _label(number.model, number.weights)
+        which = (number.where, label, number.condition, number.quantity)
+        lines.append(Line(*which, number.value, number.spread, *value))
     for model, weights, row in rows:
+        condition = row["condition"]
+        # The layers between the paper's three are for the figures.
+        if re.fullmatch(r"layer \d+", condition):
+            continue
         for quantity in shown:
-            own, key = (
-                _value(row, quantity),
-                (model, weights, row["condition"], quantity),
-            )
-            if (
-                own[0] is not None
-                and key not in used
-                and not _between(row["condition"])
-            ):
-                lines.append(
-                    Line(
-                        OWN,
-                        _label(model, weights),
-                        row["condition"],
-                        quantity,
-                        None,
-                        None,
-                        *own,
-                    )
-                )
+            value = _value(row, quantity)
+            if value[0] is None or (model, weights, condition, quantity) in used:
+                continue
+            which = (NOT_THERE, _label(model, weights), condition, quantity)
+            lines.append(Line(*which, None, None, *value))
     return lines
 
 
-def _value(
-    row: dict[str, Any], quantity: str
-) -> tuple[float | int | None, float | None]:
+def _value(row: dict[str, Any], quantity: str) -> tuple[Value, float | None]:
+    """A quantity of a row, and its spread; only seconds have one."""
     return row.get(quantity), row.get("spread") if quantity == "seconds" else None
 
 
-def _between(condition: str) -> bool:
-    """Whether this is a layer that no table of the paper has; it is in the figures."""
-    return re.fullmatch(r"layer \d+", condition) is not None
-
-
 def _label(model: str, weights: str) -> str:
-    name = model.rstrip("/").split("/")[-1]
-    return name if weights == "full" else f"{name}, {weights}"
+    """A model as the table names it."""
+    return _last_part(model) + ("" if weights == "full" else f", {weights}")
 
 
-def table(lines: Iterable[Line]) -> str:
-    """Lines as aligned text, those of one table of the paper together.
+def _last_part(name: str) -> str:
+    """The name of a model without its owner or folder."""
+    return name.rstrip("/").split("/")[-1]
 
-    >>> print(table([Line("Table 9", "gpt2", "last", "minimum", 0.62, None, None, None)]))
+
+def comparison(lines: Iterable[Line]) -> str:
+    """Lines as text, one table for each table of the paper.
+
+    >>> line = Line("Table 9", "gpt2", "last", "minimum", 0.62, None, None, None)
+    >>> print(comparison([line]))
     Table 9  condition  quantity  paper  yours
     gpt2     last       minimum   0.62   not run
     """
-    blocks: dict[str, list[tuple[str, ...]]] = {}
+    tables: dict[str, list[tuple[str, ...]]] = {}
     for line in lines:
-        head = [(line.where, "condition", "quantity", "paper", "yours")]
-        paper = "–" if line.paper is None else _number(line.paper, line.spread, "g")
-        yours = (
-            "not run"
-            if line.measured is None
-            else _number(line.measured, line.measured_spread, ".3g")
-        )
-        blocks.setdefault(line.where, head).append(
-            (line.model, line.condition, line.quantity, paper, yours)
-        )
-    rows = [row for block in blocks.values() for row in block]
-    width = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
-    texts = (
-        "\n".join("  ".join(map(str.ljust, row, width)).rstrip() for row in block)
-        for block in blocks.values()
-    )
+        paper = _number(line.paper, line.spread, "g", "–")
+        yours = _number(line.measured, line.measured_spread, ".3g", "not run")
+        row = (line.model, line.condition, line.quantity, paper, yours)
+        tables.setdefault(line.where, []).append(row)
+    texts = []
+    for where, rows in tables.items():
+        header = (where, "condition", "quantity", "paper", "yours")
+        texts.append(checks.table(header, rows))
     return "\n\n".join(texts)
 
 
-def _number(value: float | int, spread: float | None, form: str) -> str:
-    return f"{value:{form}}" + (f" ± {spread:{form}}" if spread is not None else "")
+def _number(value: Value, spread: float | None, form: str, missing: str) -> str:
+    """A number with what stands behind its ±."""
+    if value is None:
+        return missing
+    return f"{value:{form}}" + ("" if spread is None else f" ± {spread:{form}}")

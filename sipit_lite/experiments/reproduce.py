@@ -1,316 +1,267 @@
-"""The experiments of the paper on any model, as JSON beside the paper's own numbers (chapter 14).
+"""The experiments of the paper on any model, as JSON beside its numbers (chapter 14).
 
-Nothing new is computed here: each experiment draws prompts, calls the survey, the detector, the inverters or the null
-models, and writes down what came out under the conditions of the paper's tables.
+Nothing new is computed here: each experiment draws prompts, calls the survey, the
+detector, the inverters or the null models, and writes down what came out under the
+conditions of the paper's tables.
 """
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sipit_lite.acceptance import noise_floor, separated
 from sipit_lite.collisions import closest_pairs, continuations
-from sipit_lite.experiments import checks as bench
-from sipit_lite.experiments.baselines import (
-    Attempt,
-    brute_force,
-    hard_prompts,
-    published,
-)
-from sipit_lite.experiments.null_models import anisotropy, intrinsic_dimension
+from sipit_lite.experiments import baselines, checks, null_models, survey
 from sipit_lite.experiments.paper import DEPTHS
-from sipit_lite.experiments.survey import (
-    DIMENSION_ROWS,
-    LENGTHS,
-    different,
-    short,
-    survey,
-    survey_lengths,
-    windows,
-)
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.corpora import from_source
 from sipit_lite.io.loading import shortened
 from sipit_lite.io.shards import last_states
 from sipit_lite.io.text import distinct
-from sipit_lite.model import LanguageModel, ModelError
+from sipit_lite.model import LanguageModel, ModelError, SipItError
 from sipit_lite.onestep import OneStepMap
 from sipit_lite.recovery import NotVerified, Recovery
 from sipit_lite.sipit import invert
 
 Row = dict[str, Any]
-SUFFIX, PREFIX = " the quick brown fox jumps over the lazy", 12
+Prompts = list[Int[Tensor, " pos"]]
+SUFFIX = " the quick brown fox jumps over the lazy"
+PREFIX = 12  # random tokens before it
+BASELINES = {
+    "hard prompts": baselines.hard_prompts,
+    "brute force": baselines.brute_force,
+    "published": baselines.published,
+}
+WAYS = (*BASELINES, "here")
+
+
+class PlanError(SipItError):
+    """A plan that cannot be run, or a result that cannot be kept."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of an experiment is run: so many prompts of so many tokens, at these layers, from this text.
-
-    ``layers`` left empty are those of the paper's table; ``closest`` prompts are continued by every token, all of them
-    by ``tokens`` drawn at random; ``ways`` are names of ``WAYS``; ``limit`` is in seconds, for each prompt of a
-    published method; ``lens_tokens`` and ``features`` size the lens of ``here``; ``shards`` is a folder for states.
-    """
+    """How much of an experiment is run."""
 
     prompts: int
-    length: int = 24
-    lengths: tuple[int, ...] = ()
-    layers: tuple[int, ...] = ()
-    ways: tuple[str, ...] = ("published", "here")
-    closest: int = 10
-    tokens: int = 1000
-    limit: float = math.inf
-    lens_tokens: int = 100_000
+    length: int = 24  # tokens of each
+    lengths: tuple[int, ...] = ()  # the same, where the experiment is about it
+    layers: tuple[int, ...] = ()  # if empty, those of the paper's table
+    ways: tuple[str, ...] = ("published", "here")  # names of ``WAYS``
+    closest: int = 10  # prompts that are continued by every token
+    tokens: int = 1000  # by which all prompts are continued
+    limit: float = math.inf  # seconds that a published method has for a prompt
+    lens_tokens: int = 100_000  # with ``features``, the size of the lens of ``here``
     features: int = 2048
-    source: str = "installed"
+    source: str = "installed"  # of the text
     seed: int = 0
-    shards: str | None = None
+    shards: str | None = None  # a folder for states
     progress: bool = False
 
 
 def minima(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Smallest distance between last-token states of different prompts, and the closest texts, by layer."""
-    asked, layers = texts(model, plan.prompts, plan), _layers(model, plan)
-    found = survey(
+    """Smallest distance of last-token states, and the closest texts, by layer."""
+    found = survey.survey(
         model,
-        asked,
-        layers=layers,
+        texts(model, plan.prompts, plan),
+        layers=_layers(model, plan),
         folder=plan.shards,
         seed=plan.seed,
         progress=plan.progress,
     )
-    kept = (
-        "pairs",
-        "minimum",
-        "collisions",
-        "practical",
-        "radius",
-        "birthday",
-        "closest",
-    )
-    told = {"prompts": found["distinct"], "left out": found["duplicates"]}
-    return [
-        _row(model, row["layer"], **told, **{name: row[name] for name in kept})
-        for row in found["layers"]
-    ]
+    names = "pairs minimum collisions practical radius birthday closest".split()
+    counts = {"prompts": found["distinct"], "left out": found["duplicates"]}
+    rows = []
+    for row in found["layers"]:
+        values = {name: row[name] for name in names}
+        rows.append(_row(model, row["layer"], **counts, **values))
+    return rows
 
 
 def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Smallest, mean and largest distance against the length of the prompts, at the last layer."""
-    layers, begin = _layers(model, plan, ("last",)), int(model.begin is not None)
-    asked = torch.stack(
-        different(texts(model, plan.prompts, replace(plan, length=max(plan.lengths))))
-    )
-    at = [length + begin for length in plan.lengths]
-    found = survey_lengths(
-        model, asked, at, layers=layers, folder=plan.shards, progress=plan.progress
-    )
-    return [
-        {
-            "condition": f"{length} tokens",
-            "length": length,
-            "prompts": row["distinct"],
-            "layer": layer,
-            **row[str(layer)],
-        }
-        for length, row in zip(plan.lengths, found["rows"], strict=True)
-        for layer in layers
-    ]
+    """Smallest, mean and largest distance by length of the prompts, at the last layer."""
+    layers = _layers(model, plan, ("last",))
+    longest = replace(plan, length=max(plan.lengths))
+    prompts = torch.stack(survey.different(texts(model, plan.prompts, longest)))
+    # The begin-of-text token is in front, and not counted.
+    ends = [length + (model.begin is not None) for length in plan.lengths]
+    keep = {"folder": plan.shards, "progress": plan.progress}
+    found = survey.survey_lengths(model, prompts, ends, layers=layers, **keep)
+    rows = []
+    for length, measured in zip(plan.lengths, found["rows"], strict=True):
+        for layer in layers:
+            row = {"condition": f"{length} tokens", "length": length}
+            row |= {"prompts": measured["distinct"], "layer": layer}
+            rows.append(row | measured[str(layer)])
+    return rows
 
 
 def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
-    """The closest prompts at the last layer asked for, each continued by every token: all pairs within each prompt."""
-    asked, layers = (
-        different(texts(model, plan.prompts, plan)),
-        _layers(model, plan, ("last",)),
-    )
-    states = last_states(
-        model, asked, layers[-1:], folder=plan.shards, progress=plan.progress
-    )[0]
-    pairs = closest_pairs(
-        states.to(model.device), min(plan.closest, len(asked) - 1)
-    ).pairs
-    chosen = [
-        asked[row].to(model.device) for row in dict.fromkeys(pairs.flatten().tolist())
-    ][: plan.closest]
+    """The closest prompts, each continued by every token: all pairs within each."""
+    prompts = survey.different(texts(model, plan.prompts, plan))
+    layers = _layers(model, plan, ("last",))
+    keep = {"folder": plan.shards, "progress": plan.progress}
+    states = last_states(model, prompts, layers[-1:], **keep)[0].to(model.device)
+    pairs = closest_pairs(states, min(plan.closest, len(prompts) - 1)).pairs
+    # In the order of their distance, and each once.
+    nearest = list(dict.fromkeys(pairs.flatten().tolist()))[: plan.closest]
+    chosen = [prompts[i].to(model.device) for i in nearest]
     rows = []
     for layer in layers:
         reports = list(continuations(model, chosen, layer, progress=plan.progress))
-        counts = {
-            name: sum(getattr(r, name) for r in reports)
-            for name in ("compared", "collisions", "practical")
-        }
-        rows.append(
-            _row(
-                model,
-                layer,
-                prompts=len(chosen),
-                minimum=min(r.minimum for r in reports),
-                **counts,
-            )
-        )
+        row = {"minimum": min(report.minimum for report in reports)}
+        for name in ("compared", "collisions", "practical"):
+            row[name] = sum(getattr(report, name) for report in reports)
+        rows.append(_row(model, layer, prompts=len(chosen), **row))
     return rows
 
 
 def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Random tokens before one suffix: the prompts with the most frequent greedy next token, and how close they come.
+    """Random tokens before one suffix: those with the most frequent greedy next token.
 
     Raises ``ModelError`` for what ``unembedding`` refuses.
     """
-    ids, head = _before_one_suffix(model, plan), unembedding(model)
+    ids = _before_one_suffix(model, plan)
+    head = unembedding(model)
+    answers = []
     with torch.no_grad():
-        answers = torch.cat(
-            [
-                (model.decoder(part).last_hidden_state[:, -1] @ head.T).argmax(1)
-                for part in ids.split(64)
-            ]
-        )
+        for part in ids.split(64):
+            last = model.decoder(part).last_hidden_state[:, -1]
+            answers.append((last @ head.T).argmax(1))
+    answers = torch.cat(answers)
     answer = answers.mode().values
-    alike, layers = list(ids[answers == answer].cpu()), _layers(model, plan)
-    told = {
-        "prompts": len(alike),
-        "tried": len(ids),
-        "answer": model.decode(answer[None]),
-    }
-    states = last_states(
-        model, alike, layers, folder=plan.shards, progress=plan.progress
-    )
-    reports = [closest_pairs(x.to(model.device), 1, prompts=alike) for x in states]
-    kept = ("minimum", "compared", "collisions", "practical")
-    return [
-        _row(model, layer, **told, **{name: getattr(report, name) for name in kept})
-        for layer, report in zip(layers, reports, strict=True)
-    ]
+    alike = list(ids[answers == answer].cpu())
+    layers = _layers(model, plan)
+    keep = {"folder": plan.shards, "progress": plan.progress}
+    states = last_states(model, alike, layers, **keep)
+    rows = []
+    for layer, x in zip(layers, states, strict=True):
+        report = closest_pairs(x.to(model.device), 1, prompts=alike)
+        row = {"prompts": len(alike), "tried": len(ids)}
+        row["answer"] = model.decode(answer[None])
+        for name in ("minimum", "compared", "collisions", "practical"):
+            row[name] = getattr(report, name)
+        rows.append(_row(model, layer, **row))
+    return rows
 
 
 def shape(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Margin, anisotropy and intrinsic dimension of random one-token continuations by layer, and their correlations.
+    """Margin, anisotropy and dimension of random continuations by layer, correlated.
 
     The definitions are those of chapter 8, and need not be the paper's.
     """
-    asked, layers = (
-        different(texts(model, plan.prompts, plan)),
-        list(plan.layers) or range(1, model.n_layers + 1),
-    )
+    prompts = survey.different(texts(model, plan.prompts, plan))
+    layers = list(plan.layers) or range(1, model.n_layers + 1)
     generator = torch.Generator().manual_seed(plan.seed)
-    some = torch.randperm(model.vocab_size, generator=generator)[: plan.tokens].to(
-        model.device
-    )
+    order = torch.randperm(model.vocab_size, generator=generator)
+    sample = order[: plan.tokens].to(model.device)
     rows = []
-    for layer in tqdm(layers, "layers", disable=None if plan.progress else True):
-        clouds = [
-            OneStepMap.after(model, layer, ids.to(model.device)).tokens(some)
-            for ids in asked
-        ]
+    for layer in checks.progress_bar(layers, "layers", plan.progress):
+        maps = [OneStepMap.after(model, layer, ids.to(model.device)) for ids in prompts]
+        clouds = [step.tokens(sample) for step in maps]
         pooled = torch.cat(clouds)
-        drawn = torch.randperm(
-            len(pooled), generator=torch.Generator().manual_seed(plan.seed)
-        )[:DIMENSION_ROWS]
-        margin = float(np.mean([closest_pairs(cloud, 1).minimum for cloud in clouds]))
-        measured = {
-            "anisotropy": anisotropy(pooled),
-            "dimension": intrinsic_dimension(pooled[drawn.to(pooled.device)]),
-        }
-        rows.append(
-            _row(
-                model,
-                layer,
-                prompts=len(asked),
-                tokens=len(some),
-                margin=margin,
-                **measured,
-            )
-        )
-    told = {
-        f"margin and {name}": _pearson(rows, "margin", name)
-        for name in ("anisotropy", "dimension")
-    }
-    return [*rows, {"condition": "correlation", **told}]
+        generator = torch.Generator().manual_seed(plan.seed)
+        drawn = torch.randperm(len(pooled), generator=generator)[
+            : survey.DIMENSION_ROWS
+        ]
+        margins = [closest_pairs(cloud, 1).minimum for cloud in clouds]
+        row = {"margin": float(np.mean(margins))}
+        row["anisotropy"] = null_models.anisotropy(pooled)
+        few = pooled[drawn.to(pooled.device)]
+        row["dimension"] = null_models.intrinsic_dimension(few)
+        counts = {"prompts": len(prompts), "tokens": len(sample)}
+        rows.append(_row(model, layer, **counts, **row))
+    last = {"condition": "correlation"}
+    for name in ("anisotropy", "dimension"):
+        last[f"margin and {name}"] = _pearson(rows, "margin", name)
+    return [*rows, last]
 
 
 def inversion(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Ways to invert side by side on prose and code, one prompt in ten of random tokens, from the last layer."""
-    asked = texts(model, plan.prompts - plan.prompts // 10, plan) + at_random(
-        model, plan.prompts // 10, plan
-    )
+    """Ways to invert on prose and code, one prompt in ten of random tokens."""
+    drawn = plan.prompts // 10
+    prompts = texts(model, plan.prompts - drawn, plan) + at_random(model, drawn, plan)
     layers = _layers(model, plan, ("last",))
-    return [
-        row
-        for layer in layers
-        for row in ways_to_invert(model, asked, layer, plan, _lens(model, layer, plan))
-    ]
+    return _by_layer(model, {"": prompts}, layers, plan, "{way}")
 
 
 def splits(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Prompts of the training text of pocket-gpt2, of held-out text, and of random tokens; bundled text has no first.
+    """Prompts of the training text of pocket-gpt2, of held-out text, of random tokens.
 
-    For another model the first two are text that it may or may not have been trained on.
+    Bundled text has no first. Another model may have been trained on any of it.
     """
-    asked = {
-        "test": texts(model, plan.prompts, plan, "held-out"),
-        "random": at_random(model, plan.prompts, plan),
-    }
+    groups = {}
     if plan.source == "installed":
-        asked = {"train": texts(model, plan.prompts, plan, "train")} | asked
-    return [
-        row | {"condition": f"{kind}, {row['condition']}"}
-        for layer in _layers(model, plan, ("last",))
-        for lens in [_lens(model, layer, plan)]
-        for kind, some in asked.items()
-        for row in ways_to_invert(model, some, layer, plan, lens)
-    ]
+        groups["train"] = texts(model, plan.prompts, plan, "train")
+    groups["test"] = texts(model, plan.prompts, plan, "held-out")
+    groups["random"] = at_random(model, plan.prompts, plan)
+    layers = _layers(model, plan, ("last",))
+    return _by_layer(model, groups, layers, plan, "{group}, {way}")
 
 
 def times(model: LanguageModel, plan: Plan) -> list[Row]:
     """Seconds to invert a prompt by layer and by length."""
-    asked = {
-        length: texts(model, plan.prompts, replace(plan, length=length))
-        for length in plan.lengths
-    }
-    return [
-        row | {"condition": f"layer {layer}, {length} tokens, {row['condition']}"}
-        for layer in _layers(model, plan)
-        for lens in [_lens(model, layer, plan)]
-        for length, some in asked.items()
-        for row in ways_to_invert(model, some, layer, plan, lens)
-    ]
+    groups = {}
+    for length in plan.lengths:
+        groups[length] = texts(model, plan.prompts, replace(plan, length=length))
+    form = "layer {layer}, {group} tokens, {way}"
+    return _by_layer(model, groups, _layers(model, plan), plan, form)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run, where the paper has it, with the paper's numbers of prompts, and as a smoke run of seconds."""
+    """What is run, where the paper has it, with its numbers of prompts, or in seconds.
+
+    ``options`` are parts of the plan that it uses, beside those that all use.
+    """
 
     run: Callable[[LanguageModel, Plan], list[Row]]
     where: str
+    options: tuple[str, ...]
     full: Plan
     quick: Plan
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All parts of the plan that may be changed."""
+        return (*ALWAYS, *self.options)
 
+
+ALWAYS = ("prompts", "layers", "seed", "shards", "progress")
+_TEXT = ("length", "source")
+_WAYS = ("ways", "limit", "lens_tokens", "features", "source")
 _SMOKE = {"source": "bundled", "limit": 0.5, "lens_tokens": 4000, "features": 0}
-_ALL_WAYS = ("hard prompts", "brute force", "published", "here")
+_LONG = (20, 50, 100, 150, 200)
+_SHORT = {"lengths": (1, 2, 4, 8, 16, 32), **_SMOKE}
 EXPERIMENTS = {
-    "layers": Experiment(minima, "Tables 1, 2, Figures 3, 7, 8", Plan(100_000), Plan(300, 16, **_SMOKE)),
-    "lengths": Experiment(
-        lengths, "Figures 5, 9", Plan(2000, lengths=LENGTHS), Plan(60, lengths=(1, 2, 4, 8, 16, 32), **_SMOKE)
-    ),
-    "continuations": Experiment(every_continuation, "Figure 4", Plan(100_000), Plan(40, 16, closest=1, **_SMOKE)),
-    "inversion": Experiment(inversion, "Tables 4, 6", Plan(50, 10), Plan(5, 6, **_SMOKE)),
-    "compared": Experiment(inversion, "Table 5", Plan(100, 20, ways=_ALL_WAYS), Plan(3, 4, ways=_ALL_WAYS, **_SMOKE)),
-    "splits": Experiment(splits, "Table 7", Plan(50, 100), Plan(3, 12, **_SMOKE)),
-    "times": Experiment(
-        times, "Figure 6", Plan(10, lengths=(20, 50, 100, 150, 200)), Plan(2, lengths=(4, 8), ways=("here",), **_SMOKE)
-    ),
-    "same-answer": Experiment(same_answer, "E.3", Plan(10_000, PREFIX), Plan(200, PREFIX, **_SMOKE)),
-    "shape": Experiment(shape, "Table 11", Plan(100), Plan(4, 16, tokens=100, **_SMOKE)),
+    "layers": Experiment(minima, "Tables 1, 2, Figures 3, 7, 8", _TEXT,
+                         Plan(100_000), Plan(300, 16, **_SMOKE)),
+    "lengths": Experiment(lengths, "Figures 5, 9", ("lengths", "source"),
+                          Plan(2000, lengths=survey.LENGTHS), Plan(60, **_SHORT)),
+    "continuations": Experiment(every_continuation, "Figure 4", (*_TEXT, "closest"),
+                                Plan(100_000), Plan(40, 16, closest=1, **_SMOKE)),
+    "inversion": Experiment(inversion, "Tables 4, 6", ("length", *_WAYS),
+                            Plan(50, 10), Plan(5, 6, **_SMOKE)),
+    "compared": Experiment(inversion, "Table 5", ("length", *_WAYS),
+                           Plan(100, 20, ways=WAYS), Plan(3, 4, ways=WAYS, **_SMOKE)),
+    "splits": Experiment(splits, "Table 7", ("length", *_WAYS),
+                         Plan(50, 100), Plan(3, 12, **_SMOKE)),
+    "times": Experiment(times, "Figure 6", ("lengths", *_WAYS), Plan(10, lengths=_LONG),
+                        Plan(2, lengths=(4, 8), ways=("here",), **_SMOKE)),
+    "same-answer": Experiment(same_answer, "E.3", ("length",),
+                              Plan(10_000, PREFIX), Plan(200, PREFIX, **_SMOKE)),
+    "shape": Experiment(shape, "Table 11", (*_TEXT, "tokens"),
+                        Plan(100), Plan(4, 16, tokens=100, **_SMOKE)),
 }  # fmt: skip
 
 
@@ -322,119 +273,166 @@ def reproduce(
     weights: str = "full",
     **changes: object,
 ) -> dict[str, Any]:
-    """Run one experiment of the paper on a model and return what JSON will hold; ``changes`` replace parts of the plan.
+    """Run one experiment of the paper on a model and return what JSON will hold.
 
-    ``quick`` is a smoke run of seconds on the bundled text; without it, the numbers of prompts are the paper's.
-    ``weights`` only labels the run: it is up to the caller to have loaded them so. Raises ``ValueError`` for an unknown
-    experiment, part of a plan or way, and fewer than two prompts; ``ModelError`` and others as the experiments do.
+    Parameters
+    ----------
+    experiment : one of ``EXPERIMENTS``
+    quick : a smoke run of seconds on the bundled text; else the paper's numbers
+    weights : how the caller has loaded the model, a label for the table
+    changes : parts of ``Plan`` that this experiment uses
+
+    Raises
+    ------
+    PlanError
+        For an unknown experiment, a part that it does not use, or a bad value.
 
     >>> from sipit_lite import load
-    >>> told = reproduce("layers", load(device="cpu"), quick=True, prompts=40)
-    >>> told["where"], [(row["condition"], row["collisions"]) for row in told["rows"]]
-    ('Tables 1, 2, Figures 3, 7, 8', [('first', 0), ('middle', 0), ('last', 0)])
+    >>> run = reproduce("layers", load(device="cpu"), quick=True, prompts=40)
+    >>> [(row["condition"], row["collisions"]) for row in run["rows"]]
+    [('first', 0), ('middle', 0), ('last', 0)]
     """
-    if experiment not in EXPERIMENTS:
-        raise ValueError(
-            f"got the experiment {experiment!r}; expected one of {list(EXPERIMENTS)}"
-        )
+    plan = planned(experiment, model, quick, changes)
     chosen = EXPERIMENTS[experiment]
-    plan = chosen.quick if quick else chosen.full
-    _check(changes, plan)
-    plan, begun = replace(plan, **changes), time.perf_counter()
+    started = time.perf_counter()
     rows = chosen.run(model, plan)
+    parts = asdict(plan)
+    parts["limit"] = plan.limit if math.isfinite(plan.limit) else None
+    del parts["progress"], parts["shards"]
     return {
         "experiment": experiment,
         "where": chosen.where,
-        **bench.setting(model),
+        **checks.setting(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights,
         "vocabulary": model.vocab_size,
         "layers": model.n_layers,
-        "plan": {
-            name: value
-            for name, value in asdict(plan).items()
-            if name not in ("progress", "shards")
-        }
-        | {"limit": plan.limit if math.isfinite(plan.limit) else None},
-        "seconds": short(time.perf_counter() - begun),
-        "rows": short(rows),
+        "plan": parts,
+        "seconds": survey.short(time.perf_counter() - started),
+        "rows": survey.short(rows),
     }
 
 
-def _check(changes: dict[str, object], plan: Plan) -> None:
-    unknown = [name for name in changes if name not in asdict(plan)]
-    ways = [way for way in changes.get("ways", ()) if way not in WAYS]
-    if unknown or ways:
-        raise ValueError(
-            f"got {(unknown or ways)[0]!r}; expected parts of {list(asdict(plan))} and ways of {list(WAYS)}"
-        )
-    if changes.get("prompts", 2) < 2:
-        raise ValueError(f"got prompts={changes['prompts']}; expected two or more")
+def planned(
+    experiment: str, model: LanguageModel, quick: bool, changes: dict[str, Any]
+) -> Plan:
+    """The plan of an experiment with its changes, checked; raises ``PlanError``."""
+    if experiment not in EXPERIMENTS:
+        names = list(EXPERIMENTS)
+        raise PlanError(f"got the experiment {experiment!r}; expected one of {names}")
+    chosen = EXPERIMENTS[experiment]
+    parts = chosen.parts
+    for name in changes:
+        if name not in parts:
+            raise PlanError(f"got {name!r}; {experiment} takes {', '.join(parts)}")
+    plan = replace(chosen.quick if quick else chosen.full, **changes)
+    least = {"prompts": 2, "length": 1, "closest": 1, "tokens": 2, "limit": 0}
+    for name, smallest in least.items():
+        if not getattr(plan, name) >= smallest:
+            value = getattr(plan, name)
+            raise PlanError(f"got {name}={value}; expected {smallest} or more")
+    if "lengths" in parts and not (plan.lengths and min(plan.lengths) >= 1):
+        raise PlanError(f"got lengths={plan.lengths}; expected numbers from 1")
+    unknown = set(plan.ways) - set(WAYS)
+    if unknown or not plan.ways:
+        raise PlanError(f"got ways={plan.ways}; expected {WAYS}")
+    for layer in plan.layers:
+        model.check_layer(layer)
+    return plan
+
+
+def result_path(
+    folder: str, model: LanguageModel, experiment: str, weights: str, *, force: bool
+) -> Path:
+    """Where a run is kept: model, experiment and weights name the file.
+
+    To be called before the run. Raises ``PlanError`` where there is an earlier run and
+    no ``force``, or no folder can be made.
+    """
+    name = f"{Path(model.name).name}-{experiment}-{weights}.json"
+    path = Path(folder, name.replace(", ", "-").replace(" ", "-"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"got the folder {folder!r}, which cannot be made ({error})"
+        raise PlanError(text) from None
+    if path.exists() and not force:
+        raise PlanError(f"got {str(path)!r}, an earlier run; --force replaces it")
+    return path
+
+
+def keep_result(run: dict[str, Any], path: Path) -> None:
+    """Write a run beside and rename it, so that a full disk spoils no earlier one."""
+    text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise PlanError(f"got {str(path)!r}, not written ({error})") from None
 
 
 def texts(
     model: LanguageModel, count: int, plan: Plan, split: str | None = None
-) -> list[Int[Tensor, " pos"]]:
-    """Windows of prose and code in turn, behind the begin-of-text token, not counted, where the tokenizer puts one.
+) -> Prompts:
+    """Windows of prose and code in turn, behind a begin-of-text token, not counted.
 
-    Without ``split`` there may be fewer than ``count``, where the text ends, and repeated ones. A model without a
-    tokenizer gets random tokens. Raises ``ValueError`` where a split does not hold so many.
+    Without ``split`` there may be fewer than ``count``, where the text ends, and
+    repeated ones. A model without a tokenizer gets random tokens.
 
     >>> from sipit_lite import load
-    >>> [len(ids) for ids in texts(load(device="cpu"), 2, Plan(2, 8, source="bundled"))]
+    >>> plan = Plan(2, 8, source="bundled")
+    >>> [len(ids) for ids in texts(load(device="cpu"), 2, plan)]
     [8, 8]
     """
     if model.tokenizer is None:
         return at_random(model, count, plan)
-    length, drawn = (
-        plan.length + (model.begin is not None),
-        {"seed": plan.seed, "source": plan.source},
-    )
+    which = (model.tokenizer, count, plan.length + (model.begin is not None))
+    options = {"seed": plan.seed, "source": plan.source}
     if plan.source == "corpora":
-        found = from_source(model.tokenizer, count, length, **drawn, folder=plan.shards)
+        found = from_source(*which, **options, folder=plan.shards)
     elif split is None:
-        found = windows(model.tokenizer, count, length, **drawn)[:count]
+        found = survey.windows(*which, **options)[:count]
     else:
-        found = distinct(model.tokenizer, count, length, **drawn, split=split)
-    return [_begun(model, ids).to(model.device) for ids in found]
+        found = distinct(*which, **options, split=split)
+    return [_with_begin(model, ids) for ids in found]
 
 
-def at_random(
-    model: LanguageModel, count: int, plan: Plan
-) -> list[Int[Tensor, " pos"]]:
-    """Prompts of random tokens, behind the begin-of-text token, not counted, where the tokenizer puts one."""
-    size = (
-        model.vocab_size
-        if model.tokenizer is None
-        else min(len(model.tokenizer), model.vocab_size)
-    )
+def at_random(model: LanguageModel, count: int, plan: Plan) -> Prompts:
+    """Prompts of random tokens, behind a begin-of-text token, not counted."""
+    size = model.vocab_size
+    if model.tokenizer is not None:
+        # Rows of the table may have no token.
+        size = min(len(model.tokenizer), size)
+    shape = (count, plan.length + (model.begin is not None))
     generator = torch.Generator().manual_seed(plan.seed + 1)
-    drawn = torch.randint(
-        size, (count, plan.length + (model.begin is not None)), generator=generator
-    )
-    return [_begun(model, ids).to(model.device) for ids in drawn]
+    drawn = torch.randint(size, shape, generator=generator)
+    return [_with_begin(model, ids) for ids in drawn]
 
 
-def _begun(model: LanguageModel, ids: Int[Tensor, " pos"]) -> Int[Tensor, " pos"]:
-    """The first window of a text has the begin-of-text token, the others get it in place of their last token."""
-    if model.begin is None or int(ids[0]) == model.begin:
-        return ids
-    return torch.cat([ids.new_tensor([model.begin]), ids[:-1]])
+def _with_begin(model: LanguageModel, ids: Int[Tensor, " pos"]) -> Tensor:
+    """On the device, with a begin-of-text token for the last one where it is missing."""
+    if model.begin is not None and int(ids[0]) != model.begin:
+        ids = torch.cat([ids.new_tensor([model.begin]), ids[:-1]])
+    return ids.to(model.device)
 
 
 def _before_one_suffix(model: LanguageModel, plan: Plan) -> Int[Tensor, "n pos"]:
+    """Random tokens before the same text, or without a tokenizer before the same ids."""
     drawn = torch.stack(at_random(model, plan.prompts, plan))
     if model.tokenizer is None:
-        return torch.cat([drawn, drawn[:1].flip(1).expand(len(drawn), -1)], 1)
-    suffix = model.encode(SUFFIX)[int(model.begin is not None) :]
+        suffix = drawn[0].flip(0)
+    else:
+        suffix = model.encode(SUFFIX)[int(model.begin is not None) :]
     return torch.cat([drawn, suffix.expand(len(drawn), -1)], 1)
 
 
 def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
-    """The rows that turn the last normed state into logits: the embeddings where they are tied, else read anew.
+    """The rows that turn the last normed state into logits.
 
-    Only embeddings, one block and the unembedding are read. Raises ``ModelError`` for a model that has no name to read
-    them by, such as one at random initialisation.
+    Those of the embeddings where they are tied, else read anew with one block. Raises
+    ``ModelError`` for a model that has no name to read them by.
 
     >>> from sipit_lite import load
     >>> unembedding(load(device="cpu")).shape
@@ -443,112 +441,120 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
     if getattr(model.decoder.config, "tie_word_embeddings", True):
         return model.embeddings
     try:
-        config = shortened(
-            AutoConfig.from_pretrained(model.name, trust_remote_code=False), 1
-        )
-        whole = AutoModelForCausalLM.from_pretrained(
-            model.name, config=config, dtype=model.dtype, trust_remote_code=False
-        )
+        # A model's folder may hold code, which never runs.
+        options = {"trust_remote_code": False}
+        config = shortened(AutoConfig.from_pretrained(model.name, **options), 1)
+        options |= {"config": config, "dtype": model.dtype}
+        full = AutoModelForCausalLM.from_pretrained(model.name, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"got {model.name}, whose unembedding is its own and not kept; expected one that can be read by its name"
+            f"got {model.name}, whose unembedding is its own and not kept; expected "
+            "one that can be read by its name"
         ) from error
-    return whole.get_output_embeddings().weight.detach().to(model.device)
+    return full.get_output_embeddings().weight.detach().to(model.device)
+
+
+def _by_layer(
+    model: LanguageModel,
+    groups: dict[Any, Prompts],
+    layers: Sequence[int],
+    plan: Plan,
+    form: str,
+) -> list[Row]:
+    """All ways on all groups of prompts; ``form`` makes the condition of each row."""
+    rows = []
+    for layer in layers:
+        lens = _lens(model, layer, plan) if "here" in plan.ways else None
+        for group, prompts in groups.items():
+            for row in ways_to_invert(model, prompts, layer, plan, lens):
+                way = row["condition"]
+                row["condition"] = form.format(layer=layer, group=group, way=way)
+                rows.append(row)
+    return rows
 
 
 def ways_to_invert(
     model: LanguageModel,
-    asked: Sequence[Tensor],
+    prompts: Sequence[Tensor],
     layer: int,
     plan: Plan,
     lens: Lens | None,
 ) -> list[Row]:
-    """Mean seconds with standard deviation, share of exact prompts, and share of the vocabulary tested for a token.
-
-    What is done once for a model and a layer is not in the seconds: the fit of the lens (chapter 12 has its time), and
-    the noise floor.
-    """
-    separated(model, layer), noise_floor(model, layer)
-    states, rows = [model.states(ids, layer) for ids in asked], []
+    """Mean seconds, share of exact prompts and of the vocabulary tested, by way."""
+    # What is done once for a model and a layer is not in the seconds.
+    separated(model, layer)
+    noise_floor(model, layer)
+    states = [model.states(ids, layer) for ids in prompts]
+    rows = []
     for way in plan.ways:
-        bar = tqdm(states, way, disable=None if plan.progress else True)
-        found = [WAYS[way](x, model, layer, plan, lens) for x in bar]
+        bar = checks.progress_bar(states, way, plan.progress)
+        found = [_inverted(way, x, model, layer, plan, lens) for x in bar]
+        pairs = zip(found, prompts, strict=True)
         seconds = [outcome.seconds for outcome in found]
         tested = torch.cat([outcome.tested.double() for outcome in found])
-        rows.append({
-            "condition": way, "layer": layer, "prompts": len(asked), "tokens": len(asked[0]),
-            "exact": bench.share(torch.equal(o.tokens, ids.cpu()) for o, ids in zip(found, asked, strict=True)),
-            "seconds": float(np.mean(seconds)), "spread": float(np.std(seconds, ddof=1)) if len(seconds) > 1 else None,
-            "explored, %": None if way == "hard prompts" else 100 * float(tested.mean()) / model.vocab_size,
-            "finished": bench.share(getattr(outcome, "finished", True) for outcome in found),
-        })  # fmt: skip
+        row = {"condition": way, "layer": layer, "prompts": len(prompts)}
+        row["tokens"] = len(prompts[0])
+        row["exact"] = checks.share(
+            torch.equal(o.tokens, ids.cpu()) for o, ids in pairs
+        )
+        row["seconds"] = float(np.mean(seconds))
+        row["spread"] = float(np.std(seconds, ddof=1)) if len(seconds) > 1 else None
+        explored = 100 * float(tested.mean()) / model.vocab_size
+        row["explored, %"] = None if way == "hard prompts" else explored
+        finished = [getattr(outcome, "finished", True) for outcome in found]
+        row["finished"] = checks.share(finished)
+        rows.append(row)
     return rows
 
 
-def _here(
-    states: Tensor, model: LanguageModel, layer: int, plan: Plan, lens: Lens | None
-) -> Recovery:
+def _inverted(
+    way: str,
+    states: Tensor,
+    model: LanguageModel,
+    layer: int,
+    plan: Plan,
+    lens: Lens | None,
+) -> baselines.Attempt | Recovery:
+    """What one way recovers, or has when it gives up."""
+    if way != "here":
+        run = BASELINES[way]
+        return run(states, model, layer, seed=plan.seed, limit=plan.limit)
     try:
         return invert(states, model, layer, lens=lens, seed=plan.seed)
     except NotVerified as refused:
         return refused.recovered
 
 
-def _published(
-    states: Tensor,
-    model: LanguageModel,
-    layer: int,
-    plan: Plan,
-    lens: Lens | None,
-    way: Callable[..., Attempt],
-) -> Attempt:
-    return way(states, model, layer, seed=plan.seed, limit=plan.limit)
-
-
-WAYS: dict[str, Callable[..., Attempt | Recovery]] = {
-    "hard prompts": partial(_published, way=hard_prompts),
-    "brute force": partial(_published, way=brute_force),
-    "published": partial(_published, way=published),
-    "here": _here,
-}
-
-
-def _lens(model: LanguageModel, layer: int, plan: Plan) -> Lens | None:
-    """Fitted on the model's own prompts, or for bundled text on random tokens: installed text takes long to find."""
-    if "here" not in plan.ways:
-        return None
-    some = (
-        at_random(model, plan.lens_tokens // 16 + 1, replace(plan, length=16))
-        if plan.source == "bundled"
-        else None
-    )
-    return Lens.fit(
-        model,
-        layer,
-        prompts=some,
-        tokens=plan.lens_tokens,
-        features=plan.features,
-        seed=plan.seed,
-    )
+def _lens(model: LanguageModel, layer: int, plan: Plan) -> Lens:
+    """Fitted on installed text, or for bundled text, to be quick, on random tokens."""
+    prompts = None
+    if plan.source == "bundled":
+        short = replace(plan, length=16)
+        prompts = at_random(model, plan.lens_tokens // 16 + 1, short)
+    options = {"tokens": plan.lens_tokens, "features": plan.features}
+    return Lens.fit(model, layer, prompts=prompts, **options, seed=plan.seed)
 
 
 def _layers(
-    model: LanguageModel, plan: Plan, depths: Iterable[str] = DEPTHS
+    model: LanguageModel, plan: Plan, depths: Sequence[str] = DEPTHS
 ) -> list[int]:
-    at = dict(
-        zip(DEPTHS, (1, max(1, model.n_layers // 2), model.n_layers), strict=True)
-    )
+    """The plan's layers, or those of the paper's table."""
+    middle = max(1, model.n_layers // 2)
+    at = {"first": 1, "middle": middle, "last": model.n_layers}
     return list(plan.layers) or sorted({at[depth] for depth in depths})
 
 
 def _row(model: LanguageModel, layer: int, **values: object) -> Row:
-    named = {model.n_layers // 2: "middle", 1: "first", model.n_layers: "last"}
-    return {"condition": named.get(layer, f"layer {layer}"), "layer": layer, **values}
+    """One row, its layer named as in the paper's tables."""
+    names = {model.n_layers // 2: "middle", 1: "first", model.n_layers: "last"}
+    return {"condition": names.get(layer, f"layer {layer}"), "layer": layer, **values}
 
 
 def _pearson(rows: Sequence[Row], one: str, other: str) -> float | None:
-    if len(rows) < 3:  # two points always lie on a line
+    """The correlation of two columns; None of constants, and of two points."""
+    x = np.array([row[one] for row in rows])
+    y = np.array([row[other] for row in rows])
+    # Two points always lie on a line.
+    if len(rows) < 3 or np.std(x) == 0 or np.std(y) == 0:
         return None
-    return float(
-        np.corrcoef([row[one] for row in rows], [row[other] for row in rows])[0, 1]
-    )
+    return float(np.corrcoef(x, y)[0, 1])

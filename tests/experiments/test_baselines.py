@@ -11,12 +11,13 @@ from sipit_lite import Gradient, LanguageModel, OneStepMap, Random, StatesError
 from sipit_lite.experiments.baselines import (
     Attempt,
     _descent,
+    _random_order,
     brute_force,
     greedy_coordinate,
     hard_prompts,
     published,
 )
-from sipit_lite.experiments.families import small
+from sipit_lite.experiments.families import configuration, randomised, small
 
 Family = tuple[PreTrainedModel, LanguageModel]
 
@@ -24,39 +25,45 @@ Family = tuple[PreTrainedModel, LanguageModel]
 def test_published_proposes_what_our_gradient_policy_proposes(
     family: Family, prompt: Tensor
 ) -> None:
-    """The same candidates from the same start, one with a cache and a cut model, the other with neither."""
-    model, layer = family[1], 2
-    target = model.states(prompt[:5], layer)[-1]
+    """From one start, one with a cache and a cut model, the other with neither."""
+    model = family[1]
+    target = model.states(prompt[:5], 2)[-1]
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    theirs = list(
-        _descent(model, prompt[:4].tolist(), target, layer, generators[0])
-    )
-    step = OneStepMap.after(model, layer, prompt[:4])
-    ours = torch.cat(list(Gradient(1).proposals(step, target, generators[1]))).tolist()
-    assert theirs[:12] == ours[:12] and sorted(theirs) == sorted(ours) == list(
-        range(model.vocab_size)
-    )
+    theirs = _descent(model, prompt[:4].tolist(), target, 2, generators[0])
+    step = OneStepMap.after(model, 2, prompt[:4])
+    ours = Gradient(1).proposals(step, target, generators[1])
+    for _ in range(12):
+        assert next(theirs) == int(next(ours))
+
+
+def test_every_token_is_proposed_once() -> None:
+    """Whatever the target, and also behind the first window."""
+    model = LanguageModel(randomised(configuration("GPT2", vocabulary=60, width=32)))
+    target = torch.zeros(model.d_model)
+    generator = torch.Generator().manual_seed(0)
+    for policy in (_descent, _random_order):
+        tokens = list(policy(model, [], target, 1, generator))
+        assert sorted(tokens) == list(range(model.vocab_size))
 
 
 @pytest.mark.parametrize("baseline", [published, brute_force])
-def test_prompts_come_back(baseline: object, family: Family, prompt: Tensor) -> None:
+def test_prompts_come_back(
+    baseline: Callable[..., Attempt], family: Family, prompt: Tensor
+) -> None:
     """Exact, candidates counted one by one."""
     model = family[1]
-    found = baseline(model.states(prompt[:4], 3), model, 3)
-    assert found.finished and found.tokens.tolist() == prompt[:4].tolist()
-    assert (
-        len(found.tested) == 4
-        and (found.tested >= 1).all()
-        and (found.tested <= model.vocab_size).all()
-    )
+    found = baseline(model.states(prompt[:2], 3), model, 3)
+    assert found.finished and found.tokens.tolist() == prompt[:2].tolist()
+    assert len(found.tested) == 2 and (found.tested >= 1).all()
+    assert (found.tested <= model.vocab_size).all()
 
 
 def test_brute_force_tests_half_the_vocabulary(pocket: LanguageModel) -> None:
     """The order is that of Algorithm 2: the place of the true token in a random permutation."""
     ids = pocket.encode("a")
-    found = brute_force(pocket.states(ids, 0), pocket, 0, seed=4)
+    found = brute_force(pocket.states(ids, 0), pocket, 0, seed=9)
     order = torch.cat(list(Random().proposals(OneStepMap.after(pocket, 0), torch.zeros(256, device=ids.device),
-                                              torch.Generator().manual_seed(4)))).tolist()  # fmt: skip
+                                              torch.Generator().manual_seed(9)))).tolist()  # fmt: skip
     assert found.tested.tolist() == [order.index(int(ids[0])) + 1]
 
 
@@ -72,18 +79,15 @@ def test_a_limit_ends_it(pocket: LanguageModel) -> None:
         assert not found.finished and len(found.tested) >= 1 and found.seconds < 30
 
 
-def test_hard_prompts_solve_the_easy_layer_and_say_so_elsewhere(
-    family: Family, prompt: Tensor
-) -> None:
-    """At layer 0 the joint problem falls apart into one convex problem a position: it finishes. Deeper it need not."""
-    model = family[1]
-    easy = hard_prompts(model.states(prompt[:3], 0), model, 0, steps=400, rate=0.02)
-    assert easy.finished == (easy.tokens.tolist() == prompt[:3].tolist())
-    deep = hard_prompts(model.states(prompt, 3), model, 3, steps=20)
-    assert (
-        deep.finished == (deep.tokens.tolist() == prompt.tolist())
-        and deep.tested.tolist() == [20] * 13
-    )
+def test_hard_prompts_solve_the_easy_layer_and_say_so_elsewhere() -> None:
+    """At layer 0 each position is a convex problem of its own; deeper it is not."""
+    model = small("GPT2", device="cpu")
+    ids = torch.tensor([7, 11, 5, 7])
+    easy = hard_prompts(model.states(ids[:3], 0), model, 0, steps=400, rate=0.02)
+    assert easy.finished == (easy.tokens.tolist() == ids[:3].tolist())
+    deep = hard_prompts(model.states(ids, 3), model, 3, steps=20)
+    assert deep.finished == (deep.tokens.tolist() == ids.tolist())
+    assert deep.tested.tolist() == [20] * 4
 
 
 def test_bad_states_are_refused(pocket: LanguageModel) -> None:
@@ -104,4 +108,4 @@ def test_searches_from_the_last_state_find_a_short_prompt(
     state = model.states(ids, 1)[-1]
     found = search(state, model, 1, length, limit=60.0)
     assert found.finished and found.tokens.tolist() == ids.tolist()
-    assert not search(torch.randn(model.d_model), model, 1, length, limit=0.2).finished
+    assert not search(torch.randn(model.d_model), model, 1, length, limit=0.05).finished

@@ -15,38 +15,29 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sipit_lite import LanguageModel, ModelError, OneStepMap, load
 from sipit_lite.cli import main
-from sipit_lite.experiments import paper as reported
-from sipit_lite.experiments import reproduce
+from sipit_lite.experiments import paper, reproduce
 from sipit_lite.experiments.families import small
-from sipit_lite.experiments.paper import (
-    MODELS,
-    PAPER,
-    Line,
-    read_runs,
-    side_by_side,
-    table,
-)
+from sipit_lite.experiments.paper import PAPER, Line, RunsError, comparison, read_runs
 from sipit_lite.experiments.reproduce import (
     EXPERIMENTS,
     Plan,
+    PlanError,
     at_random,
     texts,
     unembedding,
 )
 
-SMALL = {
-    "prompts": 12,
-    "length": 6,
-    "source": "bundled",
-    "lens_tokens": 4000,
-    "features": 0,
-}
+SMALL = {"prompts": 12, "length": 6, "source": "bundled"}
+LENS = {"lens_tokens": 2000, "features": 0, "limit": 0.1, "lengths": (2, 5)}
 
 
 def run(experiment: str, model: LanguageModel, **changes: object) -> dict:
     """A small run, through JSON and back."""
-    told = reproduce.reproduce(experiment, model, quick=True, **{**SMALL, **changes})
-    return json.loads(json.dumps(told, allow_nan=False))
+    options = SMALL | LENS | changes
+    parts = EXPERIMENTS[experiment].parts
+    used = {name: value for name, value in options.items() if name in parts}
+    result = reproduce.reproduce(experiment, model, quick=True, **used)
+    return json.loads(json.dumps(result, allow_nan=False))
 
 
 def closest(model: LanguageModel, asked: list[Tensor], layer: int) -> float:
@@ -193,7 +184,6 @@ def test_shape_by_hand(pocket: LanguageModel) -> None:
     assert told[6]["margin and dimension"] == pytest.approx(
         float(x @ y / (x.norm() * y.norm())), abs=1e-4
     )
-    assert reproduce._pearson(told[:2], "margin", "dimension") is None
 
 
 def test_ways_to_invert(pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,19 +244,34 @@ def test_every_experiment_runs_without_a_tokenizer(experiment: str) -> None:
     ("changes", "message"),
     [
         ({"experiment": "table"}, "got the experiment 'table'; expected one of"),
-        ({"prompts": 1}, "got prompts=1; expected two or more"),
-        ({"ways": ("luck",)}, "got 'luck'; expected parts of"),
-        ({"size": 3}, "got 'size'; expected parts of"),
+        ({"prompts": 1}, "got prompts=1; expected 2 or more"),
+        ({"prompts": 0}, "got prompts=0; expected 2 or more"),
+        ({"length": 0}, "got length=0; expected 1 or more"),
+        ({"experiment": "times", "lengths": (0, 3)}, "got lengths=.0, 3."),
+        ({"experiment": "times", "lengths": ()}, "expected numbers from 1"),
+        ({"experiment": "times", "length": 4}, "got 'length'; times takes prompts"),
+        ({"experiment": "splits", "ways": ("luck",)}, "got ways=.'luck',.; expected"),
+        ({"experiment": "splits", "limit": math.nan}, "got limit=nan; expected 0"),
+        ({"ways": ("here",)}, "got 'ways'; layers takes"),
+        ({"size": 3}, "got 'size'; layers takes prompts"),
+        ({"layers": (7,)}, "7"),
     ],
 )
 def test_bad_plans_are_refused(
     pocket: LanguageModel, changes: dict, message: str
 ) -> None:
     """The message has what was received and what was expected."""
-    with pytest.raises(ValueError, match=message):
-        reproduce.reproduce(
-            **{"experiment": "layers", "model": pocket, "quick": True, **changes}
-        )
+    options = {"experiment": "layers", "model": pocket, "quick": True} | changes
+    with pytest.raises((PlanError, ModelError), match=message):
+        reproduce.reproduce(**options)
+
+
+def test_constants_have_no_correlation() -> None:
+    """None, which JSON has, and not NaN; nor have two points."""
+    rows = [{"x": 1.0, "y": float(i)} for i in range(4)]
+    assert reproduce._pearson(rows, "y", "y") == pytest.approx(1)
+    assert reproduce._pearson(rows, "x", "y") is None
+    assert reproduce._pearson(rows[:2], "y", "y") is None
 
 
 # As they are printed in the paper, table by table, typed anew.
@@ -304,9 +309,7 @@ def test_the_papers_numbers() -> None:
     }
     assert found == PRINTED and sum(map(len, PRINTED.values())) == len(PAPER)
     assert [told.spread for told in PAPER if told.spread is not None] == SPREADS
-    assert {told.model for told in PAPER} <= set(MODELS) and set(reported.SHOWN) == set(
-        EXPERIMENTS
-    )
+    assert set(paper.SHOWN) == set(EXPERIMENTS)
     for told in PAPER:
         assert told.where.removeprefix("Table ") in EXPERIMENTS[told.experiment].where
 
@@ -324,7 +327,7 @@ def test_a_run_stands_beside_the_paper() -> None:
         "rows": rows,
     }
     own = run | {"model": "pocket-gpt2", "rows": rows[:1]}
-    lines = side_by_side(
+    lines = paper.side_by_side(
         [run | {"rows": []}, run, own, run | {"weights": "fp4, rounded"}], "layers"
     )
     told = {
@@ -342,7 +345,7 @@ def test_a_run_stands_beside_the_paper() -> None:
         ("Llama-3.1-8B, fp4, rounded", "first", "minimum"),
         ("Llama-3.1-8B, fp4, rounded", "first", "collisions"),
     ]
-    text = table(
+    text = comparison(
         [
             *lines[:2],
             Line("Table 5", "gpt2", "here", "seconds", None, None, 0.12345, 0.01),
@@ -372,46 +375,49 @@ def test_files_of_runs(tmp_path: Path) -> None:
         ("none", "expected a file, or a folder"),
         ("bench.json", "with .*'scan'.* expected runs of"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(RunsError, match=message):
             read_runs(tmp_path / name)
-    with pytest.raises(ValueError, match="which is not JSON"):
+    with pytest.raises(RunsError, match="which is not JSON"):
         read_runs(tmp_path / "text.json")
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Text on the terminal, JSON in the folder, with what was done to the weights."""
-    asked = [
-        "reproduce",
-        "layers",
-        "--quick",
-        "--prompts",
-        "20",
-        "--rounded",
-        "fp4",
-        "--layer",
-        "6",
-    ]
-    assert main([*asked, "-o", str(tmp_path / "results"), "--device", "cpu"]) == 0
+    folder = tmp_path / "results"
+    command = ["reproduce", "layers", "--quick", "--device", "cpu"]
+    wanted = [*command, "--prompts", "20", "--rounded", "fp4", "--layer", "6"]
+    assert main([*wanted, "-o", str(folder)]) == 0
     assert "pocket-gpt2, fp4, rounded  last" in capsys.readouterr().out
-    [told] = read_runs(tmp_path / "results")
-    assert [path.name for path in (tmp_path / "results").iterdir()] == [
-        "pocket-gpt2-layers-fp4-rounded.json"
-    ]
-    assert (
-        told["weights"] == "fp4, rounded"
-        and told["plan"]["prompts"] == 20
-        and told["plan"]["limit"] == 0.5
-    )
-    assert main([*asked[:3], "--prompts", "1", "--json", "--device", "cpu"]) == 2
-    assert "sipit-lite reproduce: got prompts=1" in capsys.readouterr().err
-    assert (
-        main(
-            [
-                *asked,
-                "-o",
-                str(tmp_path / "results" / "pocket-gpt2-layers-fp4-rounded.json"),
-            ]
-        )
-        == 2
-    )
+    [path] = folder.iterdir()
+    assert path.name == "pocket-gpt2-layers-fp4-rounded.json"
+    [result] = read_runs(folder)
+    assert result["weights"] == "fp4, rounded"
+    assert (result["plan"]["prompts"], result["plan"]["limit"]) == (20, 0.5)
+    # An earlier run is never overwritten without a word.
+    before = path.read_bytes()
+    assert main([*wanted, "-o", str(folder)]) == 2
+    assert "an earlier run; --force replaces it" in capsys.readouterr().err
+    assert main([*wanted, "--seed", "1", "--force", "-o", str(folder)]) == 0
+    assert path.read_bytes() != before and len(list(folder.iterdir())) == 1
+    for option in ("--prompts", "--length"):
+        assert main([*command, option, "0", "--json"]) == 2
+        assert f"got {option[2:]}=0" in capsys.readouterr().err
+    assert main([*wanted, "-o", str(path)]) == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_full_disk_spoils_no_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there stays, and nothing half written stays beside it."""
+    path = tmp_path / "run.json"
+    path.write_text("earlier")
+
+    def full(self: Path, text: str, **options: object) -> None:
+        self.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(PlanError, match=r"not written .*No space left"):
+        reproduce.keep_result({"rows": []}, path)
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
