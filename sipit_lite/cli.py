@@ -1,961 +1,626 @@
-"""The command line: ``sipit-lite demo · capture · invert · collisions · bench · reproduce``."""
+"""The command line: results on standard output, bars and errors on standard error."""
 
-import argparse
-import io
+import inspect
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Annotated, Any, Literal
 
 import torch
+import typer
+from torch import Tensor
+from tqdm import tqdm
 from transformers import BitsAndBytesConfig
+from typer import Argument, Option
 
-from sipit_lite.collisions import (
-    COLLISION,
-    CollisionReport,
-    closest_pairs,
-    continuations,
-)
-from sipit_lite.experiments import checks as bench
-from sipit_lite.experiments.collision_speed import collisions
+import sipit_lite as sl
+from sipit_lite.collisions import COLLISION
+from sipit_lite.experiments import checks, paper
+from sipit_lite.experiments.collision_speed import collisions as detector
 from sipit_lite.experiments.families import families
 from sipit_lite.experiments.inversion import inversion
 from sipit_lite.experiments.last_states import curves, laststate
-from sipit_lite.experiments.paper import comparison, side_by_side
 from sipit_lite.experiments.perturb import quantised
 from sipit_lite.experiments.reach import reach
-from sipit_lite.experiments.reproduce import (
-    EXPERIMENTS,
-    WAYS,
-    keep_result,
-    reproduce,
-    result_path,
-)
+from sipit_lite.experiments.reproduce import EXPERIMENTS, keep_result, result_path
+from sipit_lite.experiments.reproduce import reproduce as run_experiment
 from sipit_lite.experiments.scale import scale
-from sipit_lite.extensions.laststate import (
-    LONGEST,
-    RESTARTS,
-    LastStateError,
-    Stopped,
-    invert_last,
-)
-from sipit_lite.extensions.lens import Lens
-from sipit_lite.io.capture import Captured, read_states, write_states
 from sipit_lite.io.corpora import SOURCES, from_source
-from sipit_lite.io.loading import load
-from sipit_lite.io.shards import last_states
-from sipit_lite.io.text import KINDS, prompts
-from sipit_lite.model import LanguageModel, ModelError, SipItError, StatesError
-from sipit_lite.policies import Gradient, Newton, Policy, Random
-from sipit_lite.recovery import Interrupted, NotVerified, Recovery
-from sipit_lite.sipit import invert
+from sipit_lite.io.loading import POCKET
+from sipit_lite.model import LanguageModel, SipItError, StatesError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-POLICIES: dict[str, Policy | str] = {
-    "auto": "auto",
-    "gradient": Gradient(),
-    "newton": Newton(),
-    "published": Gradient(1),
-    "random": Random(),
-}
-BENCHES = {
-    "exactness": bench.exactness, "scan": bench.scan, "collisions": collisions, "inversion": inversion, "scale": scale,
-    "families": families, "laststate": laststate, "reach": reach,
-}  # fmt: skip
+POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
+POLICIES |= {"published": sl.Gradient(1), "random": sl.Random()}
+BENCHES = {"exactness": checks.exactness, "scan": checks.scan, "collisions": detector}
+BENCHES |= {"inversion": inversion, "scale": scale, "families": families}
+BENCHES |= {"laststate": laststate, "reach": reach}
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt can be read back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
     "emoji and scripts": "naïve 🙂 привет, 世界!",
 }
-DEMO_RANDOM_TOKENS = 20
-WEIGHTS = {
-    "int8": torch.float16,
-    "fp4": torch.bfloat16,
-}  # and the format their products are computed in
-ROUNDED = ("int8", "fp4")
-DTYPES = ("float32", "float16", "bfloat16", "float64", "int8")
+# Quantised weights, and the format that their products are computed in.
+WEIGHTS = {"int8": "float16", "fp4": "bfloat16"}
+
+# Options that several commands share.
+Format = Literal["float32", "float16", "bfloat16", "float64"]
+Quantised = Literal[*WEIGHTS]
+Json = Annotated[bool, Option("--json", help="One JSON object instead of text.")]
+Seed = Annotated[int, Option(help="Of all that is drawn.")]
+Layer = Annotated[int | None, Option(help="0 (embeddings) to L.")]
+Layers = Annotated[list[int] | None, Option(help="Several: --layers 3 6.")]
+Policy = Annotated[Literal[*POLICIES], Option(help="The order of the candidates.")]
+Quick = Annotated[bool, Option("--quick", help="A smoke run of seconds.")]
+Figure = Annotated[str, Option(help="A .png to draw.")]
+Shards = Annotated[str | None, Option(help="A folder, where a stopped run goes on.")]
+SEVERAL = ("--layers", "--lengths", "--kinds", "--ways")
+
+# Locals of a traceback would hold prompts.
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+# Typer carries click with it since 0.29: this is the base of usage errors either way.
+UsageError = typer.BadParameter.__base__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 1 for a demo that is not exact, 2 for bad input, 130 for Ctrl-C.
+    """Run one command and return its exit code.
+
+    0; 1 for a demo that is not exact or a lens that was not kept; 2 for bad input; 130
+    after Ctrl-C; 141 where nobody reads on.
 
     >>> main(["invert", "--text", "hidden states", "--layer", "3", "--device", "cpu"])
     hidden states
     0
     """
-    options = parser().parse_args(argv)
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a terminal that cannot show a character still gets the rest
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    label = " ".join(["sipit-lite", *arguments[:1]])
+    # A terminal that cannot show a character still gets the rest.
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if abs(options.seed) >= 2**62:
-            raise ModelError(
-                f"got seed {options.seed}; expected a whole number below 2**62"
-            )
-        return options.run(options)
-    except (SipItError, NotVerified, LastStateError) as error:
-        print(f"sipit-lite {options.command}: {error}", file=sys.stderr)
-        return 2
+        commands = typer.main.get_command(app)
+        with commands.make_context("sipit-lite", spread(arguments)) as context:
+            return commands.invoke(context)
+    except typer.Exit as after_help:
+        return after_help.exit_code
+    except UsageError as error:
+        # Typer reads values by pydantic, which keeps what it was given.
+        errors = getattr(error.__cause__, "errors", list)()
+        received = f"got {errors[0]['input']!r}; " if errors else ""
+        return say(label, received + error.format_message())
+    except (SipItError, ValueError) as error:
+        return say(label, error)
     except KeyboardInterrupt as stop:
-        told = stop if isinstance(stop, Interrupted | Stopped) else "interrupted"
-        print(f"sipit-lite {options.command}: {told}", file=sys.stderr)
-        return 130
-
-
-def parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--model",
-        help="pocket-gpt2 (default), a folder, or a name on the Hugging Face hub",
-    )
-    shared.add_argument(
-        "--random-init",
-        action="store_true",
-        help="weights as drawn at initialisation; for gpt2, no file",
-    )
-    shared.add_argument(
-        "--layer",
-        type=int,
-        help="0 (embeddings) to L; the demo takes all, the others the last",
-    )
-    shared.add_argument(
-        "--policy",
-        choices=POLICIES,
-        default="auto",
-        help="the order in which tokens are tried",
-    )
-    shared.add_argument(
-        "--model-dtype",
-        choices=DTYPES[:4],
-        help="the format the model computes in (default: float32)",
-    )
-    shared.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        help="quantised weights; needs sipit-lite[quantised]",
-    )
-    shared.add_argument(
-        "--device-map",
-        help="auto spreads the weights over devices; needs sipit-lite[quantised]",
-    )
-    shared.add_argument(
-        "--device",
-        default="auto",
-        help="auto (CUDA where there is one), cpu, cuda, ...",
-    )
-    shared.add_argument("--seed", type=int, default=0, help="below 2**62")
-    shared.add_argument(
-        "--json", action="store_true", help="one JSON object instead of text"
-    )
-    top = argparse.ArgumentParser(
-        prog="sipit-lite", description="Hidden states that give back the prompt."
-    )
-    commands = top.add_subparsers(dest="command", required=True)
-
-    demo = commands.add_parser(
-        "demo", parents=[shared], help="invert four prompts at every layer"
-    )
-    demo.add_argument(
-        "--figure",
-        default="sipit-lite-demo.png",
-        help="where the figure goes; empty for none",
-    )
-    demo.set_defaults(run=run_demo)
-
-    capture = commands.add_parser(
-        "capture", parents=[shared], help="text to a file of hidden states"
-    )
-    capture.add_argument("text", help="the prompt, or - to read it from standard input")
-    capture.add_argument("-o", "--output", default="states.safetensors")
-    capture.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        help="several layers in one file, in place of --layer",
-    )
-    capture.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="store the states in this format (default: the model's)",
-    )
-    capture.add_argument(
-        "--keep-text",
-        action="store_true",
-        help="write the text and its ids beside the states",
-    )
-    capture.set_defaults(run=run_capture)
-
-    back = commands.add_parser(
-        "invert", parents=[shared], help="hidden states back to the prompt"
-    )
-    source = back.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "file",
-        nargs="?",
-        help="a file that capture wrote; it names its model and layer",
-    )
-    source.add_argument("--text", help="capture this text first, then invert")
-    back.add_argument(
-        "--epsilon", type=float, help="bound on the noise that was added to each state"
-    )
-    back.add_argument(
-        "--certify",
-        action="store_true",
-        help="test the whole vocabulary, measure the margins",
-    )
-    back.add_argument(
-        "--lens",
-        help="a file with the lens of this model and layer; fitted and written if not there yet",
-    )
-    back.add_argument(
-        "--on-fail",
-        choices=("raise", "nearest"),
-        default="raise",
-        help="nearest: guess, and mark it",
-    )
-    back.add_argument(
-        "--last", action="store_true", help="from the state of the last token alone"
-    )
-    back.add_argument(
-        "--length",
-        type=int,
-        help="with --last: tokens of the prompt, where that is known",
-    )
-    back.add_argument(
-        "--longest",
-        type=int,
-        help=f"with --last: tokens of the longest that is tried ({LONGEST})",
-    )
-    back.add_argument(
-        "--seconds", type=float, help="with --last: when to give up (300)"
-    )
-    back.add_argument(
-        "--restarts",
-        type=int,
-        help=f"with --last: how often a search may begin ({RESTARTS})",
-    )
-    back.set_defaults(run=run_invert)
-
-    search = commands.add_parser(
-        "collisions",
-        parents=[shared],
-        help="the closest pairs among many prompts' states",
-    )
-    search.add_argument(
-        "-n",
-        "--prompts",
-        type=int,
-        default=2000,
-        help="distinct prompts, the kinds in turn",
-    )
-    search.add_argument("--length", type=int, default=24, help="tokens of each prompt")
-    search.add_argument("--kinds", nargs="+", choices=KINDS, default=["prose", "code"])
-    search.add_argument(
-        "--source",
-        choices=SOURCES,
-        default="bundled",
-        help="installed text holds far more; corpora: the hub's",
-    )
-    search.add_argument(
-        "--layers", type=int, nargs="+", help="the default is all of them, from 1"
-    )
-    search.add_argument(
-        "--closest", type=int, default=10, help="how many pairs to report"
-    )
-    search.add_argument(
-        "--exhaustive",
-        type=int,
-        default=0,
-        metavar="M",
-        help="each token after M of the closest",
-    )
-    search.add_argument(
-        "--shards",
-        help="a folder that keeps the states, so that an interrupted run goes on",
-    )
-    search.add_argument(
-        "--figure", default="", help="a .png of nearest-neighbour distances by layer"
-    )
-    search.set_defaults(run=run_collisions)
-
-    measure = commands.add_parser(
-        "bench", parents=[shared], help="measurements, side by side in one run"
-    )
-    measure.add_argument("bench", choices=BENCHES)
-    measure.add_argument(
-        "--quick", action="store_true", help="a smoke run of a few seconds"
-    )
-    measure.add_argument(
-        "--figure", default="", help="a .png, for the benches inversion and laststate"
-    )
-    measure.set_defaults(run=run_bench)
-
-    again = commands.add_parser(
-        "reproduce",
-        parents=[shared],
-        help="the paper's experiments, beside its numbers",
-    )
-    again.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
-    again.add_argument(
-        "--quick",
-        action="store_true",
-        help="a smoke run of seconds; else as many prompts as the paper",
-    )
-    again.add_argument("--prompts", type=int, help="how many")
-    again.add_argument(
-        "--length", type=int, help="tokens of each, the begin-of-text token not counted"
-    )
-    again.add_argument(
-        "--lengths",
-        type=int,
-        nargs="+",
-        help="for lengths and times, in place of --length",
-    )
-    again.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        help="in place of those of the paper's table, and of --layer",
-    )
-    again.add_argument("--ways", nargs="+", choices=WAYS, help="of inverting")
-    again.add_argument(
-        "--limit", type=float, help="seconds that a published way gets for a prompt"
-    )
-    again.add_argument(
-        "--source",
-        choices=SOURCES,
-        help="of the text; corpora are the paper's, from the hub",
-    )
-    again.add_argument(
-        "--shards",
-        help="a folder that keeps states and streamed text, so that a stopped run goes on",
-    )
-    again.add_argument(
-        "--rounded",
-        choices=ROUNDED,
-        help="round the weights of a loaded model; needs no more packages",
-    )
-    again.add_argument(
-        "-o", "--output", help="a folder that gets one JSON file for each experiment"
-    )
-    again.add_argument(
-        "--force", action="store_true", help="replace earlier files there"
-    )
-    again.set_defaults(run=run_reproduce)
-    return top
-
-
-def run_demo(options: argparse.Namespace) -> int:
-    """Invert English, Python, other scripts and random tokens at every layer; 1 unless all come back exactly."""
-    if options.figure:
-        _check_figure(options.figure)
-    model = _model(options)
-    layers = range(model.n_layers + 1) if options.layer is None else [options.layer]
-    rows, found = [], {}
-    for name, ids in demo_prompts(model, options.seed):
-        for layer in layers:
-            recovery = invert(
-                model.states(ids, layer),
-                model,
-                layer,
-                policy=POLICIES[options.policy],
-                seed=options.seed,
-                progress=True,
-            )
-            found[name] = recovery
-            rows.append(
-                _demo_row(
-                    name, layer, recovery, torch.equal(recovery.tokens, ids.cpu())
-                )
-            )
-            if not options.json:
-                print(_demo_line(rows[-1], header=len(rows) == 1), flush=True)
-    exact = all(row["exact"] for row in rows)
-    if options.figure:
-        demo_figure(found, layers[-1], model.vocab_size, options.figure)
-    summary = {
-        "model": model.name,
-        "device": str(model.device),
-        "exact": exact,
-        "rows": rows,
-        "peak memory GiB": bench.peak_memory(),
-        "figure": options.figure or None,
-    }
-    print(json.dumps(summary) if options.json else _demo_end(summary))
-    return 0 if exact else 1
-
-
-def run_capture(options: argparse.Namespace) -> int:
-    """Write the hidden states of a text at one or more layers."""
-    asked = options.layers or [] if options.layer is None else [options.layer]
-    model = _model(options, max(asked, default=None))
-    text = sys.stdin.read() if options.text == "-" else options.text
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    captured = write_states(
-        options.output,
-        model,
-        text,
-        asked or [model.n_layers],
-        dtype=dtype,
-        keep_text=options.keep_text,
-    )
-    states = captured.states[captured.layer]
-    summary = {
-        "file": options.output,
-        "model": model.name,
-        "layers": list(captured.states),
-        "shape": list(states.shape),
-        "dtype": str(states.dtype).removeprefix("torch."),
-        "text kept": options.keep_text,
-    }
-    print(
-        json.dumps(summary)
-        if options.json
-        else "  ".join(f"{k}: {v}" for k, v in summary.items())
-    )
-    return 0
-
-
-def run_invert(options: argparse.Namespace) -> int:
-    """Print the prompt whose hidden states are in a file, or of a text just captured."""
-    limits = _limits(options)
-    layer = options.layer
-    if options.text is None:
-        states = read_states(options.file)
-        options.model = states.model if options.model is None else options.model
-        model = _model(
-            options,
-            None if options.lens else max(states.states) if layer is None else layer,
-        )
-    else:
-        model = _model(options, None if options.lens else layer)
-        layer = _layer(options, model)
-        states = model.states(options.text, layer)
-    if options.last:
-        return _run_last(options, states, model, layer, limits)
-    recovery = invert(
-        states,
-        model,
-        layer,
-        policy=POLICIES[options.policy],
-        seed=options.seed,
-        epsilon=options.epsilon,
-        certify=options.certify,
-        lens=_lens(options.lens, model, states.layer if layer is None else layer)
-        if options.lens
-        else None,
-        on_fail=options.on_fail,
-        progress=True,
-    )
-    told = as_json(recovery) | {
-        "model": model.name,
-        "layer": layer if recovery.layer is None else recovery.layer,
-    }
-    print(json.dumps(told) if options.json else recovery.text)
-    if not recovery.verified.all():
-        guessed = (~recovery.verified).nonzero()[:, 0].tolist()
-        print(
-            f"not verified, nearest tokens only: positions {', '.join(map(str, guessed))}",
-            file=sys.stderr,
-        )
-    return 0
-
-
-def _limits(options: argparse.Namespace) -> dict[str, int | float]:
-    """The options of ``--last`` that were given, which nothing else takes; what ``--last`` does not take is refused."""
-    given = {
-        name: getattr(options, name)
-        for name in ("length", "longest", "seconds", "restarts")
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and not options.last:
-        raise StatesError(
-            f"got --{next(iter(given))} without --last; expected them together"
-        )
-    others = {"policy": options.policy != "auto", "certify": options.certify, "lens": options.lens is not None,
-              "on-fail": options.on_fail != "raise"}  # fmt: skip
-    if options.last and any(others.values()):
-        raise StatesError(
-            f"got --last with --{next(name for name, used in others.items() if used)}, which needs the states of all "
-            "positions; expected --epsilon, --length, --longest, --seconds or --restarts"
-        )
-    return given
-
-
-def _run_last(
-    options: argparse.Namespace,
-    states: Captured | torch.Tensor,
-    model: LanguageModel,
-    layer: int | None,
-    limits: dict[str, int | float],
-) -> int:
-    """Print the prompt found from the last row alone, and how it was verified."""
-    if isinstance(states, Captured):
-        states.check(model)
-        layer = states.layer if layer is None else layer
-        if layer in states.scales:
-            raise StatesError(
-                f"got layer {layer} in 8-bit integers with --last; expected a floating-point format"
-            )
-        states = states.at(layer)
-    if states.ndim != 2 or not len(states):
-        raise StatesError(
-            f"got states of shape {tuple(states.shape)}; expected (T, {model.d_model}), the last row used"
-        )
-    found = invert_last(
-        states[-1],
-        model,
-        layer,
-        epsilon=options.epsilon,
-        seed=options.seed,
-        progress=True,
-        **limits,
-    )
-    told = as_json(found) | {"model": model.name, "layer": layer}
-    print(json.dumps(told) if options.json else found.text)
-    at_the_end = {
-        name: float(getattr(found, name)[-1])
-        for name in ("distance", "radius", "runner_up")
-    }
-    print(
-        "verified: "
-        + ", ".join(f"{name} {value:.2g}" for name, value in at_the_end.items()),
-        file=sys.stderr,
-    )
-    return 0
-
-
-def run_collisions(options: argparse.Namespace) -> int:
-    """Compare all pairs of many prompts at the layers asked for; with ``--exhaustive``, all continuations of some."""
-    if options.figure:
-        _check_figure(options.figure)
-    model = _model(options, max(options.layers) if options.layers else None)
-    if model.tokenizer is None:
-        raise ModelError(
-            f"got {model.name} without a readable tokenizer; the prompts need one"
-        )
-    layers = options.layers or list(range(1, model.n_layers + 1))
-    try:
-        asked = from_source(
-            model.tokenizer,
-            options.prompts,
-            options.length,
-            kinds=options.kinds,
-            seed=options.seed,
-            source=options.source,
-            folder=options.shards,
-        )
-    except ValueError as error:
-        raise StatesError(str(error)) from error
-    states = last_states(model, asked, layers, folder=options.shards, progress=True)
-    reports = [
-        closest_pairs(
-            x.to(model.device),
-            options.closest,
-            prompts=asked,
-            nearest=bool(options.figure),
-            progress=True,
-        )
-        for x in states
-    ]
-    rows = [
-        _collision_row(model, layer, report, asked)
-        for layer, report in zip(layers, reports, strict=True)
-    ]
-    chosen = [
-        asked[row]
-        for row in reports[-1].pairs.flatten().unique().tolist()[: options.exhaustive]
-    ]
-    exhaustive = [
-        {
-            "layer": layer,
-            "prompts": len(chosen),
-            **_least(continuations(model, chosen, layer, progress=True)),
-        }
-        for layer in (layers if chosen else [])
-    ]
-    if options.figure:
-        collision_figure(layers, reports, options.figure)
-    summary = {
-        "model": model.name,
-        "device": str(model.device),
-        "prompts": len(asked),
-        "length": options.length,
-    }
-    summary |= {
-        "layers": rows,
-        "exhaustive": exhaustive,
-        "figure": options.figure or None,
-    }
-    print(json.dumps(summary) if options.json else "\n".join(_collision_lines(summary)))
-    return 0
-
-
-def collision_figure(
-    layers: Sequence[int], reports: Sequence[CollisionReport], path: str
-) -> None:
-    """Nearest-neighbour distances of all prompts at each layer, with the minimum and the collision threshold."""
-    plt, plots = _drawing()
-    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    plots.nearest_by_layer(
-        layers, [report.nearest.numpy() for report in reports], COLLISION, ax
-    )
-    _save(figure, path)
-
-
-def _collision_row(
-    model: LanguageModel,
-    layer: int,
-    report: CollisionReport,
-    asked: Sequence[torch.Tensor],
-) -> dict:
-    closest = [
-        {"distance": distance, "texts": [model.decode(asked[row]) for row in pair]}
-        for distance, pair in zip(
-            report.distances.tolist(), report.pairs.tolist(), strict=True
-        )
-    ]
-    counts = {
-        name: getattr(report, name)
-        for name in ("compared", "recomputed", "collisions", "practical", "seconds")
-    }
-    return {"layer": layer, "minimum": report.minimum, **counts, "closest": closest}
-
-
-def _least(reports: Iterator[CollisionReport]) -> dict:
-    """What the reports of several prompts say together."""
-    found = list(reports)
-    return {
-        "minimum": min(report.minimum for report in found),
-        "compared": sum(report.compared for report in found),
-        "collisions": sum(report.collisions for report in found),
-        "practical": sum(report.practical for report in found),
-    }
-
-
-def _collision_lines(summary: dict) -> Iterator[str]:
-    for title, rows in (
-        ("last-token states", summary["layers"]),
-        ("one-token continuations", summary["exhaustive"]),
-    ):
-        if rows:
-            yield f"{title:<24}{'layer':>6}{'pairs':>14}{'minimum':>12}{'collisions':>12}{'practical':>11}"
-            for row in rows:
-                counts = f"{row['collisions']:>12}{row['practical']:>11}"
-                yield f"{'':<24}{row['layer']:>6}{row['compared']:>14}{row['minimum']:>12.3e}{counts}"
-    last = summary["layers"][-1]
-    yield f"closest at layer {last['layer']}:"
-    for pair in last["closest"][:3]:
-        yield f"{pair['distance']:.4f}  " + "  |  ".join(
-            json.dumps(text, ensure_ascii=False) for text in pair["texts"]
-        )
-    yield "collisions: ℓ2 distance below 1e-6; practical: torch.allclose (rtol 1e-5, atol 1e-8)"
-    if summary["figure"]:
-        yield f"figure {summary['figure']}"
-
-
-def run_bench(options: argparse.Namespace) -> int:
-    """Run one bench and print its table of checks, or its JSON object."""
-    if options.figure and options.bench not in ("inversion", "laststate"):
-        raise StatesError(
-            f"got a figure for the bench {options.bench!r}; expected one for 'inversion' or 'laststate'"
-        )
-    if options.figure:
-        _check_figure(options.figure)
-    model = _model(options)
-    if model.tokenizer is None:
-        raise ModelError(
-            f"got {model.name} without a readable tokenizer; the benches need one for their prompts"
-        )
-    checks, data = BENCHES[options.bench](
-        model, quick=options.quick, seed=options.seed, progress=True
-    )
-    if options.figure:
-        draw = success_figure if options.bench == "laststate" else speed_figure
-        draw(data["cells" if options.bench == "laststate" else "speed"], options.figure)
-    if options.json:
-        print(json.dumps(bench.report(options.bench, model, checks, data)))
-    else:
-        print(
-            bench.verdicts(checks),
-            *(f"{name}: {value:.4g}" for name, value in data["reported"].items()),
-            sep="\n",
-        )
-    return 0
-
-
-def speed_figure(speed: dict[str, dict], path: str) -> None:
-    """Seconds a prompt of each way to invert, from the published loop to ``auto``, at the last layer."""
-    plt, plots = _drawing()
-    rows = {
-        name: row
-        for name, row in speed.items()
-        if "published, seconds" in row and "forward, seconds" in row
-    }
-    figure, axes = plt.subplots(
-        1, len(rows), figsize=(6 * len(rows), 3.5), layout="constrained", squeeze=False
-    )
-    for ax, (name, row) in zip(axes[0], rows.items(), strict=True):
-        ways = ("published", "newton", "auto without a lens", "auto")
-        plots.time_ladder(
-            {way: row[f"{way}, seconds"] for way in ways},
-            row["forward, seconds"],
-            "one forward pass",
-            ax,
-        )
-        ax.set_xlabel(f"seconds per prompt, {name}")
-    _save(figure, path)
-
-
-def success_figure(cells: list[dict], path: str) -> None:
-    """Shares of prompts that came back from their last state, by length, with 95 % intervals."""
-    plt, plots = _drawing()
-    figure, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    plots.success_by_length(curves(cells), ax)
-    _save(figure, path)
-
-
-def run_reproduce(options: argparse.Namespace) -> int:
-    """Run one experiment of the paper or all of them, and print the numbers with the paper's where it has them."""
-    model, weights = _model(options), options.weights or "full"
-    if options.rounded:
-        # The model keeps its name: what was done to the weights is told beside it.
-        model, weights = (
-            LanguageModel(
-                quantised(model, options.rounded).decoder,
-                model.tokenizer,
-                name=model.name,
-            ),
-            f"{options.rounded}, rounded",
-        )
-    names = ("prompts", "length", "lengths", "ways", "limit", "source", "shards")
-    changes = {name: getattr(options, name) for name in names}
-    changes["layers"] = options.layers or (
-        None if options.layer is None else [options.layer]
-    )
-    changes = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in changes.items()
-        if value is not None
-    }
-    experiments = [options.experiment]
-    if options.experiment == "all":
-        experiments = list(EXPERIMENTS)
-    # Before the first run, not after it.
-    paths = {}
-    if options.output:
-        for name in experiments:
-            paths[name] = result_path(
-                options.output, model, name, weights, force=options.force
-            )
-    for experiment in experiments:
-        wanted = changes
-        if options.experiment == "all":
-            parts = EXPERIMENTS[experiment].parts
-            wanted = {name: value for name, value in changes.items() if name in parts}
-        run = reproduce(
-            experiment,
-            model,
-            quick=options.quick,
-            weights=weights,
-            seed=options.seed,
-            progress=True,
-            **wanted,
-        )
-        if options.output:
-            keep_result(run, paths[experiment])
-        lines = [
-            line
-            for line in side_by_side([run], experiment)
-            if line.measured is not None
-        ]
-        print(json.dumps(run) if options.json else comparison(lines), flush=True)
-    return 0
-
-
-def demo_prompts(model: LanguageModel, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The prompts of the demo; a model without a tokenizer gets the random one alone."""
-    if model.tokenizer is not None:
-        yield from ((name, model.encode(text)) for name, text in DEMO_TEXTS.items())
-        yield (
-            "random tokens",
-            next(prompts(model.tokenizer, "random", DEMO_RANDOM_TOKENS, seed=seed)).to(
-                model.device
-            ),
-        )
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        yield (
-            "random tokens",
-            torch.randint(
-                model.vocab_size, (DEMO_RANDOM_TOKENS,), generator=generator
-            ).to(model.device),
-        )
-
-
-def demo_figure(
-    found: dict[str, Recovery], layer: int, vocab_size: int, path: str
-) -> None:
-    """Candidates tested per position, and accepted distance against runner-up, at one layer."""
-    plt, plots = _drawing()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    plots.candidates(
-        [r.tested.tolist() for r in found.values()], list(found), vocab_size, left
-    )
-    joined = {
-        k: torch.cat([getattr(r, k) for r in found.values()]).tolist()
-        for k in ("distance", "runner_up", "radius")
-    }
-    plots.distances(joined["distance"], joined["runner_up"], joined["radius"], right)
-    right.set_xlabel(f"position, all prompts in a row, layer {layer}")
-    _save(figure, path)
-
-
-def as_json(recovery: Recovery) -> dict:
-    """A recovery as plain numbers and lists.
-
-    >>> one, none = torch.ones(1), torch.full((1,), torch.nan)
-    >>> told = as_json(Recovery(torch.tensor([7]), "a", one, one, one, torch.tensor([3]), one > 0, none, 0.5))
-    >>> told["tokens"], told["margin"]
-    ([7], [None])
-    """
-    return {name: _plain(value) for name, value in vars(recovery).items()}
-
-
-def _plain(value: object) -> object:
-    if not isinstance(value, torch.Tensor):
-        return value
-    # JSON knows neither NaN nor infinity: what was not measured is null.
-    return [
-        x if not isinstance(x, float) or math.isfinite(x) else None
-        for x in value.tolist()
-    ]
-
-
-def _check_figure(path: str) -> None:
-    if Path(path).suffix != ".png" or not Path(path).parent.is_dir():
-        raise StatesError(
-            f"got the figure {path!r}; expected a name that ends in .png in a folder that exists"
-        )
-
-
-def _drawing() -> tuple[ModuleType, ModuleType]:
-    """Matplotlib without a display, loaded only by commands that draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from sipit_lite.teaching import figures as plots
-
-    return plt, plots
-
-
-def _save(figure: "Figure", path: str) -> None:
-    try:
-        figure.savefig(path, dpi=150)
+        return say(label, str(stop) or "interrupted", 130)
     except OSError as error:
-        raise StatesError(
-            f"got the path {path!r}, where no figure can be written ({error})"
-        ) from error
-    finally:
-        figure.clear()
+        # What Python would still flush at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        return say(label, f"got {error}; expected room for the output")
 
 
-def _model(options: argparse.Namespace, layers: int | None = None) -> LanguageModel:
-    """The model asked for; ``layers`` is the last one that the command looks at."""
-    dtype = options.model_dtype or str(
-        WEIGHTS.get(options.weights, torch.float32)
-    ).removeprefix("torch.")
-    return load(
-        options.model,
-        device=options.device,
-        dtype=getattr(torch, dtype),
-        layers=layers,
-        device_map=options.device_map or ("auto" if options.weights else None),
-        quantization_config=_quantised(options.weights) if options.weights else None,
-        random_init=options.random_init,
-        seed=options.seed,
-        progress=True,
-    )
+def say(label: str, message: object, code: int = 2) -> int:
+    """Print one line on standard error, and return the exit code."""
+    print(f"{label}: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    return code
 
 
-def _quantised(weights: str) -> BitsAndBytesConfig:
+def spread(arguments: Sequence[str]) -> list[str]:
+    """Put an option of several values before each of them, as typer reads them.
+
+    >>> spread(["--layers", "3", "6", "--json"])
+    ['--layers', '3', '--layers', '6', '--json']
+    """
+    written: list[str] = []
+    option = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in SEVERAL else None
+        elif option is not None and written[-1] != option:
+            written.append(option)
+        written.append(argument)
+    return written
+
+
+def bad(received: str, expected: str) -> StatesError:
+    """The error for input of which a command can make nothing."""
+    return StatesError(f"got {received}; expected {expected}")
+
+
+def open_model(
+    deepest: int | None,
+    *,
+    model: Annotated[str | None, Option(help="A folder, or a name on the hub.")] = None,
+    random_init: Annotated[bool, Option("--random-init", help="Not trained.")] = False,
+    model_dtype: Annotated[Format | None, Option(help="To compute in.")] = None,
+    weights: Annotated[Quantised | None, Option(help="Quantised.")] = None,
+    device_map: Annotated[str | None, Option(help="auto spreads the model.")] = None,
+    device: Annotated[str, Option(help="auto, cpu, cuda, ...")] = "auto",
+    seed: Seed = 0,
+) -> LanguageModel:
+    """The model that the options name, without the blocks after the deepest layer."""
+    if device_map and device != "auto":
+        raise bad(f"--device {device} with --device-map {device_map}", "one of them")
+    if abs(seed) >= 2**62:
+        raise bad(f"seed {seed}", "a whole number below 2**62")
+    options = {"layers": deepest, "random_init": random_init, "seed": seed}
+    options |= {"device": device, "device_map": device_map, "progress": True}
+    options["dtype"] = getattr(torch, model_dtype or WEIGHTS.get(weights, "float32"))
+    if weights:
+        flag = {"int8": "load_in_8bit", "fp4": "load_in_4bit"}[weights]
+        try:
+            options["quantization_config"] = BitsAndBytesConfig(**{flag: True})
+        except ImportError as error:
+            needed = f"pip install 'sipit-lite[quantised]' ({error})"
+            raise bad(f"--weights {weights}", needed) from error
+        options["device_map"] = device_map or "auto"
+    return sl.load(model, **options)
+
+
+def command(function: Callable[..., int]) -> Callable[..., int]:
+    """Make a function a command that also takes the options of ``open_model``.
+
+    Its first parameter is ``open_model`` with these options filled in.
+    """
+    shared = dict(inspect.signature(open_model).parameters)
+    del shared["deepest"]
+    own = dict(inspect.signature(function).parameters)
+    del own["opened"]
+
+    def run(**options: Any) -> int:
+        opened = partial(open_model, **{name: options[name] for name in shared})
+        return function(opened, **{name: options[name] for name in own})
+
+    # Typer reads the options from here.
+    every = [p.replace(kind=p.KEYWORD_ONLY) for p in (own | shared).values()]
+    run.__signature__ = inspect.Signature(every)
+    run.__annotations__ = {p.name: p.annotation for p in every}
+    app.command(function.__name__, help=inspect.getdoc(function))(run)
+    return function
+
+
+@command
+def demo(
+    opened: Callable,
+    layer: Layer = None,
+    policy: Policy = "auto",
+    seed: Seed = 0,
+    figure: Figure = "sipit-lite-demo.png",
+    as_json: Json = False,
+) -> int:
+    """Invert four prompts at every layer; 1 unless all come back exactly.
+
+    sipit-lite demo --layer 3 --figure ""
+    """
+    check_place("figure", figure, ".png")
+    model = opened(None)
+    layers = list(range(model.n_layers + 1)) if layer is None else [layer]
+    cases = [(*prompt, at) for prompt in demo_prompts(model, seed) for at in layers]
+    rows = []
+    last = {}
     try:
-        return BitsAndBytesConfig(
-            load_in_8bit=weights == "int8", load_in_4bit=weights == "fp4"
-        )
-    except ImportError as error:
-        raise ModelError(
-            f"got --weights {weights}; it needs pip install 'sipit-lite[quantised]' ({error})"
-        ) from error
+        for name, ids, at in tqdm(cases, "demo", disable=None):
+            states = model.states(ids, at)
+            found = sl.invert(states, model, at, policy=POLICIES[policy], seed=seed)
+            last[name] = found
+            row = {"prompt": name, "layer": at, "tokens": len(found.tokens)}
+            row["exact"] = torch.equal(found.tokens, ids.cpu())
+            row["tested"] = float(found.tested.float().median())
+            row["accepted"] = float(found.distance.max())
+            row["runner-up"] = float(found.runner_up.min())
+            rows.append(row | {"seconds": found.seconds, "text": found.text})
+    finally:
+        # After Ctrl-C as well.
+        if rows and not as_json:
+            print(demo_table(rows))
+    if figure:
+        joined = []
+        for name in ("distance", "runner_up", "radius"):
+            joined.append(torch.cat([getattr(r, name) for r in last.values()]).tolist())
+        draw(figure, "distances", *joined)
+    exact = sum(row["exact"] for row in rows)
+    summary = {"model": model.name, "device": str(model.device)}
+    summary |= {"exact": exact == len(rows), "rows": rows, "figure": figure or None}
+    summary["peak memory GiB"] = checks.peak_memory()
+    drawn = f", figure {figure}" if figure else ""
+    show(summary, as_json, f"{exact} of {len(rows)} exact on {model.device}{drawn}")
+    return 0 if exact == len(rows) else 1
 
 
-def _lens(path: str, model: LanguageModel, layer: int) -> Lens:
+def demo_prompts(model: LanguageModel, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The prompts of the demo; a model without a tokenizer gets the random one alone."""
+    size = model.vocab_size
+    if model.tokenizer is not None:
+        size = min(size, len(model.tokenizer))
+        for name, text in DEMO_TEXTS.items():
+            yield name, model.encode(text)
+    drawn = torch.randint(size, (20,), generator=torch.Generator().manual_seed(seed))
+    yield "random tokens", drawn.to(model.device)
+
+
+def demo_table(rows: Sequence[dict]) -> str:
+    """The rows of the demo as text."""
+    forms = {"tested": ".0f", "accepted": ".1e", "runner-up": ".1e", "seconds": ".2f"}
+    shown = []
+    for row in rows:
+        start = json.dumps(row["text"], ensure_ascii=False)[:40]
+        shown.append(row | {"text": start, "exact": "yes" if row["exact"] else "NO"})
+    return table(shown, list(rows[0]), forms)
+
+
+@command
+def capture(
+    opened: Callable,
+    text: Annotated[str, Argument(help="The prompt, or - for standard input.")],
+    layer: Layer = None,
+    layers: Layers = None,
+    output: Annotated[str, Option("-o", "--output")] = "states.safetensors",
+    dtype: Annotated[Literal[Format, "int8"] | None, Option(help="On disk.")] = None,
+    keep_text: Annotated[bool, Option("--keep-text", help="The text as well.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Write the hidden states of a text, and not the text, to a file.
+
+    sipit-lite capture "My secret prompt" -o states.safetensors --layers 3 6
+    """
+    wanted = one_or_several(layer, layers)
+    if text == "-":
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise bad(f"bytes that are not text ({error})", "UTF-8") from error
+    model = opened(max(wanted, default=None))
+    options = {
+        "dtype": getattr(torch, dtype) if dtype else None,
+        "keep_text": keep_text,
+    }
+    kept = sl.write_states(output, model, text, wanted or [model.n_layers], **options)
+    states = kept.states[kept.layer]
+    summary = {"file": output, "model": model.name, "layers": list(kept.states)}
+    summary["shape"] = list(states.shape)
+    summary["dtype"] = str(states.dtype).removeprefix("torch.")
+    summary["text kept"] = keep_text
+    line = "  ".join(f"{name}: {value}" for name, value in summary.items())
+    show(summary, as_json, line)
+    return 0
+
+
+@command
+def invert(
+    opened: Callable,
+    file: Annotated[str | None, Argument(help="What capture wrote.")] = None,
+    text: Annotated[str | None, Option(help="Capture it first.")] = None,
+    layer: Layer = None,
+    policy: Policy = "auto",
+    seed: Seed = 0,
+    epsilon: Annotated[float | None, Option(help="Bound on the noise.")] = None,
+    certify: Annotated[bool, Option("--certify", help="Test all tokens.")] = False,
+    lens: Annotated[str | None, Option(help="A file; fitted if not there.")] = None,
+    on_fail: Annotated[Literal["raise", "nearest"], Option(help="Guess?")] = "raise",
+    last: Annotated[bool, Option("--last", help="From the last state alone.")] = False,
+    length: Annotated[int | None, Option(help="With --last: tokens.")] = None,
+    longest: Annotated[int | None, Option(help="With --last: most tokens.")] = None,
+    seconds: Annotated[float | None, Option(help="With --last: at most.")] = None,
+    restarts: Annotated[int | None, Option(help="With --last: at most.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Print the prompt whose hidden states are in a file.
+
+    sipit-lite invert states.safetensors --lens lens.safetensors
+
+    sipit-lite invert --text "a prompt" --last
+    """
+    if (file is None) == (text is None):
+        raise bad("both or neither of a file and --text", "one of them")
+    limits = {"length": length, "longest": longest}
+    limits |= {"seconds": seconds, "restarts": restarts}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    others = {"policy": policy != "auto", "certify": certify, "lens": lens is not None}
+    others = [name for name, used in others.items() if used]
+    others += ["on-fail"] if on_fail != "raise" else []
+    if limits and not last:
+        raise bad(f"--{next(iter(limits))} without --last", "them together")
+    if others and last:
+        raise bad(f"--last with --{others[0]}", "no option that needs all states")
+    deepest = layer
+    if text is None:
+        captured = sl.read_states(file)
+        opened = trusted(opened, captured.model, file)
+        deepest = max(captured.states) if layer is None else layer
+    # A lens is of the model with all its blocks.
+    model = opened(None if lens else deepest)
+    if text is not None:
+        layer = model.n_layers if layer is None else layer
+        captured = sl.Captured({layer: model.states(text, layer)}, model.name)
+    layer = captured.layer if layer is None else layer
+    options = {"epsilon": epsilon, "seed": seed, "progress": True}
+    if last:
+        row = last_row(captured, layer)
+        found = sl.invert_last(row, model, layer, **options, **limits)
+    else:
+        options |= {"policy": POLICIES[policy], "certify": certify, "on_fail": on_fail}
+        options["lens"] = lens_of(lens, model, layer) if lens else None
+        found = captured.invert(model, layer, **options)
+    measured = vars(found) | {"model": model.name, "layer": layer}
+    show(measured, as_json, found.text)
+    guessed = (~found.verified).nonzero()[:, 0].tolist()
+    if last:
+        names = ("distance", "radius", "runner_up")
+        ends = [f"{name} {float(getattr(found, name)[-1]):.2g}" for name in names]
+        say("verified", ", ".join(ends))
+    elif guessed:
+        positions = ", ".join(map(str, guessed))
+        say("not verified, nearest tokens only", f"positions {positions}")
+    # A lens that could not be kept takes no prompt with it.
+    return 0 if lens is None or Path(lens).exists() else 1
+
+
+def trusted(opened: partial, name: str, file: str) -> partial:
+    """How to open the model of a states file; what is not ours has to be named."""
+    # A file may come from anybody, and to load a model is to trust its folder.
+    wanted = opened.keywords["model"]
+    if wanted is None and name not in (POCKET, os.environ.get("SIPIT_LITE_MODEL")):
+        received = f"{file!r} with states of the model {name!r}"
+        raise bad(received, "--model with the name of a model that you trust")
+    return partial(opened, model=wanted or name)
+
+
+def last_row(captured: sl.Captured, layer: int) -> Tensor:
+    """The state of the last token, in a floating-point format."""
+    states = captured.at(layer)
+    if layer in captured.scales:
+        raise bad(f"layer {layer} in 8-bit integers with --last", "floating point")
+    if states.ndim != 2 or not len(states):
+        raise bad(f"states of shape {tuple(states.shape)}", "(T, d_model)")
+    return states[-1]
+
+
+def lens_of(path: str, model: LanguageModel, layer: int) -> sl.Lens:
+    """The lens of a file, or a new one, which is written to it where that is possible."""
     if Path(path).exists():
-        return Lens.load(path, model)
+        return sl.Lens.load(path, model)
+    # Before the fit, which takes half a minute.
+    check_place("lens", path)
     model.check_layer(layer)
-    lens = Lens.fit(model, layer, progress=True)
-    lens.save(path)
+    lens = sl.Lens.fit(model, layer, progress=True)
+    try:
+        lens.save(path)
+    except sl.LensError as error:
+        say("sipit-lite invert", error)
     return lens
 
 
-def _layer(options: argparse.Namespace, model: LanguageModel) -> int:
-    return model.n_layers if options.layer is None else options.layer
+@command
+def collisions(
+    opened: Callable,
+    prompts: Annotated[int, Option("-n", "--prompts", help="Distinct ones.")] = 2000,
+    length: Annotated[int, Option(help="Tokens of each.")] = 24,
+    kinds: Annotated[list[str], Option()] = ("prose", "code"),
+    source: Annotated[Literal[*SOURCES], Option(help="Of the text.")] = "bundled",
+    layers: Layers = None,
+    closest: Annotated[int, Option(help="Pairs to report.")] = 10,
+    exhaustive: Annotated[int, Option(min=0, help="Prompts to continue.")] = 0,
+    shards: Shards = None,
+    seed: Seed = 0,
+    figure: Figure = "",
+    as_json: Json = False,
+) -> int:
+    """Find the closest pairs among the last states of many prompts.
+
+    sipit-lite collisions -n 1000 --layers 3 6 --exhaustive 2
+    """
+    check_place("figure", figure, ".png")
+    model = with_tokenizer(opened(max(layers) if layers else None))
+    layers = layers or list(range(1, model.n_layers + 1))
+    where = {"kinds": kinds, "seed": seed, "source": source, "folder": shards}
+    drawn = from_source(model.tokenizer, prompts, length, **where)
+    states = sl.last_states(model, drawn, layers, folder=shards, progress=True)
+    options = {"prompts": drawn, "nearest": bool(figure), "progress": True}
+    rows = []
+    nearest = []
+    for layer, x in zip(layers, states, strict=True):
+        report = sl.closest_pairs(x.to(model.device), closest, **options)
+        row = {"layer": layer, "recomputed": report.recomputed} | counts([report])
+        pairs = zip(report.distances.tolist(), report.pairs.tolist(), strict=True)
+        near = []
+        for distance, pair in pairs:
+            texts = [model.decode(drawn[index]) for index in pair]
+            near.append({"distance": distance, "texts": texts})
+        rows.append(row | {"seconds": report.seconds, "closest": near})
+        nearest.append(report.nearest)
+    continued = []
+    # The prompts of the closest pairs at the last layer.
+    most = report.pairs.flatten().unique().tolist()[:exhaustive]
+    chosen = [drawn[index] for index in most]
+    for layer in layers if chosen else []:
+        reports = list(sl.continuations(model, chosen, layer, progress=True))
+        continued.append({"layer": layer, "prompts": len(chosen)} | counts(reports))
+    if figure:
+        draw(
+            figure, "nearest_by_layer", layers, [x.numpy() for x in nearest], COLLISION
+        )
+    summary = {"model": model.name, "device": str(model.device), "prompts": len(drawn)}
+    summary |= {"length": length, "layers": rows, "exhaustive": continued}
+    names = ["layer", "compared", "minimum", "collisions", "practical"]
+    lines = [
+        table(part, names, {"minimum": ".3e"}) for part in (rows, continued) if part
+    ]
+    for pair in rows[-1]["closest"][:3]:
+        texts = json.dumps(pair["texts"], ensure_ascii=False)
+        lines.append(f"{pair['distance']:.4f}  {texts}")
+    lines.append("collisions: ℓ2 distance below 1e-6; practical: torch.allclose")
+    show(summary | {"figure": figure or None}, as_json, "\n".join(lines))
+    return 0
 
 
-def _demo_row(name: str, layer: int, recovery: Recovery, exact: bool) -> dict:
-    return {
-        "prompt": name,
-        "layer": layer,
-        "tokens": len(recovery.tokens),
-        "exact": exact,
-        "tested": float(recovery.tested.float().median()),
-        "accepted": float(recovery.distance.max()),
-        "runner-up": float(recovery.runner_up.min()),
-        "seconds": recovery.seconds,
-        "text": recovery.text,
-    }
+def counts(reports: Sequence[sl.CollisionReport]) -> dict[str, float | int]:
+    """What several reports of the detector say together."""
+    total = {"minimum": min(report.minimum for report in reports)}
+    for name in ("compared", "collisions", "practical"):
+        total[name] = sum(getattr(report, name) for report in reports)
+    return total
 
 
-def _demo_line(row: dict, header: bool) -> str:
-    head = (
-        "prompt",
-        "layer",
-        "tokens",
-        "exact",
-        "tested",
-        "accepted",
-        "runner-up",
-        "seconds",
-        " text",
-    )
-    cells = (row["prompt"], row["layer"], row["tokens"], "yes" if row["exact"] else "NO", f"{row['tested']:.0f}",
-             f"{row['accepted']:.1e}", f"{row['runner-up']:.1e}", f"{row['seconds']:.2f}",
-             " " + json.dumps(row["text"], ensure_ascii=False)[:40])  # fmt: skip
-    form = "{:<18}{:>5}{:>8}{:>7}{:>8}{:>10}{:>11}{:>9} {}"
-    return (form.format(*head) + "\n" if header else "") + form.format(*cells)
+@command
+def bench(
+    opened: Callable,
+    name: Annotated[Literal[*BENCHES], Argument(metavar="BENCH")],
+    quick: Quick = False,
+    seed: Seed = 0,
+    figure: Figure = "",
+    as_json: Json = False,
+) -> int:
+    """Measure something, side by side and against targets.
+
+    sipit-lite bench inversion --quick --figure seconds.png
+    """
+    if figure and name not in ("inversion", "laststate"):
+        raise bad(f"a figure for the bench {name!r}", "'inversion' or 'laststate'")
+    check_place("figure", figure, ".png")
+    model = with_tokenizer(opened(None))
+    lines, data = BENCHES[name](model, quick=quick, seed=seed, progress=True)
+    if figure and name == "laststate":
+        draw(figure, "success_by_length", curves(data["cells"]))
+    elif figure:
+        draw(figure, "time_ladder", *ladder(data["speed"]), "one forward pass")
+    reported = [f"{key}: {value:.4g}" for key, value in data["reported"].items()]
+    text = "\n".join([checks.verdicts(lines), *reported])
+    show(checks.report(name, model, lines, data), as_json, text)
+    return 0
 
 
-def _demo_end(summary: dict) -> str:
-    count = sum(row["exact"] for row in summary["rows"])
-    memory = (
-        f", peak memory {summary['peak memory GiB']:.2f} GiB"
-        if summary["peak memory GiB"]
-        else ""
-    )
-    figure = f", figure {summary['figure']}" if summary["figure"] else ""
-    return (
-        f"{count} of {len(summary['rows'])} exact on {summary['device']}{memory}{figure}\n"
-        "tested: median candidates a token; accepted: largest distance; runner-up: smallest distance of another token"
-    )
+def ladder(speed: dict[str, dict]) -> tuple[dict[str, float], float]:
+    """Seconds a prompt of each way to invert, and of a forward pass, where all ran."""
+    row = [row for row in speed.values() if "published, seconds" in row][-1]
+    ways = ("published", "newton", "auto without a lens", "auto")
+    return {way: row[f"{way}, seconds"] for way in ways}, row["forward, seconds"]
+
+
+@command
+def reproduce(
+    opened: Callable,
+    experiment: Annotated[Literal[*EXPERIMENTS, "all"], Argument()],
+    quick: Quick = False,
+    prompts: Annotated[int | None, Option(min=2, help="How many.")] = None,
+    length: Annotated[int | None, Option(min=1, help="Tokens of each.")] = None,
+    lengths: Annotated[list[int] | None, Option(help="Of lengths, times.")] = None,
+    layer: Layer = None,
+    layers: Layers = None,
+    ways: Annotated[list[str] | None, Option(help="To invert.")] = None,
+    limit: Annotated[float | None, Option(help="Seconds, published ways.")] = None,
+    source: Annotated[Literal[*SOURCES] | None, Option(help="Of the text.")] = None,
+    shards: Shards = None,
+    weights: Annotated[Quantised | None, Option(help="Quantised.")] = None,
+    rounded: Annotated[Quantised | None, Option(help="Round the weights.")] = None,
+    output: Annotated[str | None, Option("-o", "--output", help="A folder.")] = None,
+    force: Annotated[bool, Option("--force", help="Overwrite another run.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> int:
+    """Run an experiment of the paper on any model, and print its numbers beside.
+
+    sipit-lite reproduce compared --quick --model gpt2
+
+    sipit-lite reproduce layers --layers 1 6 12 --source corpora -o results
+    """
+    plan = {"prompts": prompts, "length": length, "limit": limit, "source": source}
+    plan |= {"shards": shards, "lengths": lengths, "ways": ways}
+    plan["layers"] = one_or_several(layer, layers)
+    changes = {}
+    for name, value in plan.items():
+        if value not in (None, []):
+            changes[name] = tuple(value) if isinstance(value, list) else value
+    model = opened(None)
+    label = weights or "full"
+    if rounded:
+        model = quantised(model, rounded)
+        label = f"{rounded}, rounded"
+    names = list(EXPERIMENTS) if experiment == "all" else [experiment]
+    # Before the first run, not after it.
+    paths = {}
+    for name in names if output else []:
+        paths[name] = result_path(output, model, name, label, force=force)
+    common = {"quick": quick, "weights": label, "seed": seed, "progress": True}
+    for name in names:
+        wanted = changes
+        if experiment == "all":
+            parts = EXPERIMENTS[name].parts
+            wanted = {part: changes[part] for part in parts if part in changes}
+        run = run_experiment(name, model, **common, **wanted)
+        if output:
+            keep_result(run, paths[name])
+        lines = paper.side_by_side([run], name)
+        measured = [line for line in lines if line.measured is not None]
+        show(run, as_json, paper.comparison(measured))
+    return 0
+
+
+def with_tokenizer(model: LanguageModel) -> LanguageModel:
+    """The model, unless it cannot read text."""
+    if model.tokenizer is None:
+        raise bad(f"{model.name} without a readable tokenizer", "one for the prompts")
+    return model
+
+
+def one_or_several(layer: int | None, layers: list[int] | None) -> list[int]:
+    """The layers of ``--layer`` or of ``--layers``, none where neither is given."""
+    if layer is not None and layers:
+        raise bad(f"--layer {layer} with --layers {layers}", "one of them")
+    return layers or ([] if layer is None else [layer])
+
+
+def check_place(what: str, path: str, ending: str = "") -> None:
+    """Refuse a file that cannot be written, before anything is computed for it."""
+    place = Path(path)
+    writable = os.access(place.parent, os.W_OK) and not place.is_dir()
+    if path and not (path.endswith(ending) and writable):
+        name = f"a name that ends in {ending}" if ending else "a name"
+        raise bad(f"the {what} {path!r}", f"{name}, in a folder that can be written")
+
+
+def table(rows: Sequence[dict], names: Sequence[str], forms: dict[str, str]) -> str:
+    """Rows as text; numbers stand on the right."""
+    cells = []
+    for row in rows:
+        cells.append([format(row[name], forms.get(name, "")) for name in names])
+    right = [name for name in names if not isinstance(rows[0][name], str)]
+    return checks.table(names, cells, right=right)
+
+
+def draw(path: str, kind: str, *data: Any) -> None:
+    """Write a figure of ours; its module is loaded only where something is drawn."""
+    # No window is needed, whatever the caller's settings say.
+    os.environ["MPLBACKEND"] = "agg"
+    from sipit_lite.teaching import figures
+
+    figure = getattr(figures, kind)(*data).figure
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def show(summary: dict, as_json: bool, text: str) -> None:
+    """One JSON object, or text."""
+    print(json.dumps(plain(summary), allow_nan=False) if as_json else text, flush=True)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: what is NaN or infinite was not measured, and is null.
+
+    >>> plain({"margin": torch.tensor([0.5, torch.inf]), "layers": (1, 2)})
+    {'margin': [0.5, None], 'layers': [1, 2]}
+    """
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(name): plain(below) for name, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(below) for below in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 if __name__ == "__main__":

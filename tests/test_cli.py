@@ -1,362 +1,331 @@
-"""The command line as a user meets it: what it prints, what it writes, how it refuses."""
+"""The command line as a user meets it: what it prints, writes and refuses."""
 
 import functools
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sipit_lite import Lens, cli, closest_pairs, last_states, load
+from sipit_lite import Lens, LensError, cli, closest_pairs, last_states, load
 from sipit_lite.cli import main
 from sipit_lite.extensions import laststate
 from sipit_lite.io.text import distinct
 
-CPU = ["--device", "cpu"]
+Output = pytest.CaptureFixture[str]
 
 
-def test_capture_then_invert(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def run(*words: object) -> int:
+    """One command on the CPU."""
+    return main([*map(str, words), "--device", "cpu"])
+
+
+def strict(text: str) -> dict:
+    """The one JSON object of a text, which has no NaN and no infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def complaints(text: str) -> list[str]:
+    """The lines on standard error, without bars."""
+    lines = text.replace("\r", "\n").splitlines()
+    return [line for line in lines if line.startswith(("sipit-lite", "got"))]
+
+
+def test_capture_then_invert(tmp_path: Path, capsys: Output) -> None:
     """Text to file to text; the file names its model and layer."""
-    path = str(tmp_path / "s.safetensors")
-    assert (
-        main(
-            [
-                "capture",
-                "Round and round, 🙂.",
-                "-o",
-                path,
-                "--layer",
-                "4",
-                "--json",
-                *CPU,
-            ]
-        )
-        == 0
-    )
-    told = json.loads(capsys.readouterr().out)
-    assert (told["file"], told["layers"], told["dtype"], told["text kept"]) == (
-        path,
-        [4],
-        "float32",
-        False,
-    )
-    assert main(["invert", path, *CPU]) == 0
-    assert capsys.readouterr().out == "Round and round, 🙂.\n"
+    path = tmp_path / "s.safetensors"
+    text = "Round and round, 🙂."
+    assert run("capture", text, "-o", path, "--layers", 4, 2, "--json") == 0
+    summary = strict(capsys.readouterr().out)
+    assert summary["file"] == str(path)
+    assert (summary["layers"], summary["dtype"]) == ([2, 4], "float32")
+    assert summary["text kept"] is False
+    assert run("invert", path) == 0
+    assert capsys.readouterr().out == text + "\n"
 
 
-def test_invert_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """Everything a recovery holds, as plain JSON."""
-    assert (
-        main(
-            [
-                "invert",
-                "--text",
-                "plain",
-                "--layer",
-                "2",
-                "--json",
-                "--policy",
-                "random",
-                *CPU,
-            ]
-        )
-        == 0
-    )
-    told = json.loads(capsys.readouterr().out)
-    assert (
-        told["text"] == "plain"
-        and told["model"] == "pocket-gpt2"
-        and told["layer"] == 2
-    )
-    assert (
-        len(told["tokens"])
-        == len(told["distance"])
-        == len(told["runner_up"])
-        == len(told["tested"])
-    )
-
-
-def test_demo(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_capture_reads_standard_input(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Text is text; bytes that are not UTF-8 are refused in one line."""
+    path = tmp_path / "s.safetensors"
+    for given, code in ((b"plain", 0), (b"\xff\xfe", 2)):
+        stream = io.TextIOWrapper(io.BytesIO(given), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert run("capture", "-", "-o", path, "--layer", 1) == code
+    assert "expected UTF-8" in capsys.readouterr().err
+
+
+def test_invert_json(capsys: Output) -> None:
+    """Everything a recovery holds, as strict JSON."""
+    words = ("--text", "plain", "--layer", 2, "--json", "--policy", "random")
+    assert run("invert", *words) == 0
+    found = strict(capsys.readouterr().out)
+    assert (found["text"], found["model"]) == ("plain", "pocket-gpt2")
+    assert found["layer"] == 2
+    assert found["margin"] == [None] * len(found["tokens"])
+    for name in ("distance", "runner_up", "tested"):
+        assert len(found[name]) == len(found["tokens"])
+
+
+def test_demo(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table whose rows are all exact, a figure, and exit code 0."""
     monkeypatch.chdir(tmp_path)
-    assert main(["demo", "--layer", "1", *CPU]) == 0
+    # The caller's settings of matplotlib do not matter.
+    monkeypatch.setenv("MPLBACKEND", "garbage")
+    assert run("demo", "--layer", 1) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()[:5]] == [
-        "prompt",
-        "english",
-        "python",
-        "emoji",
-        "random",
-    ]
+    first = [line.split()[0] for line in out.splitlines()[:5]]
+    assert first == ["prompt", "english", "python", "emoji", "random"]
     assert "4 of 4 exact on cpu" in out and "NO" not in out
     assert Path("sipit-lite-demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_demo_fails_unless_exact(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong prompt turns the exit code to 1; JSON says which row."""
-    honest = cli.invert
-    monkeypatch.setattr(
-        cli, "invert", lambda states, *rest, **more: honest(states[:-1], *rest, **more)
-    )
-    assert main(["demo", "--layer", "1", "--figure", "", "--json", *CPU]) == 1
-    assert json.loads(capsys.readouterr().out)["exact"] is False
+    honest = cli.sl.invert
+
+    def short(states: torch.Tensor, *rest: object, **options: object) -> object:
+        return honest(states[:3], *rest, **options)
+
+    monkeypatch.setattr(cli.sl, "invert", short)
+    assert run("demo", "--layer", 1, "--figure", "", "--json") == 1
+    summary = strict(capsys.readouterr().out)
+    assert summary["exact"] is False
+    assert [row["exact"] for row in summary["rows"]] == [False] * 4
 
 
-def states_file(path: Path, states: torch.Tensor, layer: int = 3) -> str:
+def states_file(
+    path: Path, states: torch.Tensor, layer: int = 3, model: str = "pocket-gpt2"
+) -> Path:
     """A file of states made by hand."""
-    save_file(
-        {"states": states},
-        path,
-        {"format": "sipit-lite states 1", "model": "pocket-gpt2", "layer": str(layer)},
-    )
-    return str(path)
+    metadata = {"format": "sipit-lite states 1", "model": model, "layer": str(layer)}
+    save_file({"states": states}, path, metadata)
+    return path
 
 
-def bad_commands(folder: Path) -> dict[str, tuple[list[str], str]]:
-    """Every kind of bad input, and a piece of the line that it earns."""
+def bad_files(folder: Path) -> dict[str, tuple[list, str]]:
+    """Files that hold no states of ours, and a piece of the line that each earns."""
+
+    def states(*shape: int, dtype: torch.dtype = torch.float32, layer: int = 3) -> Path:
+        name = f"{shape}-{dtype}-{layer}"
+        return states_file(folder / name, torch.zeros(shape, dtype=dtype), layer)
+
     (folder / "text").write_text("no states")
-    whole = states_file(folder / "whole", torch.randn(9, 256))
-    (folder / "short").write_bytes(Path(whole).read_bytes()[:-50])
+    good = states_file(folder / "good", torch.randn(9, 256))
+    (folder / "short").write_bytes(good.read_bytes()[:-50])
     save_file({"states": torch.zeros(1, 256)}, folder / "bare")
+    nan = states_file(folder / "nan", torch.full((2, 256), torch.nan))
+    noise = states_file(folder / "noise", torch.randn(2, 256))
+    stranger = states_file(folder / "theirs", torch.zeros(2, 256), model="/some/folder")
     return {
-        "wrong width": (
-            ["invert", states_file(folder / "a", torch.zeros(2, 255))],
-            "(2, 255)",
-        ),
-        "zero positions": (
-            ["invert", states_file(folder / "b", torch.zeros(0, 256))],
-            "(0, 256)",
-        ),
-        "too many positions": (
-            ["invert", states_file(folder / "c", torch.zeros(257, 256))],
-            "(257, 256)",
-        ),
-        "integers": (
-            [
-                "invert",
-                states_file(folder / "d", torch.zeros(2, 256, dtype=torch.int32)),
-            ],
-            "torch.int32",
-        ),
-        "NaN": (
-            ["invert", states_file(folder / "e", torch.full((2, 256), torch.nan))],
-            "NaN or Inf",
-        ),
-        "layer in the file": (
-            ["invert", states_file(folder / "f", torch.zeros(2, 256), 8)],
-            "got layer 8",
-        ),
-        "layer not in the file": (
-            ["invert", whole, "--layer", "2"],
-            "these states are of layers 3",
-        ),
-        "layer asked for": (["invert", "--text", "x", "--layer", "7"], "got layer 7"),
-        "another model": (
-            ["invert", states_file(folder / "g", torch.randn(2, 256))],
-            "no token verifies",
-        ),
-        "no file": (["invert", str(folder / "none")], "there is no file"),
-        "truncated": (
-            ["invert", str(folder / "short")],
-            "not a complete safetensors file",
-        ),
-        "not safetensors": (
-            ["invert", str(folder / "text")],
-            "not a complete safetensors file",
-        ),
-        "no fields": (["invert", str(folder / "bare")], "expected tensors 'layer.ℓ'"),
-        "unknown model": (
-            ["invert", "--text", "x", "--model", "no-such-model-anywhere"],
-            "no-such-model-anywhere",
-        ),
-        "empty text": (
-            ["capture", "", "-o", str(folder / "h")],
-            "the text '' of 0 tokens",
-        ),
-        "unwritable": (
-            ["capture", "x", "-o", str(folder / "none" / "i")],
-            "no file can be written",
-        ),
-        "epsilon": (["invert", "--text", "x", "--epsilon", "-1"], "epsilon=-1.0"),
-        "device": (["invert", "--text", "x", "--device", "abacus"], "device 'abacus'"),
-        "no text": (
-            ["capture", "abc\udcff", "-o", str(folder / "j")],
-            "lone surrogates",
-        ),
-        "figure": (
-            ["demo", "--figure", str(folder / "none" / "k.png")],
-            "expected a name that ends in .png",
-        ),
-        "seed": (
-            ["invert", "--text", "x", "--seed", str(2**70)],
-            "got seed 1180591620717411303424",
-        ),
-        "too many prompts": (["collisions", "-n", "9999999"], "got count=9999999"),
-        "prompt too long": (
-            ["collisions", "-n", "2", "--length", "257"],
-            "a prompt has 1 to 256 tokens",
-        ),
-        "layer to compare": (["collisions", "-n", "4", "--layers", "9"], "got layer 9"),
-        "pairs": (
-            ["collisions", "-n", "4", "--layers", "1", "--closest", "7"],
-            "got k=7",
-        ),
-        "unwritable shards": (
-            ["collisions", "-n", "4", "--shards", str(folder / "text" / "l")],
-            "cannot be made",
-        ),
-        "packages": (
-            ["invert", "--text", "x", "--weights", "fp4"],
-            "pip install 'sipit-lite[quantised]'",
-        ),
-        "length without last": (
-            ["invert", "--text", "x", "--length", "2"],
-            "got --length without --last",
-        ),
-        "lens with last": (
-            ["invert", "--text", "x", "--last", "--lens", "l"],
-            "got --last with --lens",
-        ),
-        "all tokens with last": (
-            ["invert", "--text", "x", "--last", "--certify"],
-            "got --last with --certify",
-        ),
-        "empty with last": (
-            ["invert", states_file(folder / "m", torch.zeros(0, 256)), "--last"],
-            "(0, 256)",
-        ),
-        "NaN with last": (
-            [
-                "invert",
-                states_file(folder / "n", torch.full((2, 256), torch.nan)),
-                "--last",
-            ],
-            "got NaN",
-        ),
-        "no budget": (
-            ["invert", "--text", "x", "--last", "--seconds", "0"],
-            "got seconds=0.0",
-        ),
-        "no length": (
-            ["invert", "--text", "x", "--last", "--length", "0"],
-            "got length=0",
-        ),
-        "embeddings alone": (
-            ["invert", "--text", "x", "--last", "--layer", "0"],
-            "expected length=1",
-        ),
-        "no name": (["invert", "--text", "x", "--model", ""], "got model ''"),
+        "wrong width": ([states(2, 255)], "(2, 255)"),
+        "zero positions": ([states(0, 256)], "(0, 256)"),
+        "too many positions": ([states(257, 256)], "(257, 256)"),
+        "integers": ([states(2, 256, dtype=torch.int32)], "torch.int32"),
+        "NaN": ([nan], "NaN or Inf"),
+        "layer in the file": ([states(2, 256, layer=8)], "got layer 8"),
+        "layer not in the file": ([good, "--layer", 2], "got layer 2"),
+        "another model": ([noise], "no token verifies"),
+        "a model we do not know": ([stranger], "'/some/folder'; expected --model"),
+        "no file": ([folder / "none"], "there is no file"),
+        "truncated": ([folder / "short"], "not a complete safetensors file"),
+        "not safetensors": ([folder / "text"], "not a complete safetensors file"),
+        "no fields": ([folder / "bare"], "expected tensors 'layer.ℓ'"),
+        "empty with last": ([states(0, 256), "--last"], "(0, 256)"),
+        "NaN with last": ([nan, "--last"], "got NaN"),
+        "two sources": ([good, "--text", "x"], "expected one of them"),
     }
 
 
-def test_bad_input_gets_one_line_and_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def bad_texts(folder: Path) -> dict[str, tuple[list, str]]:
+    """Options of ``invert --text x`` that mean nothing."""
+    return {
+        "layer": (["--layer", 7], "got layer 7"),
+        "no number": (["--layer", "two"], "got 'two'"),
+        "model": (["--model", "no-such-model"], "no-such-model"),
+        "no name": (["--model", ""], "got model ''"),
+        "epsilon": (["--epsilon", -1], "epsilon=-1.0"),
+        "device": (["--device", "abacus"], "device 'abacus'"),
+        "two places": (["--device-map", "auto"], "--device cpu with --device-map auto"),
+        "seed": (["--seed", 2**70], "got seed 1180591620717411303424"),
+        "policy": (["--policy", "guess"], "'guess' is not one of 'auto'"),
+        "unknown option": (["--polite"], "No such option: --polite"),
+        "packages": (["--weights", "fp4"], "pip install 'sipit-lite[quantised]'"),
+        "unwritable lens": (["--lens", folder / "none" / "l"], "got the lens"),
+        "length": (["--length", 2], "got --length without --last"),
+        "lens with last": (["--last", "--lens", "l"], "got --last with --lens"),
+        "certify with last": (["--last", "--certify"], "got --last with --certify"),
+        "no budget": (["--last", "--seconds", 0], "got seconds=0.0"),
+        "no length": (["--last", "--length", 0], "got length=0"),
+        "embeddings alone": (["--last", "--layer", 0], "expected length=1"),
+    }
+
+
+def bad_commands(folder: Path) -> dict[str, tuple[list, str]]:
+    """Bad input of the other commands, options that do not apply among it."""
+    many = ["collisions", "-n"]
+    png = folder / "none" / "k.png"
+    place = folder / "none" / "i"
+    return {
+        "nothing": ([], "Missing command"),
+        "command": (["fly"], "No such command 'fly'"),
+        "no source": (["invert"], "expected one of them"),
+        "empty text": (["capture", "", "-o", folder / "h"], "0 tokens"),
+        "no text": (["capture", "abc\udcff", "-o", folder / "j"], "lone surrogates"),
+        "unwritable": (["capture", "x", "-o", place], "no file can be written"),
+        "layers": (["capture", "x", "--layer", 2, "--layers", 3, 4], "got --layer 2"),
+        "figure": (["demo", "--figure", png], "expected a name that ends in .png"),
+        "too many prompts": ([*many, 9999999], "got count=9999999"),
+        "too long": ([*many, 2, "--length", 257], "1 to 256 tokens"),
+        "layer to compare": ([*many, 4, "--layers", 9], "got layer 9"),
+        "one layer": ([*many, 4, "--layer", 2], "No such option: --layer"),
+        "pairs": ([*many, 4, "--layers", 1, "--closest", 7], "got k=7"),
+        "negative": ([*many, 4, "--exhaustive", -1], "got '-1'"),
+        "kind": ([*many, 4, "--kinds", "poems"], "got kind='poems'"),
+        "shards": ([*many, 4, "--shards", folder / "text" / "l"], "cannot be made"),
+        "bench": (["bench", "unknown"], "'unknown' is not one of 'exactness'"),
+        "layer of a bench": (["bench", "scan", "--layer", 99], "No such option"),
+        "policy of a bench": (
+            ["bench", "scan", "--policy", "random"],
+            "No such option",
+        ),
+        "figure of a bench": (["bench", "scan", "--figure", "x.png"], "bench 'scan'"),
+        "no prompts": (["reproduce", "layers", "--prompts", 0], "got '0'"),
+        "no tokens": (["reproduce", "layers", "--length", 0], "got '0'"),
+        "way": (["reproduce", "inversion", "--ways", "luck"], "got 'luck'"),
+        "two ways to say layers": (
+            ["reproduce", "layers", "--layer", 2, "--layers", 3],
+            "got --layer 2 with --layers [3]",
+        ),
+    }
+
+
+def test_bad_input_gets_one_line_and_code_2(tmp_path: Path, capsys: Output) -> None:
     """Nothing on standard output, one line on standard error, exit code 2."""
-    for case, (command, piece) in bad_commands(tmp_path).items():
-        assert main(command if "--device" in command else [*command, *CPU]) == 2, case
+    cases = {}
+    for case, (words, piece) in bad_files(tmp_path).items():
+        cases[case] = (["invert", *words], piece)
+    for case, (words, piece) in bad_texts(tmp_path).items():
+        cases["text, " + case] = (["invert", "--text", "x", *words], piece)
+    for case, (words, piece) in (cases | bad_commands(tmp_path)).items():
+        device = [] if not words or "--device" in words else ["--device", "cpu"]
+        assert main([*map(str, words), *device]) == 2, case
         out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if not line.startswith("inverting:")]
-        assert out == "" and len(lines) == 1 and piece in lines[0], (case, out, err)
+        lines = complaints(err)
+        assert out == "" and len(lines) == 1, (case, out, err)
+        assert piece in lines[0], (case, lines[0])
+
+
+def test_help_has_examples(capsys: Output) -> None:
+    """Of every command, and exit code 0."""
+    for name in ("demo", "capture", "invert", "collisions", "bench", "reproduce"):
+        assert main([name, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert f"sipit-lite {name} " in out.split("Usage:")[1].split("\n", 1)[1]
 
 
 def test_ctrl_c_prints_the_prefix(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 130 and what was verified."""
     import test_sipit
 
     monkeypatch.setitem(cli.POLICIES, "auto", test_sipit.StopsAt(1))
-    assert main(["invert", "--text", "hidden states", "--layer", "2", *CPU]) == 130
+    assert run("invert", "--text", "hidden states", "--layer", 2) == 130
     assert "interrupted after 1 verified tokens: 'h" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_the_rows_of_the_demo(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was inverted before is printed."""
+    honest = cli.sl.invert
+    calls = []
+
+    def pressed(*rest: object, **options: object) -> object:
+        calls.append(rest)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(*rest, **options)
+
+    monkeypatch.setattr(cli.sl, "invert", pressed)
+    assert run("demo", "--layer", 1, "--figure", "") == 130
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3
+    assert err.endswith("sipit-lite demo: interrupted\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file of Linux")
+def test_outputs_that_take_nothing(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed pipe ends quietly; a full disk is one line. Both are no success."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream, code in ((os.fdopen(writer, "w"), 141), (open("/dev/full", "w"), 2)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run("invert", "--text", "x", "--layer", 0) == code
+        stream.close()
+    monkeypatch.undo()
+    lines = complaints(capsys.readouterr().err)
+    assert len(lines) == 1 and "No space left on device" in lines[0]
 
 
 @pytest.fixture
 def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The regression that reads the last token, fitted in a second in place of several."""
+    """The regression that reads the last token, fitted in a second."""
     small = functools.partial(laststate.Ends.fit, tokens=4000, features=32)
     monkeypatch.setattr(laststate.Ends, "fit", small)
 
 
 def test_invert_from_the_last_state_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_ends: None
+    tmp_path: Path, capsys: Output, quick_ends: None
 ) -> None:
-    """From a file with all rows, from one with the last row alone, and from a text: verified, as JSON too."""
+    """From a file with all rows, with the last row alone, and from a text."""
+    model = load(device="cpu")
     ids = torch.tensor([50, 2000])
-    states = load(device="cpu").states(ids, 2)
-    text = load(device="cpu").decode(ids)
-    for name, rows in (("whole", states), ("row", states[-1:])):
-        assert (
-            main(
-                [
-                    "invert",
-                    states_file(tmp_path / name, rows, 2),
-                    "--last",
-                    "--longest",
-                    "4",
-                    *CPU,
-                ]
-            )
-            == 0
-        )
+    states = model.states(ids, 2)
+    for name, rows in (("all", states), ("row", states[-1:])):
+        file = states_file(tmp_path / name, rows, 2)
+        assert run("invert", file, "--last", "--longest", 4) == 0
         out, err = capsys.readouterr()
-        assert out == text + "\n" and "verified: distance " in err.splitlines()[-1]
-    command = [
-        "invert",
-        "--text",
-        "hidden states",
-        "--last",
-        "--layer",
-        "2",
-        "--length",
-        "2",
-        "--json",
-    ]
-    assert main([*command, "--seconds", "60", "--restarts", "2", *CPU]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (
-        told["text"] == "hidden states"
-        and told["verified"] == [True, True]
-        and told["layer"] == 2
-    )
-    assert (
-        told["distance"][0] is None
-        and told["distance"][1] <= told["radius"][1] < told["runner_up"][1]
-    )
+        assert out == model.decode(ids) + "\n"
+        assert "verified: distance " in err.splitlines()[-1]
+    words = ("--text", "hidden states", "--last", "--layer", 2, "--length", 2)
+    limits = ("--seconds", 60, "--restarts", 2)
+    assert run("invert", *words, *limits, "--json") == 0
+    found = strict(capsys.readouterr().out)
+    assert (found["text"], found["layer"]) == ("hidden states", 2)
+    assert found["verified"] == [True, True]
+    assert found["distance"][0] is None
+    assert found["distance"][1] <= found["radius"][1] < found["runner_up"][1]
 
 
 def test_a_last_state_of_no_prompt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_ends: None
+    tmp_path: Path, capsys: Output, quick_ends: None
 ) -> None:
     """One line with the closest prompt and its distance, exit code 2."""
-    file = states_file(
-        tmp_path / "noise",
-        torch.randn(1, 256, generator=torch.Generator().manual_seed(0)),
-        2,
-    )
-    assert (
-        main(["invert", file, "--last", "--length", "2", "--seconds", "0.1", *CPU]) == 2
-    )
+    noise = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    file = states_file(tmp_path / "noise", noise, 2)
+    assert run("invert", file, "--last", "--length", 2, "--seconds", 0.1) == 2
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if not line.startswith("inverting:")]
-    assert (
-        out == ""
-        and len(lines) == 1
-        and "no prompt was found whose last state is the observed one" in lines[0]
-    )
+    assert out == ""
+    assert "no prompt was found" in complaints(err)[-1]
 
 
 def test_ctrl_c_prints_the_closest(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    quick_ends: None,
+    capsys: Output, monkeypatch: pytest.MonkeyPatch, quick_ends: None
 ) -> None:
     """Exit code 130, and the best so far, called not verified."""
 
@@ -364,148 +333,112 @@ def test_ctrl_c_prints_the_closest(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(laststate, "checked", pressed)
-    assert (
-        main(
-            [
-                "invert",
-                "--text",
-                "hidden states",
-                "--last",
-                "--layer",
-                "2",
-                "--length",
-                "2",
-                *CPU,
-            ]
-        )
-        == 130
-    )
+    words = ("--text", "hidden states", "--last", "--layer", 2, "--length", 2)
+    assert run("invert", *words) == 130
     assert "stopped with 'hidden states' at distance" in capsys.readouterr().err
 
 
-def test_unknown_options_end_with_code_2() -> None:
-    """As every command does."""
-    for command in (
-        ["fly"],
-        ["invert"],
-        ["invert", "--text", "x", "--policy", "guess"],
-        ["bench", "unknown"],
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(command)
-        assert stop.value.code == 2
-
-
 def test_collisions(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command finds what the function finds, says no collision where there is none, and draws."""
+    """The command finds what the function finds, says no collision, and draws."""
     figure = tmp_path / "nearest.png"
-    command = [
-        "collisions",
-        "-n",
-        "40",
-        "--length",
-        "8",
-        "--layers",
-        "2",
-        "6",
-        "--closest",
-        "3",
-        "--exhaustive",
-        "1",
-    ]
-    loaded, honest = [], cli.load
-    monkeypatch.setattr(
-        cli,
-        "load",
-        lambda *given, **options: (
-            loaded.append(options["layers"]) or honest(*given, **options)
-        ),
-    )
-    assert (
-        main(
-            [
-                *command,
-                "--json",
-                "--figure",
-                str(figure),
-                "--shards",
-                str(tmp_path / "shards"),
-            ]
-        )
-        == 0
-    )
-    told = json.loads(capsys.readouterr().out)
-    model = load("pocket-gpt2")
-    asked = distinct(model.tokenizer, 40, 8, source="bundled")
-    for row, x in zip(told["layers"], last_states(model, asked, [2, 6]), strict=True):
+    small = ("collisions", "-n", 40, "--length", 8)
+    layers = ("--layers", 2, 6, "--closest", 3, "--exhaustive", 1)
+    loaded = []
+    honest = cli.sl.load
+
+    def seen(*given: object, **options: object) -> object:
+        loaded.append(options["layers"])
+        return honest(*given, **options)
+
+    monkeypatch.setattr(cli.sl, "load", seen)
+    files = ("--figure", figure, "--shards", tmp_path / "shards")
+    assert run(*small, *layers, *files, "--json") == 0
+    summary = strict(capsys.readouterr().out)
+    model = honest(device="cpu")
+    prompts = distinct(model.tokenizer, 40, 8, source="bundled")
+    states = last_states(model, prompts, [2, 6])
+    for row, x in zip(summary["layers"], states, strict=True):
         assert row["minimum"] == pytest.approx(closest_pairs(x, 1).minimum, rel=1e-6)
-        assert (
-            row["compared"],
-            row["collisions"],
-            row["practical"],
-            len(row["closest"]),
-        ) == (780, 0, 0, 3)
-    assert [row["layer"] for row in told["exhaustive"]] == [2, 6]
-    assert all(
-        row["compared"] == 4096 * 4095 // 2 and row["collisions"] == 0
-        for row in told["exhaustive"]
-    )
-    assert (
-        figure.stat().st_size > 1000 and len(list((tmp_path / "shards").iterdir())) == 1
-    )
-    assert main([*command[:5], "--layers", "5"]) == 0
+        assert (row["compared"], row["collisions"], row["practical"]) == (780, 0, 0)
+        assert len(row["closest"]) == 3
+    for layer, row in zip((2, 6), summary["exhaustive"], strict=True):
+        assert (row["layer"], row["prompts"]) == (layer, 1)
+        assert (row["compared"], row["collisions"]) == (4096 * 4095 // 2, 0)
+    assert figure.stat().st_size > 1000
+    assert len(list((tmp_path / "shards").iterdir())) == 1
+    assert run(*small, "--layers", 5) == 0
     assert loaded == [6, 5], "blocks beyond the last layer are not loaded"
     assert "collisions: ℓ2 distance below 1e-6" in capsys.readouterr().out
 
 
-def test_a_lens_is_fitted_once_and_read_again(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file appears, the second run reads it, and another layer refuses it in one line."""
+@pytest.fixture
+def quick_lens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lens that is fitted in a second."""
     text = [torch.arange(first, first + 64) for first in range(0, 4032, 16)]
     small = functools.partial(Lens.fit, prompts=text, features=16)
-    monkeypatch.setattr(
-        cli.Lens, "fit", lambda model, layer, progress: small(model, layer)
-    )
-    command, path = (
-        [
-            "invert",
-            "--text",
-            "hidden states",
-            "--lens",
-            str(tmp_path / "lens.safetensors"),
-        ],
-        tmp_path,
-    )
-    assert (
-        main([*command, "--layer", "2", *CPU]) == 0
-        and (path / "lens.safetensors").exists()
-    )
-    monkeypatch.setattr(cli.Lens, "fit", None)
-    assert main([*command, "--layer", "2", *CPU]) == 0
-    assert capsys.readouterr().out.splitlines() == ["hidden states"] * 2
-    assert main([*command, "--layer", "3", *CPU]) == 2
-    assert "got a lens for layer 2; expected one for layer 3" in capsys.readouterr().err
+
+    def fit(model: object, layer: int, progress: bool) -> Lens:
+        return small(model, layer)
+
+    monkeypatch.setattr(cli.sl.Lens, "fit", fit)
 
 
-def test_guesses_are_announced(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_a_lens_is_fitted_once_and_read_again(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch, quick_lens: None
 ) -> None:
-    """States of another layer: without the option a refusal, with it the nearest tokens, all of them named."""
-    file = states_file(
-        tmp_path / "states.safetensors", load(device="cpu").states("hidden", 3), layer=2
-    )
-    assert main(["invert", file, *CPU]) == 2
+    """The file appears, the second run reads it, and another layer refuses it."""
+    path = tmp_path / "lens.safetensors"
+    words = ("invert", "--text", "hidden states", "--lens", path, "--layer")
+    assert run(*words, 2) == 0 and path.exists()
+    monkeypatch.setattr(cli.sl.Lens, "fit", None)
+    assert run(*words, 2) == 0
+    assert capsys.readouterr().out.splitlines() == ["hidden states"] * 2
+    assert run(*words, 3) == 2
+    assert "got a lens for layer 2" in capsys.readouterr().err
+
+
+def test_a_lens_that_cannot_be_kept_loses_no_prompt(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch, quick_lens: None
+) -> None:
+    """The disk is full after the fit: the prompt, one line, and exit code 1."""
+
+    def full(lens: Lens, path: object) -> None:
+        raise LensError("got a disk without room")
+
+    monkeypatch.setattr(cli.sl.Lens, "save", full)
+    words = ("--text", "hidden states", "--layer", 2, "--lens", tmp_path / "lens")
+    assert run("invert", *words) == 1
+    out, err = capsys.readouterr()
+    assert out == "hidden states\n"
+    assert complaints(err) == ["sipit-lite invert: got a disk without room"]
+
+
+def test_guesses_are_announced(tmp_path: Path, capsys: Output) -> None:
+    """States of another layer: a refusal, or the nearest tokens, all of them named."""
+    states = load(device="cpu").states("hidden", 3)
+    file = states_file(tmp_path / "states.safetensors", states, layer=2)
+    assert run("invert", file) == 2
     capsys.readouterr()
-    assert main(["invert", file, "--on-fail", "nearest", "--json", *CPU]) == 0
-    told = capsys.readouterr()
-    found = json.loads(told.out)
-    assert (
-        found["verified"] == [False] * len(found["tokens"])
-        and found["margin"][0] is None
-    )
-    assert told.err.strip().endswith(
-        "positions " + ", ".join(map(str, range(len(found["tokens"]))))
-    )
+    assert run("invert", file, "--on-fail", "nearest", "--json") == 0
+    out, err = capsys.readouterr()
+    found = strict(out)
+    count = len(found["tokens"])
+    assert found["verified"] == [False] * count and found["margin"][0] is None
+    assert err.strip().endswith("positions " + ", ".join(map(str, range(count))))
+
+
+def test_figures_of_benches(tmp_path: Path) -> None:
+    """Seconds of each way as bars, shares by length as curves."""
+    ways = ("forward", "published", "newton", "auto without a lens", "auto")
+    row = {f"{way}, seconds": 10.0**-i for i, way in enumerate(ways)}
+    speed = {"prose, layer 1": {"auto, seconds": 1.0}, "prose, layer 6": row}
+    bars = tmp_path / "bars.png"
+    cli.draw(str(bars), "time_ladder", *cli.ladder(speed), "one forward pass")
+    assert bars.stat().st_size > 5000
+    row = {"kind": "prose", "prompts": 4, "exact": 3, "low": 0.3, "high": 0.95}
+    cells = [row | {"length": length} for length in (1, 2)]
+    lines = tmp_path / "lines.png"
+    cli.draw(str(lines), "success_by_length", cli.curves(cells))
+    assert lines.stat().st_size > 5000

@@ -1,13 +1,12 @@
 """The bench contract: one JSON object, checks with targets, a smoke run that measures the real thing."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from sipit_lite import LanguageModel
-from sipit_lite.cli import main, speed_figure, success_figure
+from sipit_lite.cli import main
 from sipit_lite.experiments import checks as bench
 from sipit_lite.experiments.checks import Check, candidate_counts, verdicts
 
@@ -51,27 +50,6 @@ def test_counts_are_printed_below_the_table(capsys: pytest.CaptureFixture[str]) 
     assert lines[0].split() == ["check", "value", "target", "verdict"] and lines[
         -1
     ].startswith("plain forward, seconds:")
-
-
-def test_two_benches_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Seconds of each way as bars, shares by length as curves; another bench refuses the option in one line."""
-    assert (
-        main(["bench", "scan", "--figure", str(tmp_path / "x.png"), "--device", "cpu"])
-        == 2
-    )
-    assert "got a figure for the bench 'scan'" in capsys.readouterr().err
-    ways = ("forward", "published", "newton", "auto without a lens", "auto")
-    row = {f"{way}, seconds": 10.0**-i for i, way in enumerate(ways)}
-    speed_figure(
-        {"prose, layer 6": row, "prose, layer 1": {"auto, seconds": 1.0}},
-        str(tmp_path / "x.png"),
-    )
-    assert (tmp_path / "x.png").stat().st_size > 5000
-    row = {"kind": "prose", "prompts": 4, "exact": 3, "low": 0.3, "high": 0.95}
-    success_figure(
-        [row | {"length": length} for length in (1, 2)], str(tmp_path / "y.png")
-    )
-    assert (tmp_path / "y.png").stat().st_size > 5000
 
 
 def test_silent_errors_are_counted(
