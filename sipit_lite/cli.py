@@ -336,17 +336,18 @@ def invert(
     if text is not None:
         layer = model.n_layers if layer is None else layer
         captured = sl.Captured({layer: model.states(text, layer)}, model.name)
-    layer = captured.layer if layer is None else layer
+    at = captured.layer if layer is None else layer
     options = {"epsilon": epsilon, "seed": seed, "progress": True}
     if last:
-        row = last_row(captured, layer)
-        found = sl.invert_last(row, model, layer, **options, **limits)
+        row = last_row(captured, at)
+        found = sl.invert_last(row, model, at, **options, **limits)
     else:
         options |= {"policy": POLICIES[policy], "certify": certify, "on_fail": on_fail}
-        options["lens"] = lens_of(lens, model, layer) if lens else None
+        options["lens"] = lens_of(lens, model, at) if lens else None
+        # Without a layer, the cheapest one that does not refuse.
         found = captured.invert(model, layer, **options)
-    measured = vars(found) | {"model": model.name, "layer": layer}
-    show(measured, as_json, found.text)
+        at = found.layer
+    show(vars(found) | {"model": model.name, "layer": at}, as_json, found.text)
     guessed = (~found.verified).nonzero()[:, 0].tolist()
     if last:
         names = ("distance", "radius", "runner_up")

@@ -109,8 +109,8 @@ def states_file(
     path: Path, states: torch.Tensor, layer: int = 3, model: str = "pocket-gpt2"
 ) -> Path:
     """A file of states made by hand."""
-    metadata = {"format": "sipit-lite states 1", "model": model, "layer": str(layer)}
-    save_file({"states": states}, path, metadata)
+    metadata = {"format": "sipit-lite states 2", "model": model}
+    save_file({f"layer.{layer}": states}, path, metadata)
     return path
 
 
