@@ -506,8 +506,8 @@ def reproduce(
     opened: Callable,
     experiment: Annotated[Literal[*EXPERIMENTS, "all"], Argument()],
     quick: Quick = False,
-    prompts: Annotated[int | None, Option(min=2, help="How many.")] = None,
-    length: Annotated[int | None, Option(min=1, help="Tokens of each.")] = None,
+    prompts: Annotated[int | None, Option(help="How many.")] = None,
+    length: Annotated[int | None, Option(help="Tokens of each.")] = None,
     lengths: Annotated[list[int] | None, Option(help="Of lengths, times.")] = None,
     layer: Layer = None,
     layers: Layers = None,
@@ -538,7 +538,9 @@ def reproduce(
     model = opened(None)
     label = weights or "full"
     if rounded:
-        model = quantised(model, rounded)
+        # The model keeps its name: the label says what was done to it.
+        decoder = quantised(model, rounded).decoder
+        model = LanguageModel(decoder, model.tokenizer, name=model.name)
         label = f"{rounded}, rounded"
     names = list(EXPERIMENTS) if experiment == "all" else [experiment]
     # Before the first run, not after it.

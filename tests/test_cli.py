@@ -201,9 +201,9 @@ def bad_commands(folder: Path) -> dict[str, tuple[list, str]]:
             "No such option",
         ),
         "figure of a bench": (["bench", "scan", "--figure", "x.png"], "bench 'scan'"),
-        "no prompts": (["reproduce", "layers", "--prompts", 0], "got '0'"),
-        "no tokens": (["reproduce", "layers", "--length", 0], "got '0'"),
-        "way": (["reproduce", "inversion", "--ways", "luck"], "got 'luck'"),
+        "no prompts": (["reproduce", "layers", "--prompts", 0], "got prompts=0"),
+        "no tokens": (["reproduce", "layers", "--length", 0], "got length=0"),
+        "way": (["reproduce", "inversion", "--ways", "luck"], "got ways=('luck',)"),
         "two ways to say layers": (
             ["reproduce", "layers", "--layer", 2, "--layers", 3],
             "got --layer 2 with --layers [3]",
