@@ -1,83 +1,70 @@
-"""Power series, their radii and their composition (chapter 2)."""
+"""Power series: exact coefficients, and radii of convergence from them (chapter 2)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 import sympy as sp
 
-Coefficient = int | float | sp.Expr
+from sipit_lite.model import SipItError
+
+Number = int | float | sp.Expr  # exact, where it is not a float
 
 
 def taylor(f: sp.Expr, x: sp.Symbol, order: int) -> list[sp.Expr]:
-    """Exact coefficients c_0, …, c_order of the Taylor series of f at x = 0 (chapter 2).
+    """Exact coefficients c_0, …, c_order of the Taylor series of f at x = 0.
 
-    The series need not converge to f: that of exp(−1/x²) is zero. Raises ``ValueError`` for a negative order, or
-    where the expansions from the right and from the left differ or are no power series.
+    Returns
+    -------
+    list of sp.Expr, ``order + 1`` of them
+        Of the series alone: it need not converge to f. That of exp(−1/x²) is zero.
 
+    Raises
+    ------
+    SipItError
+        The order is negative, or the expansions from the right and from the left
+        differ or are no power series.
+
+    Examples
+    --------
     >>> x = sp.Symbol("x")
     >>> taylor(sp.tanh(x), x, 3)
     [0, 1, 0, -1/3]
     """
     if order < 0:
-        raise ValueError(f"got order={order}; expected 0 or more")
+        raise SipItError(f"got order={order}; expected 0 or more")
     # sympy expands from one side at a time: from the right alone, |x| would pass for x.
-    right, left = (
-        sp.expand(sp.series(f, x, 0, order + 1, side).removeO()) for side in "+-"
-    )
+    right = sp.expand(sp.series(f, x, 0, order + 1, "+").removeO())
+    left = sp.expand(sp.series(f, x, 0, order + 1, "-").removeO())
     if right != left or right.has(sp.oo, sp.zoo, sp.nan) or not right.is_polynomial(x):
-        raise ValueError(
-            f"got f = {f} with the expansions {right} and {left} at 0; expected one power series in {x}"
+        raise SipItError(
+            f"got f = {f} with the expansions {right} and {left} at 0; "
+            f"expected one power series in {x}"
         )
     return [right.coeff(x, k) for k in range(order + 1)]
 
 
-def compose(
-    outer: Sequence[Coefficient], inner: Sequence[Coefficient]
-) -> list[Coefficient]:
-    """Coefficients of outer(inner(x)), as many as there are for both, by Horner's rule on truncated series (chapter 2).
-
-    Numbers of any kind: exact in, exact out. Raises ``ValueError`` unless both have the same length and inner starts
-    with 0, since otherwise every coefficient of the result would depend on coefficients that are not there.
-
-    >>> compose([1, 1, 1, 1], [0, 1, 1, 0])  # 1 / (1 − (x + x²)): the Fibonacci numbers
-    [1, 1, 2, 3]
-    """
-    if len(outer) != len(inner) or not len(inner) or inner[0] != 0:
-        raise ValueError(
-            f"got {len(outer)} outer and {len(inner)} inner coefficients that start with {list(inner[:1])}; "
-            "expected two series of the same length, the inner one without a constant term"
-        )
-    result = [outer[-1]] + [0] * (len(inner) - 1)
-    for c in reversed(outer[:-1]):
-        result = [
-            sum(result[i] * inner[k - i] for i in range(k + 1))
-            for k in range(len(inner))
-        ]
-        result[0] += c
-    return result
-
-
-def root_test(coefficients: Sequence[Coefficient]) -> dict[int, float]:
-    """Estimates |c_k|^(−1/k) of the radius of convergence, for each k ≥ 1 with c_k ≠ 0 (Cauchy–Hadamard, chapter 2).
+def root_test(coefficients: Sequence[Number]) -> dict[int, float]:
+    """Estimates |c_k|^(−1/k) of the radius by k ≥ 1, where c_k ≠ 0 (Cauchy–Hadamard).
 
     >>> root_test([1, 0, sp.Rational(1, 4)])
     {2: 2.0}
     """
-    return {
-        k: float(sp.N(abs(c)) ** sp.Rational(-1, k))
-        for k, c in enumerate(coefficients)
-        if k and c != 0
-    }
+    radii = {}
+    for k, c in enumerate(coefficients):
+        if k > 0 and c != 0:
+            # The root is taken by sympy: c_k may be too small for a float.
+            radii[k] = float(sp.N(abs(c)) ** sp.Rational(-1, k))
+    return radii
 
 
-def ratio_test(coefficients: Sequence[Coefficient]) -> dict[int, float]:
-    """Estimates |c_j / c_k|^(1/(k−j)) of the radius from neighbouring non-zero coefficients j < k, by k (chapter 2).
+def ratio_test(coefficients: Sequence[Number]) -> dict[int, float]:
+    """Estimates |c_j / c_k|^(1/(k−j)) of the radius by k; j < k are neighbours ≠ 0.
 
     >>> ratio_test([1, 0, sp.Rational(1, 4)])
     {2: 2.0}
     """
-    kept = [(k, c) for k, c in enumerate(coefficients) if c != 0]
-    return {
-        k: float(sp.N(abs(b / c)) ** sp.Rational(1, k - j))
-        for (j, b), (k, c) in pairwise(kept)
-    }
+    nonzero = [(k, c) for k, c in enumerate(coefficients) if c != 0]
+    radii = {}
+    for (j, before), (k, c) in pairwise(nonzero):
+        radii[k] = float(sp.N(abs(before / c)) ** sp.Rational(1, k - j))
+    return radii

@@ -1,4 +1,4 @@
-"""One gradient step: Hessians against automatic and finite differences, determinants in fractions and in floats."""
+"""One gradient step: Hessians against torch, determinants against exact fractions."""
 
 from fractions import Fraction
 
@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 
 from sipit_lite.teaching.gradient_step import (
     gradient_step,
-    parameter_hessian,
     step_determinant,
     witness_hessian,
 )
@@ -57,7 +56,7 @@ def test_hessian_at_the_witness_is_that_of_torch(target: list, d: int) -> None:
 @pytest.mark.parametrize("d", [1, 2, 3])
 @pytest.mark.parametrize("target", TARGETS, ids=len)
 def test_determinant_is_that_of_fractions(target: list, d: int) -> None:
-    """At η = 3/7 and λ = 2/9, against elimination; and as a polynomial in η, against the formula of the theorem."""
+    """At one η and λ against elimination, for symbolic η against the theorem."""
     target, eta, decay = (
         [sp.Rational(p) for p in target],
         Fraction(3, 7),
@@ -105,42 +104,6 @@ def test_step_moves_against_finite_differences() -> None:
     )  # h² and 1e-16/h are both below 1e-10
 
 
-def test_parameter_hessian_is_that_of_finite_differences() -> None:
-    """Two layers and two tensors of parameters, one of them unused: central differences of the gradient."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 2), (2, 3), (4,)]
-    parts = [
-        torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True)
-        for s in shapes
-    ]
-    inputs = torch.randn(5, 2, generator=generator, dtype=torch.float64)
-
-    def gradient(flat: torch.Tensor) -> torch.Tensor:
-        flat = flat.detach().requires_grad_()
-        first, second = flat[:6].reshape(3, 2), flat[6:12].reshape(2, 3)
-        return torch.autograd.grad(
-            (torch.tanh(inputs @ first.T) @ second.T).square().sum(), flat
-        )[0]
-
-    loss = (torch.tanh(inputs @ parts[0].T) @ parts[1].T).square().sum()
-    at, h = torch.cat([part.detach().reshape(-1) for part in parts]), 1e-6
-    oracle = torch.stack(
-        [
-            (gradient(at + h * u) - gradient(at - h * u)) / (2 * h)
-            for u in torch.eye(16).double()
-        ]
-    )
-    found = parameter_hessian(loss, parts)
-    assert torch.allclose(found, oracle, rtol=1e-6, atol=1e-7)
-    assert not found[12:].any() and not found[:, 12:].any()
-
-
-def test_linear_loss_has_no_curvature() -> None:
-    """Its gradient does not depend on anything."""
-    x = torch.ones(3, requires_grad=True)
-    assert torch.equal(parameter_hessian(2 * x.sum(), [x]), torch.zeros(3, 3))
-
-
 @pytest.mark.parametrize(
     ("target", "d"), [([1], 1), ([1, 0], 0), ([1, 1], 2), ([sp.Symbol("p"), 0], 1)]
 )
@@ -163,11 +126,3 @@ def test_step_refuses_parameters_listed_twice() -> None:
     for parameters in ([], [ETA, ETA]):
         with pytest.raises(ValueError, match="none twice"):
             gradient_step(ETA**2, parameters, 1)
-
-
-def test_parameter_hessian_refuses_more_than_one_number() -> None:
-    """And a number that no parameter leads to."""
-    x = torch.ones(2, requires_grad=True)
-    for loss in (x**2, torch.ones(())):
-        with pytest.raises(ValueError, match="expected 1, and True"):
-            parameter_hessian(loss, [x])

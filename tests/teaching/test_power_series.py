@@ -1,4 +1,4 @@
-"""Power series: coefficients against Cauchy's integral formula, radii against singularities that are known."""
+"""Coefficients against Cauchy's integral formula, radii against known singularities."""
 
 import cmath
 import math
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sympy as sp
 
-from sipit_lite.teaching.power_series import compose, ratio_test, root_test, taylor
+from sipit_lite.teaching.power_series import ratio_test, root_test, taylor
 
 x = sp.Symbol("x", real=True)
 SERIES = {
@@ -21,17 +21,17 @@ SERIES = {
 
 @pytest.mark.parametrize("name", SERIES)
 def test_coefficients_are_cauchys_integrals(name: str) -> None:
-    """c_k = (1/2πi) ∮ f(z) z^(−k−1) dz, by the trapezoidal rule on a circle: no derivative, no sympy."""
+    """c_k = (1/2πi) ∮ f(z) z^(−k−1) dz, on a circle by the trapezoidal rule."""
     f, on_circle, r = SERIES[name]
-    order, nodes = 12, 512
+    # sympy takes seconds for the higher orders of a composed function.
+    order = 8 if name == "exp of sine" else 12
+    nodes = 512
     z = r * np.exp(2j * np.pi * np.arange(nodes) / nodes)
-    oracle = (
-        np.fft.fft(on_circle(z)).real[: order + 1] / nodes / r ** np.arange(order + 1)
-    )
-    found = [float(c) for c in taylor(f, x, order)]
-    assert np.allclose(
-        found, oracle, rtol=0, atol=1e-11
-    )  # float64, and r^-12 is at most 72
+    powers = r ** np.arange(order + 1)
+    oracle = np.fft.fft(on_circle(z)).real[: order + 1] / nodes / powers
+    exact = [float(c) for c in taylor(f, x, order)]
+    # float64, and r^-12 is at most 72
+    assert np.allclose(exact, oracle, rtol=0, atol=1e-11)
 
 
 def test_gelu_has_the_series_of_the_error_function() -> None:
@@ -58,30 +58,8 @@ def test_negative_order_is_refused() -> None:
         taylor(sp.exp(x), x, -1)
 
 
-@pytest.mark.parametrize(
-    ("outer", "inner"),
-    [(sp.exp(x), sp.sin(x)), (1 / (1 - x), sp.tanh(x)), (sp.log(1 + x), x**2)],
-)
-def test_composition_is_that_of_the_functions(outer: sp.Expr, inner: sp.Expr) -> None:
-    """Truncated substitution against sympy's expansion of the composed function."""
-    assert compose(taylor(outer, x, 9), taylor(inner, x, 9)) == taylor(
-        outer.subs(x, inner), x, 9
-    )
-
-
-@pytest.mark.parametrize(
-    ("outer", "inner"), [([1, 1], [1, 1]), ([1, 1, 1], [0, 1]), ([], [])]
-)
-def test_composition_refuses_what_truncation_would_falsify(
-    outer: list[int], inner: list[int]
-) -> None:
-    """A constant term of the inner series would mix all coefficients of the outer one."""
-    with pytest.raises(ValueError, match="the inner one without a constant term"):
-        compose(outer, inner)
-
-
 def test_ratios_find_the_radius_of_tanh() -> None:
-    """The poles nearest to 0 are ±iπ/2; the error of the ratio test is that of the next poles, 3^(−k)."""
+    """The nearest poles are ±iπ/2; the error is that of the next ones, 3^(−k)."""
     estimates = ratio_test(taylor(sp.tanh(x), x, 31))
     assert list(estimates) == list(range(3, 32, 2))
     assert abs(estimates[31] - math.pi / 2) < 1e-12
@@ -91,7 +69,7 @@ def test_ratios_find_the_radius_of_tanh() -> None:
 
 
 def test_roots_find_a_radius_that_ratios_miss() -> None:
-    """Two pairs of poles at one distance: the ratios oscillate, the root test converges."""
+    """Two pairs of poles at one distance: the ratios oscillate, the roots converge."""
     z = cmath.exp(1j)  # poles at z, −z and their conjugates, none real or imaginary
     c = [sp.Rational(0)] * 200
     for k in range(200):

@@ -1,4 +1,4 @@
-"""Tubes and zero contours: areas and lengths from geometry, counts in exact rational arithmetic, and refusals."""
+"""Tubes and zero contours against geometry and exact counts, and refusals."""
 
 import math
 from fractions import Fraction
@@ -9,7 +9,6 @@ from numpy.typing import ArrayLike
 
 from sipit_lite.teaching.zero_sets import (
     TubeArea,
-    curve_distance,
     tube_area,
     zero_contours,
 )
@@ -60,7 +59,7 @@ def to_line(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     ids=["circle", "line", "double zero"],
 )
 def test_area_is_that_of_geometry(f, exact) -> None:
-    """Within five standard errors at each width; and the errors are the size they should be."""
+    """Within five standard errors, and these are as large as they should be."""
     found = estimate(f)
     areas = np.array([exact(w) for w in WIDTHS])
     assert (np.abs(found.area - areas) < SURE * found.standard_error).all()
@@ -69,32 +68,20 @@ def test_area_is_that_of_geometry(f, exact) -> None:
 
 
 def test_standard_error_is_the_spread_of_repeated_estimates() -> None:
-    """And that of the exponent, where the widths share one sample, likewise."""
+    """The formula for the error knows nothing of the repeats."""
     repeats = [estimate(to_circle, samples=4000, seed=seed) for seed in range(200)]
     spread = np.std([found.area for found in repeats], axis=0, ddof=1)
     assert np.allclose(
         spread, np.mean([found.standard_error for found in repeats], axis=0), rtol=0.25
     )
-    slopes, errors = zip(*(found.exponent() for found in repeats), strict=True)
-    assert math.isclose(np.std(slopes, ddof=1), np.mean(errors), rel_tol=0.25)
-    assert abs(np.mean(slopes) - 1) < 0.05
-
-
-@pytest.mark.parametrize("power", [1, 2, 3])
-def test_exponent_is_one_over_the_order_of_the_zero(power: int) -> None:
-    """|x|^k < ε is |x| < ε^(1/k), so the slope is 1/k."""
-    slope, error = estimate(lambda x: x**power, [(-1.0, 1.0)]).exponent()
-    assert abs(slope - 1 / power) < SURE * error
 
 
 def test_three_dimensions() -> None:
-    """The tube round a point in space is a ball: its volume and its exponent 3."""
+    """The tube round a point in space is a ball."""
     cube, widths = [(-1.0, 1.0)] * 3, [0.3, 0.5, 0.8]
     found = estimate(lambda x, y, z: np.sqrt(x**2 + y**2 + z**2), cube, widths)
     ball = 4 / 3 * math.pi * np.array(widths) ** 3
     assert (np.abs(found.area - ball) < SURE * found.standard_error).all()
-    slope, error = found.exponent()
-    assert abs(slope - 3) < SURE * error
 
 
 def test_counts_agree_with_exact_rational_arithmetic() -> None:
@@ -113,37 +100,24 @@ def test_counts_agree_with_exact_rational_arithmetic() -> None:
 
 
 def test_a_zero_set_with_interior_does_not_shrink() -> None:
-    """ReLU is zero on half of the square, at every width; the analytic x is not at any sampled point."""
+    """ReLU is zero on half of the square; the analytic x at no sampled point."""
     flat, analytic = estimate(lambda x, y: np.maximum(x, 0.0)), estimate(lambda x, y: x)
     assert (flat.area > 7.5).all() and flat.zeros > 0.49 * SAMPLES
     assert analytic.zeros == 0
 
 
 def test_never_hit_is_not_certain() -> None:
-    """A width that no sample met has a positive standard error, and no exponent."""
+    """A width that no sample met has a positive standard error."""
     found = estimate(lambda x, y: x + 10)
     assert (found.area == 0).all() and (found.standard_error > 0).all()
-    with pytest.raises(ValueError, match="expected two widths or more, all hit"):
-        found.exponent()
-    with pytest.raises(ValueError, match="expected two widths or more"):
-        estimate(to_circle, widths=[0.1, 0.1]).exponent()
-
-
-def test_long_samples_are_drawn_in_parts() -> None:
-    """More samples than one call takes: all of them count."""
-    sizes = []
-    found = estimate(
-        lambda x: sizes.append(len(x)) or x * 0, [(0.0, 3.0)], [1.0], 300_000
-    )
-    assert sum(sizes) == found.samples == found.zeros == 300_000
-    assert found.area.tolist() == [3.0] and len(sizes) > 1
 
 
 def test_contour_of_a_circle() -> None:
-    """One closed curve, of length 2πr, with every corner at distance r from the centre and every angle met."""
+    """One closed curve of length 2πr, corners at distance r, every angle met."""
     r, step = 1.25, 4 / 199
     (curve,) = zero_contours(lambda x, y: x**2 + y**2 - r**2, SQUARE)
-    # Linear interpolation of x² between two nodes is off by step²/4 at most, and the slope of x² + y² is 2r.
+    # Linear interpolation of x² between two nodes is off by step²/4 at most, and the
+    # slope of x² + y² is 2r.
     assert np.abs(np.hypot(*curve.T) - r).max() < step**2 / 4 / (2 * r) * 2
     assert np.array_equal(curve[0], curve[-1])
     length = np.linalg.norm(np.diff(curve, axis=0), axis=1).sum()
@@ -153,7 +127,7 @@ def test_contour_of_a_circle() -> None:
 
 
 def test_contour_of_an_affine_function_is_exact() -> None:
-    """Interpolation is exact there, up to rounding, and the two coordinates are not swapped."""
+    """Interpolation is exact there, up to rounding; the coordinates are not swapped."""
     (curve,) = zero_contours(
         lambda x, y: x - 2 * y + 0.3, [(-1.0, 1.0), (-3.0, 3.0)], 37
     )
@@ -162,34 +136,9 @@ def test_contour_of_an_affine_function_is_exact() -> None:
 
 
 def test_zeros_without_a_change_of_sign_leave_no_contour() -> None:
-    """The squared distance to the circle has the same zeros as its root, and no contour."""
+    """The squared distance to the circle has the zeros of its root, and no contour."""
     assert zero_contours(lambda x, y: (x**2 + y**2 - 1) ** 2, SQUARE) == []
     assert zero_contours(lambda x, y: x**2 + y**2 + 1, SQUARE) == []
-
-
-def test_distance_to_a_contour_is_distance_to_the_circle() -> None:
-    """Against | |z| − r |, at points inside, outside and at the centre."""
-    x, y = np.random.default_rng(1).uniform(-2, 2, (2, 200))
-    x[0] = y[0] = 0.0
-    curves = zero_contours(lambda x, y: x**2 + y**2 - 1, SQUARE)
-    assert np.allclose(
-        curve_distance(curves, x, y),
-        np.abs(np.hypot(x, y) - 1),
-        rtol=0,
-        atol=(4 / 199) ** 2,
-    )
-
-
-def test_distance_past_the_ends_of_a_segment_and_to_the_nearer_of_two() -> None:
-    """Pythagorean triples, by hand; a repeated corner does no harm."""
-    segment, far = (
-        np.array([[0.0, 0.0], [0.0, 0.0], [4.0, 0.0]]),
-        np.array([[0.0, 100.0], [1.0, 100.0]]),
-    )
-    found = curve_distance(
-        [segment, far], [-3.0, 2.0, 9.0, 1.0], [4.0, 7.0, -12.0, 99.0]
-    )
-    assert found.tolist() == [5.0, 7.0, 13.0, 1.0]
 
 
 def not_a_number(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -216,7 +165,7 @@ def test_bad_boxes_are_refused(box: ArrayLike) -> None:
     ):
         with pytest.raises(
             ValueError,
-            match=r"got the box .*; expected finite pairs \(low, high\) with low < high",
+            match=r"got the box .*; expected finite pairs \(low, high\) with low",
         ):
             attempt()
 
@@ -231,7 +180,7 @@ def test_bad_widths_are_refused(widths: ArrayLike) -> None:
 
 
 def test_other_bad_input_is_refused() -> None:
-    """Values that are no numbers, shapes that are wrong, grids that are too small, nothing to draw."""
+    """No numbers, wrong shapes, grids that are too small, nothing to draw."""
     with pytest.raises(ValueError, match="1 of them not finite"):
         estimate(not_a_number)
     with pytest.raises(ValueError, match="1 of them not finite"):
@@ -247,7 +196,5 @@ def test_other_bad_input_is_refused() -> None:
         zero_contours(lambda x: x, [(0.0, 1.0)])
     with pytest.raises(ValueError, match="got 2 dimensions and resolution 1"):
         zero_contours(to_circle, SQUARE, 1)
-    with pytest.raises(ValueError, match="0 on the whole grid"):
+    with pytest.raises(ValueError, match="0 on the grid"):
         zero_contours(lambda x, y: 0 * x, SQUARE)
-    with pytest.raises(ValueError, match="got 0 curves without a segment"):
-        curve_distance([], [0.0], [0.0])
