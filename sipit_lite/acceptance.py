@@ -1,41 +1,43 @@
-"""The local verifier: when does a candidate's state agree with the observed one?
+"""When is a token accepted? The rule of the local verifier, all of it (chapters 9, 12).
 
-No magic ε: the radius of the acceptance region is the float noise of this model at this layer, measured,
-and the rounding of a coarser stored format is treated as what it is, an interval around each number.
+1. Its state lies within the radius ε_t of the observed one. No magic ε: the radius is
+   the float noise of this model at this layer, measured, plus noise that was announced;
+   rounding to a coarser stored format is an interval around each number.
+2. No other token that was tested lies there too. Rivals are always tested: the tokens
+   with the nearest embeddings, or all tokens where the first only just verified.
+3. A drafted token is spared its rivals only where it agrees clearly, has no embedding
+   near its own, and states of different tokens are known to be far apart.
+4. In 16 bits several tokens may lie within the noise: the one whose state comes out
+   bit for bit, computed in a pass of the same length, is accepted.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from sipit_lite.model import LanguageModel, ModelError, StatesError
 from sipit_lite.onestep import EXACT, ROWS, OneStepMap
+from sipit_lite.policies import nearest
 
-SAFETY = 16  # the noise is measured on a few positions; other prompts and machines stay within this factor
-PROBES = (
-    0,
-    1,
-    3,
-    7,
-    15,
-    31,
-    63,
-    127,
-    255,
-)  # where it is measured: it grows with the prefix, and position 0 is special
-APART = 64  # radii that different tokens must be apart for a draft to be trusted without rivals being tested
-_MEASURED: WeakKeyDictionary[LanguageModel, dict[int, float]] = WeakKeyDictionary()
-_SEPARATED: WeakKeyDictionary[LanguageModel, dict[int, bool]] = WeakKeyDictionary()
+SAFETY = 16  # noise is measured at few positions; other prompts stay within this factor
+PROBES = (0, 1, 3, 7, 15, 31, 63, 127, 255)  # where: it grows with the prefix
+APART = 64  # radii between tokens for a draft to be trusted without testing rivals
+CLEAR = 0.25  # a residual beyond this share of the radius has all tokens tested
+RELATED = 0.1  # nearer than this share of the distance from the mean embedding
+CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each candidate
+SMALL = 2**13  # vocabularies up to this size are compared with themselves at once
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """Observed states with what is known of their noise: the acceptance regions A_{π,t}(·; ε_t) of a whole prompt.
+    """Observed states with what is known of their noise: A_{π,t}(·; ε_t) for each t.
 
-    ``half_width`` is how far rounding to the stored format may have moved each number; ``radius`` holds ε_t.
+    ``half_width`` is how far rounding to the stored format may have moved each number;
+    ``radius`` holds ε_t.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -57,31 +59,28 @@ class Observation:
         epsilon: float | Tensor | None = None,
         scale: Tensor | None = None,
     ) -> "Observation":
-        """Check the states and work out their acceptance regions; ``epsilon`` bounds noise added on purpose.
+        """Check the states and work out their acceptance regions.
 
-        It is one number, or one for each position. With ``scale``, one number a position, the states are
-        ``states · scale``. Raises ``StatesError`` for states that no prompt has, a bad ``epsilon`` or ``scale``,
-        ``ModelError`` for a bad layer.
+        ``epsilon`` bounds noise added on purpose, one number or one a position; with
+        ``scale``, one number a position, the states are ``states · scale``. Raises
+        ``StatesError`` for what no prompt has, ``ModelError`` for a bad layer.
         """
         model.check_layer(layer)
-        scale = None if scale is None else check_scale(scale, states, model)
+        if scale is not None:
+            scale = check_scale(scale, states, model)
         values = check_states(states, model, scale)
-        bound = torch.as_tensor(
-            0.0 if epsilon is None else epsilon, device=model.device
-        )
-        if bound.shape not in ((), (len(values),)) or not bool(
-            ((bound >= 0) & bound.isfinite()).all()
-        ):
+        bound = torch.as_tensor(0.0 if epsilon is None else epsilon).to(model.device)
+        fits = bound.shape in ((), (len(values),))
+        if not fits or not bool(((bound >= 0) & bound.isfinite()).all()):
             raise StatesError(
-                f"got epsilon={epsilon}; a bound on the noise is finite and not negative"
+                f"got epsilon={epsilon}; a bound on the noise is finite, not negative, "
+                "one number or one for each position"
             )
-        radius = noise_floor(model, layer) * torch.linalg.vector_norm(
-            values, dim=1
-        ) + bound.to(values)
-        if not torch.isfinite(radius).all():
-            raise StatesError(
-                f"got states of norm {float(values.double().norm(dim=1).max()):.1e}; {model.dtype} overflows"
-            )
+        radius = noise_floor(model, layer) * vector_norm(values, dim=1)
+        radius = radius + bound.to(values)
+        if not radius.isfinite().all():
+            norm = float(values.double().norm(dim=1).max())
+            raise StatesError(f"got states of norm {norm:.1e}; {model.dtype} overflows")
         return cls(values, rounding_half_width(states, model, scale), radius)
 
     def __len__(self) -> int:
@@ -95,7 +94,7 @@ class Observation:
     def distance(
         self, t: int, candidates: Float[Tensor, "cand d_model"]
     ) -> Float[Tensor, " cand"]:
-        """Distance of each candidate state from the observed one at position t, see ``distance_to_stored``."""
+        """Distance of each candidate's state from the observed one at position t."""
         return distance_to_stored(candidates, self.states[t], self.half_width[t])
 
 
@@ -104,38 +103,31 @@ def distance_to_stored(
     observed: Float[Tensor, " d_model"],
     half_width: Float[Tensor, " d_model"],
 ) -> Float[Tensor, " cand"]:
-    """ℓ2 distance from each candidate's state to the nearest state that would have been stored as the observed one.
+    """ℓ2 distance to the nearest state that would have been stored as the observed one.
 
-    With half width zero this is ‖F(v) − ĥ_t‖₂, the distance of the paper's local verifier.
-    A candidate that overflowed is infinitely far.
+    With half width zero this is ‖F(v) − ĥ_t‖₂, the paper's local verifier. A candidate
+    that overflowed is infinitely distant.
 
     >>> candidates = torch.tensor([[3.0, 4.0], [0.5, 0.0]])
     >>> distance_to_stored(candidates, torch.zeros(2), torch.zeros(2)).tolist()
     [5.0, 0.5]
-    >>> distance_to_stored(candidates, torch.zeros(2), torch.ones(2))[1].item()
-    0.0
     """
     beyond = ((candidates - observed).abs() - half_width).clamp(min=0)
-    return torch.linalg.vector_norm(beyond.float(), dim=1).nan_to_num(
-        nan=torch.inf, posinf=torch.inf
-    )
+    distance = vector_norm(beyond.float(), dim=1)
+    return distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def check_scale(
     scale: Tensor, states: object, model: LanguageModel
 ) -> Float[Tensor, "pos 1"]:
-    """The scale of each position, shape (T, 1), float32, on the model's device.
-
-    Raises ``StatesError`` for anything but T finite numbers above zero, in shape (T,) or (T, 1).
-    """
+    """The scale of each position as a column; ``StatesError`` for anything else."""
     count = len(states) if isinstance(states, Tensor) and states.ndim else 0
     values = torch.as_tensor(scale).detach().to(model.device, torch.float32)
-    if values.shape not in ((count,), (count, 1)) or not bool(
-        ((values > 0) & values.isfinite()).all()
-    ):
+    fits = values.shape in ((count,), (count, 1))
+    if not fits or not bool(((values > 0) & values.isfinite()).all()):
         raise StatesError(
-            f"got a scale of shape {tuple(values.shape)}; expected one finite number above 0 for each of the {count} "
-            "positions"
+            f"got a scale of shape {tuple(values.shape)}; expected one finite number "
+            f"above 0 for each of the {count} positions"
         )
     return values.reshape(-1, 1)
 
@@ -143,55 +135,52 @@ def check_scale(
 def check_states(
     states: object, model: LanguageModel, scale: Float[Tensor, "pos 1"] | None = None
 ) -> Float[Tensor, "pos d_model"]:
-    """The observed states, times their scale where they have one, on the model's device.
+    """The observed states, times their scale, on the model's device and in its format.
 
-    In the model's format, or in float32 where a coarser one would round the product once more. Raises
-    ``StatesError`` for anything but (T, d_model) finite numbers with 1 ≤ T ≤ K, floating-point ones without a scale.
+    Raises ``StatesError`` for anything but (T, d_model) finite numbers, 1 ≤ T ≤ K.
 
     >>> from sipit_lite import load
     >>> check_states(torch.zeros(3, 256), load(device="cpu")).shape
     torch.Size([3, 256])
     """
     if not isinstance(states, Tensor):
+        kind = type(states).__name__
+        raise StatesError(f"got states of type {kind}; expected a torch.Tensor")
+    integers = states.dtype in (torch.int8, torch.uint8) and scale is not None
+    if not states.is_floating_point() and not integers:
         raise StatesError(
-            f"got states of type {type(states).__name__}; expected a torch.Tensor"
+            f"got states of {states.dtype} {'without' if scale is None else 'with'} a "
+            "scale; expected a floating-point format such as torch.float32, or 8-bit "
+            "integers with a scale for each position"
         )
-    if not states.is_floating_point() and (
-        scale is None or states.dtype not in (torch.int8, torch.uint8)
-    ):
+    fits = states.ndim == 2 and states.shape[1] == model.d_model
+    if not fits or not 1 <= len(states) <= model.n_positions:
         raise StatesError(
-            f"got states of {states.dtype} {'without' if scale is None else 'with'} a scale; expected a floating-point "
-            "format such as torch.float32, or 8-bit integers with a scale for each position"
-        )
-    if (
-        states.ndim != 2
-        or states.shape[1] != model.d_model
-        or not 1 <= len(states) <= model.n_positions
-    ):
-        raise StatesError(
-            f"got states of shape {tuple(states.shape)}; {model.name} has shape (T, {model.d_model}) "
-            f"with T from 1 to {model.n_positions}"
+            f"got states of shape {tuple(states.shape)}; {model.name} has shape "
+            f"(T, {model.d_model}) with T from 1 to {model.n_positions}"
         )
     try:
-        if scale is None:
-            values = states.detach().to(model.device, model.dtype)
-        else:
-            values = (states.detach().to(model.device, torch.float32) * scale).to(
-                _at_least_float32(model)
-            )
-        bad = (~torch.isfinite(values)).any(1).nonzero()
+        values = states.detach().to(model.device, _format(states, model, scale))
+        if scale is not None:
+            values = values * scale.to(values)
+        bad = (~values.isfinite()).any(1).nonzero()
     except (NotImplementedError, RuntimeError) as error:
         raise StatesError(
-            f"got states of {states.dtype}, {states.layout}; not convertible to {model.dtype}"
+            f"got states of {states.dtype}, {states.layout}; not convertible to "
+            f"{model.dtype}"
         ) from error
     if len(bad):
         raise StatesError(
-            f"got NaN or Inf in the state at position {int(bad[0])}; expected finite {model.dtype} numbers"
+            f"got NaN or Inf in the state at position {int(bad[0])}; expected finite "
+            f"{model.dtype} numbers"
         )
     return values
 
 
-def _at_least_float32(model: LanguageModel) -> torch.dtype:
+def _format(states: Tensor, model: LanguageModel, scale: Tensor | None) -> torch.dtype:
+    """The model's format, or float32 where a coarser one would round a product anew."""
+    if scale is None:
+        return model.dtype
     return torch.promote_types(model.dtype, torch.float32)
 
 
@@ -200,122 +189,224 @@ def rounding_half_width(
     model: LanguageModel,
     scale: Float[Tensor, "pos 1"] | None = None,
 ) -> Float[Tensor, "pos d_model"]:
-    """How far rounding to the stored format may have moved each number: half a unit in its last place.
+    """How far rounding to the stored format may have moved each number: half a unit.
 
-    For integers that is half the scale. Zero where the states are stored at least as finely as the model computes.
+    For integers that is half the scale; zero where the states are stored at least as
+    finely as the model computes.
 
     >>> from sipit_lite import load
-    >>> rounding_half_width(torch.tensor([[1.0, 1.5, 2.0]], dtype=torch.bfloat16), load(device="cpu")).tolist()
+    >>> stored = torch.tensor([[1.0, 1.5, 2.0]], dtype=torch.bfloat16)
+    >>> rounding_half_width(stored, load(device="cpu")).tolist()
     [[0.00390625, 0.00390625, 0.0078125]]
     """
-    if not states.is_floating_point() and scale is not None:
-        return (scale / 2).expand(states.shape).to(_at_least_float32(model))
-    if scale is not None:
-        return rounding_half_width(states, model).to(_at_least_float32(model)) * scale
-    stored, own = torch.finfo(states.dtype), torch.finfo(model.dtype)
+    computed = _format(states, model, scale)
+    if not states.is_floating_point():
+        return (scale / 2).expand(states.shape).to(computed)
+    stored = torch.finfo(states.dtype)
     values = states.to(model.device, torch.float32)
-    if stored.eps <= own.eps:
-        return torch.zeros_like(values, dtype=model.dtype)
-    unit = torch.ldexp(
-        torch.full_like(values, stored.eps), torch.frexp(values).exponent - 1
-    )
-    return (unit / 2).clamp(min=stored.tiny * stored.eps / 2).to(model.dtype)
+    if stored.eps <= torch.finfo(model.dtype).eps:
+        return torch.zeros_like(values, dtype=computed)
+    # A number 2^e · m with ½ ≤ m < 1 has its last digit at eps · 2^(e − 1).
+    exponent = torch.frexp(values).exponent
+    unit = torch.ldexp(torch.full_like(values, stored.eps), exponent - 1)
+    half = (unit / 2).clamp(min=stored.tiny * stored.eps / 2)
+    return half.to(computed) if scale is None else half.to(computed) * scale
 
 
 def noise_floor(model: LanguageModel, layer: int) -> float:
-    """Relative float noise of a state, measured: the same state by three routes, times a safety factor.
+    """Relative float noise of a state: the same state by three routes, times ``SAFETY``.
 
-    The routes are one pass over the whole prompt, one cached step, and a cached step inside a full batch. The
-    figure is the largest distance between two of them over the norm of the state, at several positions of a
-    random prompt, never below half a unit of rounding, times ``SAFETY``. Measured once for a model and layer: load
-    the model anew after changing its weights.
-    Raises ``ModelError`` where the routes differ by more than half the digits of the model's format: that is no
-    rounding, but a model whose states depend on later tokens or on how they are computed.
+    The routes are one pass over a random prompt, one cached step, and a cached step in
+    a full batch; never below half a unit of rounding. Measured once a model and layer:
+    load anew after changing weights. Raises ``ModelError`` where the routes differ by
+    more than rounding can.
 
     >>> from sipit_lite import load
     >>> 0 < noise_floor(load(device="cpu"), 3) < 1e-3
     True
     """
-    known = _MEASURED.setdefault(model, {})
-    if layer not in known:
-        generator = torch.Generator().manual_seed(0)
-        length = min(max(PROBES) + 1, model.n_positions)
-        ids = torch.randint(model.vocab_size, (length,), generator=generator).to(
-            model.device
-        )
-        whole = model.states(ids, layer)
-        spread = max(
-            _disagreement(model, layer, ids, whole, t) for t in PROBES if t < length
-        )
+    key = ("noise", layer)
+    if key not in model.measured:
+        spread = 0.0
+        sample = model.vocabulary[:ROWS].clone()
+        ids = _random_prompt(model, torch.Generator().manual_seed(0))
+        states = model.states(ids, layer)
+        for t, step in _probes(model, layer, ids):
+            sample[-1] = ids[t]
+            alone = step.tokens(ids[t : t + 1])[0]
+            routes = torch.stack([states[t], alone, step.tokens(sample)[-1]])
+            routes = routes.cpu().double()
+            apart = torch.cdist(routes, routes, compute_mode=EXACT).max()
+            spread = max(spread, float(apart / routes[0].norm()))
         unit = torch.finfo(model.dtype).eps
+        # Half of the digits are no rounding: states depend on what comes later.
         if not spread <= unit**0.5:
             raise ModelError(
-                f"got {model.name}, whose states at layer {layer} differ by {spread:.1e} of their norm between one "
-                f"whole pass and cached steps; expected rounding alone, under {unit**0.5:.1e} (is it causal?)"
+                f"got {model.name}, whose states at layer {layer} differ by "
+                f"{spread:.1e} of their norm between one pass and cached steps; "
+                f"expected rounding alone, under {unit**0.5:.1e} (is it causal?)"
             )
-        known[layer] = SAFETY * max(unit / 2, spread)
-    return known[layer]
+        model.measured[key] = SAFETY * max(unit / 2, spread)
+    return model.measured[key]
 
 
 def separated(model: LanguageModel, layer: int) -> bool:
-    """Whether states of different tokens are far apart on the scale of the float noise, as measured once.
+    """Whether states of different tokens are ``APART`` radii from each other.
 
-    At the positions where the noise was measured, ``ROWS`` random tokens, among them pairs whose embeddings are
-    nearest neighbours, must be at least ``APART`` radii from each other. Where they are not, say because one huge
-    dimension makes all norms and so all radii large, a token is not accepted before its rivals were tested.
+    Measured once, on random tokens and the nearest neighbours of their embeddings.
+    Where one huge dimension makes all norms, and so all radii, large, no draft is
+    trusted before its rivals were tested.
+    """
+    key = ("separated", layer)
+    if key not in model.measured:
+        generator = torch.Generator().manual_seed(1)
+        ids = _random_prompt(model, generator)
+        drawn = torch.randperm(model.vocab_size, generator=generator)[: ROWS // 2]
+        drawn = drawn.to(model.device)
+        table = model.embeddings.float()
+        apart = torch.cdist(table[drawn], table).scatter(1, drawn[:, None], torch.inf)
+        sample = torch.cat([drawn, apart.argmin(1)]).unique()
+        needed = APART * noise_floor(model, layer)
+        clear = True
+        for _, step in _probes(model, layer, ids):
+            rows = step.tokens(sample).double()
+            pairs = torch.cdist(rows, rows, compute_mode=EXACT)
+            gap = pairs.fill_diagonal_(torch.inf).min()
+            clear &= bool(gap > 0 and gap >= needed * rows.norm(dim=1).max())
+        model.measured[key] = clear
+    return model.measured[key]
+
+
+def _random_prompt(
+    model: LanguageModel, generator: torch.Generator
+) -> Int[Tensor, " pos"]:
+    """A random prompt that reaches the last position probed, or fills the context."""
+    length = min(max(PROBES) + 1, model.n_positions)
+    ids = torch.randint(model.vocab_size, (length,), generator=generator)
+    return ids.to(model.device)
+
+
+def _probes(
+    model: LanguageModel, layer: int, ids: Int[Tensor, " pos"]
+) -> Iterator[tuple[int, OneStepMap]]:
+    """The positions probed that a prompt has, and the one-step map at each."""
+    for t in PROBES:
+        if t < len(ids):
+            yield t, OneStepMap.after(model, layer, ids[:t])
+
+
+def related(tokens: Int[Tensor, " pos"], model: LanguageModel) -> Bool[Tensor, " pos"]:
+    """Whether another embedding is so near a token's that it might share its states."""
+    known = model.measured.get(("related",))
+    if known is None:
+        known = torch.full_like(model.vocabulary, -1, dtype=torch.int8)
+        model.measured[("related",)] = known
+    new = tokens[known[tokens] < 0].unique()
+    if len(new) and model.vocab_size <= SMALL:
+        new = model.vocabulary
+    if len(new):
+        table = model.embeddings.float()
+        centred = table - table.mean(0)
+        squares = centred.square().sum(1)
+        # ‖a − b‖² − ‖a‖² = ‖b‖² − 2a·b, smallest over all b ≠ a.
+        apart = torch.addmm(squares, centred[new], centred.T, alpha=-2)
+        least = apart.scatter_(1, new[:, None], torch.inf).amin(1)
+        known[new] = (least + squares[new] < RELATED**2 * squares[new]).to(known)
+    return known[tokens] > 0
+
+
+def agreeing(
+    observed: Observation,
+    first: int,
+    tokens: Int[Tensor, " pos"],
+    states: Float[Tensor, "pos d_model"],
+    model: LanguageModel,
+) -> tuple[int, Float[Tensor, " pos"]]:
+    """How many drafted tokens from ``first`` on are accepted, and all distances.
+
+    Those up to the first that does not agree clearly, or has a related token; later
+    states were computed after a wrong token and prove nothing.
+    """
+    apart = states - observed.states[first : first + len(tokens)]
+    distance = vector_norm(apart.float(), dim=1)
+    distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    agrees = distance <= CLEAR * observed.radius[first : first + len(tokens)]
+    agrees &= ~related(tokens, model)
+    return int(agrees.cumprod(0).sum()), distance
+
+
+def try_candidates(
+    step: OneStepMap,
+    observed: Observation,
+    t: int,
+    batches: Iterable[Int[Tensor, " cand"]],
+    *,
+    trusting: bool = False,
+) -> Float[Tensor, " vocab"]:
+    """Distances of the tokens tested at position t, NaN for the others.
+
+    Batches are tested until one holds a token that verifies; then its rivals are.
+    ``trusting`` spares a clear token without related ones its rivals, as in a draft.
 
     >>> from sipit_lite import load
-    >>> separated(load(device="cpu"), 3)
+    >>> model = load(device="cpu")
+    >>> seen = Observation.of(model.states("hidden states", 3), model, 3)
+    >>> step = OneStepMap.after(model, 3)
+    >>> distance = try_candidates(step, seen, 0, [model.vocabulary])
+    >>> int(distance.argmin()) == int(model.encode("hidden states")[0])
     True
     """
-    known = _SEPARATED.setdefault(model, {})
-    if layer not in known:
-        generator = torch.Generator().manual_seed(1)
-        length = min(max(PROBES) + 1, model.n_positions)
-        ids = torch.randint(model.vocab_size, (length,), generator=generator).to(
-            model.device
-        )
-        some = torch.randperm(model.vocab_size, generator=generator)[: ROWS // 2].to(
-            model.device
-        )
-        apart = torch.cdist(model.embeddings[some].float(), model.embeddings.float())
-        crowd = torch.cat(
-            [some, apart.scatter(1, some[:, None], torch.inf).argmin(1)]
-        ).unique()
-        floor = noise_floor(model, layer)
-        known[layer] = all(
-            _least_gap(OneStepMap.after(model, layer, ids[:t]).tokens(crowd))
-            >= APART * floor
-            for t in PROBES
-            if t < length
-        )
-    return known[layer]
+    table = step.model.embeddings
+    distance = torch.full((len(table),), torch.nan, device=table.device)
+    for batch in batches:
+        distance[batch] = observed.distance(t, step.tokens(batch))
+        if bool((distance[batch] <= observed.radius[t]).any()):
+            break
+    best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
+    clear = bool(distance[best] <= CLEAR * observed.radius[t])
+    if trusting and clear and not related(best[None], step.model):
+        return distance
+    count = CHALLENGERS if clear else len(table)
+    rivals = nearest(table, table[best], distance.isnan(), count)
+    if len(rivals):
+        distance[rivals] = observed.distance(t, step.tokens(rivals))
+    return distance
 
 
-def _least_gap(states: Float[Tensor, "rows d_model"]) -> float:
-    """The smallest distance between two rows over the largest norm."""
-    rows = states.double()
-    pairs = torch.cdist(rows, rows, compute_mode=EXACT).fill_diagonal_(torch.inf)
-    return float(
-        pairs.min() / rows.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)
-    )
+def bit_for_bit(
+    distance: Float[Tensor, " vocab"],
+    observed: Observation,
+    prefix: Int[Tensor, " pos"],
+    passes: Sequence[int],
+    step: OneStepMap,
+) -> tuple[Float[Tensor, " vocab"], float]:
+    """Distances and radius, computed anew where several tokens lie within the noise.
 
-
-def _disagreement(
-    model: LanguageModel,
-    layer: int,
-    ids: Int[Tensor, " pos"],
-    whole: Float[Tensor, "pos d_model"],
-    t: int,
-) -> float:
-    step = OneStepMap.after(model, layer, ids[:t])
-    crowd = torch.arange(min(ROWS, model.vocab_size), device=ids.device)
-    crowd[-1] = ids[t]
-    routes = (
-        torch.stack([whole[t], step.tokens(ids[t : t + 1])[0], step.tokens(crowd)[-1]])
-        .cpu()
-        .double()
-    )
-    return float(
-        torch.cdist(routes, routes, compute_mode=EXACT).max() / routes[0].norm()
-    )
+    A pass of the same length rounds in the same way, whatever stands behind the
+    position, so the true token comes out bit for bit and the radius is zero. Where no
+    token does (other hardware, other ``passes``), nothing changes.
+    """
+    t = len(prefix)
+    radius = float(observed.radius[t])
+    within = (distance <= radius).nonzero()[:, 0]
+    if len(within) < 2:
+        return distance, radius
+    model = step.model
+    step = OneStepMap.after(model, step.layer)
+    for length in passes:
+        if step.position + length > t:
+            break
+        step = step.follow(prefix[step.position : step.position + length])[1]
+    row = torch.zeros(length, dtype=torch.int64, device=model.device)
+    here = t - step.position
+    row[:here] = prefix[step.position :]
+    anew = []
+    for token in within:
+        row[here] = token
+        # No cache before the first pass: the very computation that made the states.
+        first = step.position == 0
+        states = model.states(row, step.layer) if first else step.follow(row)[0]
+        anew.append(observed.distance(t, states[here][None]))
+    if not any(bool(d == 0) for d in anew):
+        return distance, radius
+    return distance.index_copy(0, within, torch.cat(anew)), 0.0

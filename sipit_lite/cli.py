@@ -34,7 +34,7 @@ from sipit_lite.io.loading import POCKET
 from sipit_lite.model import LanguageModel, SipItError, StatesError
 
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
-POLICIES |= {"published": sl.Gradient(1), "random": sl.Random()}
+POLICIES |= {"published": sl.Published(), "random": sl.Random()}
 BENCHES = {"exactness": checks.exactness, "scan": checks.scan, "collisions": detector}
 BENCHES |= {"inversion": inversion, "scale": scale, "families": families}
 BENCHES |= {"laststate": laststate, "reach": reach}

@@ -1,24 +1,26 @@
-"""Policies: the order in which candidate tokens are tried. A policy never decides, it only orders.
+"""Policies: in which order candidate tokens are tried. A policy never decides.
 
-Every policy enumerates the whole vocabulary without repetition, so the bound of Theorem 3.1,
-at most T·|V| verifier tests, holds for each of them.
+Each enumerates all tokens without repetition, so the bound of Theorem 3.1, at most
+T·|V| tests, holds for every one of them.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sipit_lite.extensions.lens import FIRST, Lens
+from sipit_lite.model import LanguageModel, SipItError
 from sipit_lite.onestep import ROWS, OneStepMap
 
 HUGE = torch.finfo(torch.float32).max
-TRIALS = 4  # dampings tried with one Jacobian
-SMALLEST_DAMPING = 1e-4
+FIRST_WINDOW = 25_000  # tokens for each of which the first position's window grows
+
+Batches = Iterator[Int[Tensor, " cand"]]
+State = Float[Tensor, " d_model"]
 
 
 @runtime_checkable
@@ -26,33 +28,38 @@ class Policy(Protocol):
     """Π: which untried tokens to test next (paper §3), as batches of token ids."""
 
     def proposals(
-        self,
-        step: OneStepMap,
-        observed: Float[Tensor, " d_model"],
-        generator: torch.Generator,
-    ) -> Iterator[Int[Tensor, " cand"]]:
-        """Yield batches of candidates that together hold every token exactly once."""
+        self, step: OneStepMap, observed: State, generator: torch.Generator
+    ) -> Batches:
+        """Yield batches of candidates that together hold every token once."""
         ...
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Reads prompts off their states at one layer, and searches for what it misses."""
+
+    def check(self, model: LanguageModel, layer: int) -> None:
+        """Raise a ``SipItError`` for a model or layer that it was not made for."""
+
+    def draft(self, states: Float[Tensor, "pos d_model"]) -> Int[Tensor, " pos"]:
+        """The likeliest token of each state."""
+
+    def search(self) -> Policy:
+        """The policy that searches for a token which the draft has wrong."""
 
 
 @dataclass(frozen=True)
 class Random:
-    """Uniform over the untried tokens (Algorithm 2), ``proposals_per_step`` at a time.
-
-    Raises ``ValueError`` for fewer than one proposal a step.
-    """
+    """All tokens in a random order (Algorithm 2), ``proposals_per_step`` at a time."""
 
     proposals_per_step: int = ROWS
 
     def __post_init__(self) -> None:
-        _at_least_one("proposals_per_step", self.proposals_per_step)
+        check_settings(self, "proposals_per_step")
 
     def proposals(
-        self,
-        step: OneStepMap,
-        observed: Float[Tensor, " d_model"],
-        generator: torch.Generator,
-    ) -> Iterator[Int[Tensor, " cand"]]:
+        self, step: OneStepMap, observed: State, generator: torch.Generator
+    ) -> Batches:
         """Yield a random permutation of the vocabulary in batches."""
         order = torch.randperm(step.model.vocab_size, generator=generator)
         yield from order.to(step.model.device).split(self.proposals_per_step)
@@ -60,175 +67,90 @@ class Random:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Descend on a continuous proxy e, try the untried tokens nearest to it (Algorithm 3).
+    """Descend on a continuous proxy e, try the untried tokens nearest to it.
 
-    The gradient of the loss ½‖F(e) − ĥ_t‖² is clipped to norm 1; the step size starts at ``step_size`` and decays
-    linearly to 1 % inside each window of ``window`` steps, after which e snaps to the nearest untried embedding.
-    Several nearest tokens are tested in one batch, and after ``max_steps`` the rest of the vocabulary follows,
-    nearest first. ``proposals_per_step=1`` is the published loop: its loss is the mean squared error, and it takes a
-    gradient step for every token of the vocabulary. Raises ``ValueError`` for a setting below one.
+    Algorithm 3 with several candidates a step: the gradient of ½‖F(e) − ĥ_t‖² is clipped
+    to norm 1; the step size falls linearly from ``step_size`` to 1 % of it within each
+    window of ``window`` steps, after which e snaps to the nearest untried embedding.
+    After ``max_steps`` the remaining tokens follow, nearest first.
     """
 
     proposals_per_step: int = 32
     max_steps: int = 40
     step_size: float = 1.0
     window: int = 50
+    mean: ClassVar[bool] = False  # whether the loss is the mean over coordinates
 
     def __post_init__(self) -> None:
-        for name in ("proposals_per_step", "max_steps", "window"):
-            _at_least_one(name, getattr(self, name))
+        check_settings(self, "proposals_per_step", "max_steps", "window")
 
     def proposals(
-        self,
-        step: OneStepMap,
-        observed: Float[Tensor, " d_model"],
-        generator: torch.Generator,
-    ) -> Iterator[Int[Tensor, " cand"]]:
-        """Yield the nearest untried tokens after each gradient step, then the rest of the vocabulary."""
-        table, published = step.model.embeddings, self.proposals_per_step == 1
+        self, step: OneStepMap, observed: State, generator: torch.Generator
+    ) -> Batches:
+        """Yield the nearest untried tokens after each step, then all others."""
+        table = step.model.embeddings
         untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
         e = table[int(torch.randint(len(table), (), generator=generator))].clone()
-        window = self.window * (1 + len(table) // 25_000 if step.position == 0 else 1)
-        for taken in range(len(table) if published else self.max_steps):
+        window = self.window
+        if step.position == 0:
+            window *= 1 + len(table) // FIRST_WINDOW
+        for taken in range(self.max_steps):
             if taken and taken % window == 0:
                 e = table[nearest(table, e, untried, 1)[0]].clone()
-            rate = self.step_size * (1 - 0.99 * (taken % window) / max(window - 1, 1))
-            e = e - rate * clipped_gradient(step, e, observed, mean=published)
+            progress = (taken % window) / max(window - 1, 1)
+            rate = self.step_size * (1 - 0.99 * progress)
+            e = e - rate * clipped_gradient(step, e, observed, mean=self.mean)
             batch = nearest(table, e, untried, self.proposals_per_step)
             untried[batch] = False
             yield batch
             if not untried.any():
                 return
-        yield from nearest(table, e, untried, int(untried.sum())).split(ROWS)
+        yield from nearest(table, e, untried, len(table)).split(ROWS)
 
 
 @dataclass(frozen=True)
-class Newton:
-    """Levenberg–Marquardt on the one-step map, then the untried tokens nearest to where it arrives (chapter 12).
+class Published(Gradient):
+    """Algorithm 3 as published: the mean squared error, one candidate a gradient step."""
 
-    Each step solves (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀ(ĥ_t − F(e)) with the full Jacobian J of F at e; λ starts at
-    ``damping``, shrinks after a step that lowered the residual and grows until one does. It starts from the mean
-    embedding, or, with a ``lens``, from the embedding that the lens predicts, after the lens's own first candidates
-    were tried. Training-free without a lens. Raises ``ValueError`` for a setting below one or a damping not above 0.
-    """
-
-    proposals_per_step: int = 8
-    max_steps: int = 12
-    damping: float = 0.1
-    lens: Lens | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("proposals_per_step", "max_steps"):
-            _at_least_one(name, getattr(self, name))
-        if not self.damping > 0:
-            raise ValueError(f"got damping={self.damping}; expected a number above 0")
-
-    def proposals(
-        self,
-        step: OneStepMap,
-        observed: Float[Tensor, " d_model"],
-        generator: torch.Generator,
-    ) -> Iterator[Int[Tensor, " cand"]]:
-        """Yield the lens's first candidates, the nearest untried tokens after each step, the rest of the vocabulary."""
-        table = step.model.embeddings
-        untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
-        if self.lens is not None:
-            for batch in islice(
-                self.lens.proposals(step, observed, generator), len(FIRST)
-            ):
-                untried[batch] = False
-                yield batch
-        start = (
-            table.mean(0)
-            if self.lens is None
-            else self.lens.embeddings(observed).to(table)
-        )
-        for e in islice(self.path(step, start, observed), 1, self.max_steps + 1):
-            batch = nearest(table, e, untried, self.proposals_per_step)
-            if len(batch) == 0:
-                return
-            untried[batch] = False
-            yield batch
-        yield from nearest(table, e, untried, int(untried.sum())).split(ROWS)
-
-    def path(
-        self,
-        step: OneStepMap,
-        e: Float[Tensor, " d_model"],
-        observed: Float[Tensor, " d_model"],
-    ) -> Iterator[Float[Tensor, " d_model"]]:
-        """Yield the iterates for ever, the start first; the residual ‖F(e) − ĥ_t‖ never grows along them."""
-        damping, residual = self.damping, observed - _value(step, e)
-        while True:
-            yield e
-            jacobian = step.jacobian(e)
-            for _ in range(TRIALS):
-                trial = e + damped_step(jacobian, residual, damping)
-                left = observed - _value(step, trial)
-                if left.norm() < residual.norm():
-                    e, residual, damping = (
-                        trial,
-                        left,
-                        max(damping / 5, SMALLEST_DAMPING),
-                    )
-                    break
-                damping *= 5
-
-
-def damped_step(
-    jacobian: Float[Tensor, "d_model d_model"],
-    residual: Float[Tensor, " d_model"],
-    damping: float,
-) -> Float[Tensor, " d_model"]:
-    """δ with (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀr, the step of Levenberg and Marquardt; zero where J is zero.
-
-    >>> damped_step(2 * torch.eye(2), torch.tensor([4.0, 0.0]), 1.0).tolist()
-    [1.0, 0.0]
-    """
-    normal, right = (jacobian.T @ jacobian).double(), (jacobian.T @ residual).double()
-    scale = normal.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.linalg.solve(normal + damping * torch.diag(scale), right).to(residual)
-
-
-def _value(step: OneStepMap, e: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-    with torch.no_grad():
-        return step.embedding(e[None])[0]
+    proposals_per_step: int = 1
+    max_steps: int = sys.maxsize
+    mean: ClassVar[bool] = True
 
 
 def clipped_gradient(
-    step: OneStepMap,
-    e: Float[Tensor, " d_model"],
-    observed: Float[Tensor, " d_model"],
-    *,
-    mean: bool = False,
-) -> Float[Tensor, " d_model"]:
-    """∇_e ½‖F(e) − ĥ_t‖² (Algorithm 3), or that of the mean squared error, its norm clipped at 1."""
+    step: OneStepMap, e: State, observed: State, *, mean: bool = False
+) -> State:
+    """∇_e ½‖F(e) − ĥ_t‖², or that of the mean squared error, its norm clipped at 1."""
     with torch.enable_grad():
         e = e.detach().clone().requires_grad_()
-        error = (step.embedding(e[None])[0] - observed).square()
-        gradient = torch.autograd.grad(error.mean() if mean else error.sum() / 2, e)[0]
+        squares = (step.embedding(e[None])[0] - observed).square()
+        loss = squares.mean() if mean else squares.sum() / 2
+        gradient = torch.autograd.grad(loss, e)[0]
     return gradient / gradient.norm().clamp(min=1.0)
 
 
 def nearest(
     table: Float[Tensor, "vocab d_model"],
-    e: Float[Tensor, " d_model"],
+    e: State,
     allowed: Bool[Tensor, " vocab"],
     count: int,
 ) -> Int[Tensor, " cand"]:
-    """The ``count`` allowed tokens whose embeddings are nearest to e in ℓ2, nearest first.
+    """The ``count`` allowed tokens whose embeddings are nearest to e, nearest first.
 
-    >>> nearest(torch.eye(3), torch.tensor([0.9, 0.5, 0.0]), torch.tensor([False, True, True]), 2).tolist()
+    >>> allowed = torch.tensor([False, True, True])
+    >>> nearest(torch.eye(3), torch.tensor([0.9, 0.5, 0.0]), allowed, 2).tolist()
     [1, 2]
     """
-    # A proxy that ran off to NaN must not end the enumeration: its distances are huge, those of the tried infinite.
-    distance = torch.linalg.vector_norm((table - e).float(), dim=1).nan_to_num(
-        nan=HUGE, posinf=HUGE
-    )
+    distance = torch.linalg.vector_norm((table - e).float(), dim=1)
+    # A proxy that ran off to NaN must not end the enumeration: huge, but not tried.
+    distance = distance.nan_to_num(nan=HUGE, posinf=HUGE)
     distance = distance.masked_fill(~allowed, torch.inf)
     return distance.topk(min(count, int(allowed.sum())), largest=False).indices
 
 
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"got {name}={value}; expected at least 1")
+def check_settings(policy: object, *names: str) -> None:
+    """Raise a ``SipItError`` unless the settings are at least one."""
+    for name in names:
+        value = getattr(policy, name)
+        if value < 1:
+            raise SipItError(f"got {name}={value}; expected at least 1")

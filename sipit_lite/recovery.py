@@ -1,7 +1,6 @@
-"""What an inversion gives: a recovered prompt, or an error that carries the verified prefix."""
+"""What an inversion gives: a recovered prompt, or an error that carries one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from jaxtyping import Bool, Float, Int
@@ -10,94 +9,79 @@ from torch import Tensor
 from sipit_lite.model import SipItError, StatesError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Recovery:
-    """What SipIt recovered, and how clearly: one entry a position, tensors on the CPU.
+    """What SipIt recovered, and how clearly: one entry a position, on the CPU.
 
-    ``distance`` is that of the accepted token, ‖F(v) − ĥ_t‖₂ (beyond the rounding, for states stored in a coarser
-    format); ``runner_up`` the smallest among the other tokens tested (infinite where none was); ``radius`` the ε_t that
-    ``distance`` had to meet; ``tested`` the number of candidates, the challengers of the accepted one included;
-    ``seconds`` the wall-clock time of the whole inversion. ``verified`` is False only where ``on_fail="nearest"`` kept
-    a token that no test accepted. ``margin`` holds Δ_{π,t} where ``certify=True`` measured it, else NaN.
-    ``layer`` is the one that was taken from a ``Captured``.
+    ``distance`` is ‖F(v) − ĥ_t‖₂ of the accepted token v (beyond the rounding, for
+    states stored in a coarser format) and ``radius`` the ε_t that it had to meet;
+    ``runner_up`` the smallest distance of another token tested, infinite where none
+    was; ``tested`` counts the candidates. ``verified`` is False only where
+    ``on_fail="nearest"`` took a token that no test accepted. ``margin`` is Δ_{π,t}
+    where ``certify=True`` measured it, else NaN; ``seconds`` is wall-clock time.
     """
 
     tokens: Int[Tensor, " pos"]
-    text: str
     distance: Float[Tensor, " pos"]
     runner_up: Float[Tensor, " pos"]
     radius: Float[Tensor, " pos"]
     tested: Int[Tensor, " pos"]
     verified: Bool[Tensor, " pos"]
     margin: Float[Tensor, " pos"]
-    seconds: float
+    text: str = ""
+    seconds: float = 0.0
     layer: int | None = None
+
+    def first(self, count: int) -> "Recovery":
+        """The first positions alone, as copies; ``text`` stays."""
+        columns = {n: x for n, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{n: x[:count].clone() for n, x in columns.items()})
 
     @property
     def headroom(self) -> Float[Tensor, " pos"]:
-        """Noise that each state could bear on top of its residual: Δ_{π,t}/2 − ``distance`` (Theorem 3.2)."""
+        """Noise each state could still bear: Δ_{π,t}/2 − ``distance`` (Theorem 3.2)."""
         return self.margin / 2 - self.distance
 
     @property
     def certified(self) -> bool:
-        """Whether every residual is below Δ_{π,t}/2: no other token explains its state with so small an error.
-
-        The tokens are the true ones if the noise was below Δ_{π,t}/2 too, the hypothesis of Theorem 3.2.
-        """
+        """Whether every residual is below Δ_{π,t}/2: no other token is so close."""
         return bool((self.headroom > 0).all())
 
 
 class NotVerified(SipItError):
-    """No token lies in the acceptance region; ``recovered`` holds the verified prefix.
+    """No token verifies at ``position``, counted from 0.
 
-    ``position`` counts from 0, ``nearest`` is the closest token tested, ``distance`` its distance, ``radius`` ε_t.
+    ``recovered`` is the verified prefix, ``nearest`` the closest token tested,
+    ``distance`` its distance and ``radius`` the ε_t that it missed.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        nearest: int,
-        distance: float,
-        radius: float,
-        recovered: Recovery,
-    ):
+    def __init__(self, message: str, **known: "int | float | Recovery") -> None:
         super().__init__(message)
-        self.nearest, self.distance, self.radius, self.recovered = (
-            nearest,
-            distance,
-            radius,
-            recovered,
-        )
-        self.position = len(recovered.tokens)
+        self.__dict__.update(known)
+        self.position = len(self.recovered.tokens)
 
     def __reduce__(self) -> tuple:
-        # Errors with keywords cannot be pickled as they come, and outcomes have to travel between processes.
-        known = {
-            name: getattr(self, name)
-            for name in ("nearest", "distance", "radius", "recovered")
-        }
+        # Errors with keywords do not pickle, and outcomes travel between processes.
+        names = ("nearest", "distance", "radius", "recovered")
+        known = {name: getattr(self, name) for name in names}
         return partial(type(self), str(self), **known), ()
 
 
 class Ambiguous(NotVerified):
-    """Several tokens lie in the acceptance region: the noise is too large, or they share one state.
-
-    Exact twins among the embeddings share every state; in a coarse format two tokens may round to the same numbers.
-    """
-
-
-Outcome = Recovery | StatesError | NotVerified
+    """Several tokens verify: too much noise, or they share one state."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during an inversion; ``recovered`` holds the verified prefix.
+    """Ctrl-C: ``recovered`` is the verified prefix, ``outcomes`` what is known of all."""
 
-    Where several prompts were inverted, ``outcomes`` has what is known of each: finished, failed, or a verified prefix.
-    """
+    def __init__(self, recovered: Recovery, outcomes: "list[Outcome] | None" = None):
+        count = len(recovered.tokens)
+        super().__init__(f"interrupted after {count} verified tokens")
+        self.recovered = recovered
+        self.outcomes = outcomes or []
 
-    def __init__(self, recovered: Recovery, outcomes: Sequence[Outcome] = ()):
-        super().__init__(
-            f"interrupted after {len(recovered.tokens)} verified tokens: {recovered.text!r}"
-        )
-        self.recovered, self.outcomes = recovered, list(outcomes)
+    def __reduce__(self) -> tuple:
+        return type(self), (self.recovered, self.outcomes)
+
+
+Outcome = Recovery | StatesError | NotVerified

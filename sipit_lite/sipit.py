@@ -1,51 +1,39 @@
-"""SipIt (Algorithm 1): read the exact prompt back, one position at a time, from the hidden states of one layer.
+"""SipIt (Algorithm 1): read the exact prompt back from the hidden states of one layer.
 
-A token is accepted only when it is verified, and only when no other token that was tested verifies too.
-What cannot be verified is an error that carries what was recovered so far, never a guess. With a lens, whole prompts
-are drafted and verified in a few passes (``speculation``), and only what the drafts miss is searched for.
+One loop, for one prompt and for many: draft (nothing, without a lens), read the draft,
+accept what agrees, search for the first token that does not, read on behind it. A token
+is accepted only when it is verified, and no other token that was tested verifies too
+(``acceptance``); what cannot be verified is an error that carries the verified prefix.
 """
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from sipit_lite.acceptance import Observation, separated
+from sipit_lite import acceptance
 from sipit_lite.collisions import closest_pairs
-from sipit_lite.extensions.lens import Lens
-from sipit_lite.io.capture import Captured
 from sipit_lite.model import LanguageModel, StatesError
 from sipit_lite.onestep import OneStepMap
-from sipit_lite.policies import Gradient, Newton, Policy, nearest
+from sipit_lite.policies import Drafter, Gradient, Policy
 from sipit_lite.recovery import Ambiguous, Interrupted, NotVerified, Outcome, Recovery
-from sipit_lite.speculation import CLEAR, Draft, draft, read, related
 
-SALT = 2510_15511  # a prompt drawn with the same seed must not be the stream of starts: they would be the answers
-CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each token found
-
-
-class _Row(NamedTuple):
-    token: int
-    distance: float
-    runner_up: float
-    radius: float
-    tested: int
-    verified: bool = True
-    margin: float = float("nan")
+SALT = 2510_15511  # else a prompt drawn with the same seed would be its own starts
+PASS = 4096  # tokens in a pass over drafts
 
 
 def invert(
-    states: Tensor | Captured,
+    states: Tensor,
     model: LanguageModel,
-    layer: int | None = None,
+    layer: int,
     *,
     policy: Policy | str = "auto",
-    lens: Lens | None = None,
+    lens: Drafter | None = None,
     seed: int = 0,
     epsilon: float | Tensor | None = None,
     scale: Tensor | None = None,
@@ -54,129 +42,55 @@ def invert(
     on_fail: str = "raise",
     progress: bool = False,
 ) -> Recovery:
-    """Recover the exact prompt from the hidden states of all its positions at one layer (Algorithm 1).
+    """Recover the exact prompt from the states of all its positions (Algorithm 1).
 
-    ``states`` has shape (T, d_model), 1 ≤ T ≤ K, in any floating-point format; the last layer means before the final
-    norm. Or they are a ``Captured``, which knows its layers, scales and passes: then ``layer`` picks one of them, and
-    without it the cheapest is taken, and the next one where that refuses.
-    With ``scale``, one number a position, the states are ``states · scale``: 8-bit integers have to come so.
-    ``policy`` orders the candidates: ``"auto"`` drafts the prompt with ``lens`` and searches with ``Newton`` for
-    what the draft misses, or is ``Gradient()`` without a lens. ``epsilon`` bounds noise ‖ĥ_t − h_t‖₂ that was added on
-    purpose, one number or one a position; without it, ε_t is the measured noise floor alone. ``certify=True`` tests the
-    whole vocabulary at each position and measures the margin Δ_{π,t}, so that acceptance means this token and no other.
-    The whole vocabulary is always tested where the states are coarser than the model's own format, the model computes
-    in 16 bits, or an ``epsilon`` is given, since there two tokens could fit. A model of 16 bits decides between tokens
-    inside its wide noise floor by computing their states anew in passes of the lengths ``passes`` (the default is one
-    pass), and takes the one that agrees bit for bit. Elsewhere ``radius`` is float noise, and
-    a rival would have to agree within it to be mistaken. ``on_fail="nearest"`` keeps the nearest token where none or
-    several verify, marks the position as not ``verified``, and goes on.
+    Parameters
+    ----------
+    states, scale
+        Shape (T, d_model), 1 ≤ T ≤ K, any floating-point format; the last layer is
+        taken before the final norm. With ``scale``, one number a position, they are
+        ``states · scale``: 8-bit integers have to come so.
+    policy, lens, seed
+        The order of candidates. ``"auto"`` drafts the prompt with ``lens`` and searches
+        with ``Newton`` for what the draft misses; without a lens it is ``Gradient()``.
+    epsilon
+        Bound on noise ‖ĥ_t − h_t‖₂ that was added on purpose, one number or one a
+        position; without it ε_t is the measured noise floor alone.
+    passes
+        For models of 16 bits: how many positions each pass computed when the states
+        were made; one pass by default.
+    certify
+        Test all tokens at each position and measure the margin Δ_{π,t}. All tokens are
+        tested anyway where two could fit: with ``epsilon``, in 16 bits, and where the
+        states are coarser than the model's format.
+    on_fail
+        ``"nearest"`` takes the nearest token where none or several verify, marks the
+        position as not ``verified``, and goes on.
 
-    Raises ``StatesError`` for states that no prompt has, ``ModelError`` for a layer outside 0..L, ``LensError`` for
-    a lens of another model or layer, ``NotVerified`` where no token verifies, ``Ambiguous`` where several do,
-    ``Interrupted`` on Ctrl-C; the last three carry the verified prefix.
+    Returns
+    -------
+    Recovery
+        Tokens and text, with the distances that prove them.
+
+    Raises
+    ------
+    StatesError, ModelError, LensError
+        For states that no prompt has, a layer outside 0..L, a lens of another model.
+    NotVerified, Ambiguous, Interrupted
+        Where none or several tokens verify, on Ctrl-C: with the verified prefix.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
     >>> invert(model.states("hidden states", 3), model, 3).text
     'hidden states'
     """
-    if on_fail not in ("raise", "nearest") or (
-        isinstance(policy, str) and policy != "auto"
-    ):
-        raise StatesError(
-            f"got policy={policy!r}, on_fail={on_fail!r}; expected 'auto' or a policy, 'raise' or 'nearest'"
-        )
-    if isinstance(states, Captured):
-        asked = {
-            "policy": policy,
-            "lens": lens,
-            "seed": seed,
-            "epsilon": epsilon,
-            "certify": certify,
-        }
-        return _of_captured(
-            states, model, layer, asked | {"on_fail": on_fail, "progress": progress}
-        )
-    if layer is None:
-        raise StatesError(
-            "got a tensor of states and no layer; expected its layer, or a Captured, which knows its own"
-        )
-    if lens is not None:
-        lens.check(model, layer)
-    observed, begun = (
-        Observation.of(states, model, layer, epsilon, scale),
-        time.perf_counter(),
-    )
-    passes = _check_passes(passes, len(observed))
-    whole = (
-        certify
-        or epsilon is not None
-        or on_fail == "nearest"
-        or _coarse(observed, model)
-    )
-    if policy == "auto" and lens is not None and not whole and separated(model, layer):
-        found = _by_speculation([observed], model, layer, lens, seed, begun, progress)[
-            0
-        ]
-        if isinstance(found, NotVerified):
-            raise found
-        return found
-    policy = (Newton(lens=lens) if lens else Gradient()) if policy == "auto" else policy
-    generator, step, rows = (
-        torch.Generator().manual_seed(seed + SALT),
-        OneStepMap.after(model, layer),
-        [],
-    )
-    try:
-        for t in tqdm(
-            range(len(observed)), "inverting", disable=None if progress else True
-        ):
-            step = step.extend(rows[-1].token) if rows else step
-            if whole:
-                distance, margin = _whole_vocabulary(step, observed, t, certify)
-            else:
-                batches = policy.proposals(step, observed.states[t], generator)
-                distance, margin = (
-                    try_candidates(step, observed, t, batches),
-                    float("nan"),
-                )
-            prefix, radius = _recovery(rows, model, begun), float(observed.radius[t])
-            if epsilon is None and torch.finfo(model.dtype).bits <= 16:
-                distance, radius = _bit_for_bit(
-                    distance, observed, prefix.tokens, passes, model, layer
-                )
-            row = _accept(distance, radius, prefix, model, on_fail == "nearest")
-            rows.append(row._replace(margin=margin))
-        found = _recovery(rows, model, begun)
-        return _check_whole(found, observed, model, model.states(found.tokens, layer))
-    except KeyboardInterrupt:
-        raise Interrupted(_recovery(rows, model, begun)) from None
-
-
-def _of_captured(
-    captured: Captured, model: LanguageModel, layer: int | None, asked: dict
-) -> Recovery:
-    """From the layer asked for, that of the lens, or the cheapest that does not refuse."""
-    captured.check(model)
-    layer = (
-        asked["lens"].layer if layer is None and asked["lens"] is not None else layer
-    )
-    layers = sorted(captured.states) if layer is None else [layer]
-    for number in layers:
-        states, scale = captured.at(number), captured.scales.get(number)
-        try:
-            return replace(
-                invert(
-                    states, model, number, scale=scale, passes=captured.passes, **asked
-                ),
-                layer=number,
-            )
-        except NotVerified:
-            if number == layers[-1]:
-                raise
-    raise StatesError(
-        "got a Captured without states; expected those of at least one layer"
-    )
+    options = {"policy": policy, "lens": lens, "seed": seed, "progress": progress}
+    options |= {"epsilon": [epsilon], "scale": [scale], "passes": [passes]}
+    options |= {"certify": certify, "on_fail": on_fail}
+    [outcome] = invert_many([states], model, layer, **options)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def invert_many(
@@ -184,340 +98,314 @@ def invert_many(
     model: LanguageModel,
     layer: int,
     *,
-    lens: Lens | None = None,
-    seed: int = 0,
+    epsilon: float | Sequence | None = None,
+    scale: Sequence[Tensor | None] | None = None,
+    passes: Sequence[Sequence[int] | None] | None = None,
     progress: bool = False,
+    **options: object,
 ) -> list[Outcome]:
-    """Recover many prompts, of any lengths, from the states of each: one outcome a prompt, in their order.
+    """Recover many prompts of any lengths: one outcome a prompt, in their order.
 
-    A prompt that cannot be recovered does not stop the others: its outcome is the error that ``invert`` would raise.
-    With a ``lens`` the prompts share their passes. ``seconds`` counts from the start of the whole call.
-    Raises ``ModelError`` for a bad layer, ``LensError`` for a wrong lens, ``Interrupted`` on Ctrl-C.
+    Takes what ``invert`` takes: ``scale`` and ``passes`` hold one entry a prompt,
+    ``epsilon`` is one number for all or has one entry a prompt. With a ``lens`` the
+    prompts share their passes. A prompt that cannot be recovered does not stop the
+    others: its outcome is the error that ``invert`` would raise. Raises ``ModelError``,
+    ``LensError``, and on Ctrl-C ``Interrupted``, with all outcomes so far.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> lens = Lens.fit(model, 1, tokens=4000, features=0)
-    >>> texts = ["hidden states", "give back", "the prompt"]
-    >>> [found.text for found in invert_many([model.states(text, 1) for text in texts], model, 1, lens=lens)]
-    ['hidden states', 'give back', 'the prompt']
+    >>> states = [model.states(text, 1) for text in ("hidden states", "give back")]
+    >>> [outcome.text for outcome in invert_many(states, model, 1)]
+    ['hidden states', 'give back']
     """
-    model.check_layer(layer)
-    if lens is not None:
-        lens.check(model, layer)
-    begun, outcomes = time.perf_counter(), {}
-    for i, x in enumerate(states):
-        try:
-            outcomes[i] = Observation.of(x, model, layer)
-        except StatesError as error:
-            outcomes[i] = error
-    fast = [
-        i
-        for i, o in outcomes.items()
-        if isinstance(o, Observation) and lens and not _coarse(o, model)
-    ]
-    fast = fast if fast and separated(model, layer) else []
+    shared = _Options(model, layer, **options)
+    prompts = [_Prompt(shared) for _ in states]
     try:
-        together = (
-            _by_speculation(
-                [outcomes[i] for i in fast], model, layer, lens, seed, begun, progress
-            )
-            if fast
-            else []
-        )
-        outcomes |= dict(zip(fast, together, strict=True))
-        for i in [i for i, o in outcomes.items() if isinstance(o, Observation)]:
-            try:
-                outcomes[i] = invert(states[i], model, layer, lens=lens, seed=seed)
-            except NotVerified as error:
-                outcomes[i] = error
-    except Interrupted as stop:
-        done = outcomes | dict(zip(fast, stop.outcomes, strict=False))
-        empty = _recovery([], model, begun)
-        raise Interrupted(
-            stop.recovered,
-            [empty if isinstance(o, Observation) else o for o in done.values()],
-        ) from None
-    return list(outcomes.values())
-
-
-def _by_speculation(
-    observed: Sequence[Observation],
-    model: LanguageModel,
-    layer: int,
-    lens: Lens,
-    seed: int,
-    begun: float,
-    progress: bool,
-) -> list[Recovery | NotVerified]:
-    """Drafts, read together; what they miss is searched for, prompt by prompt, and read once more."""
-    drafts, outcomes = draft(observed, lens, model), {}
-    policy, generator = Newton(lens=lens), torch.Generator().manual_seed(seed + SALT)
-    try:
-        reading = read([d.tokens for d in drafts], model, layer)
-        for i, states, step in tqdm(
-            reading, "inverting", len(drafts), disable=None if progress else True
-        ):
-            drafts[i].look(states, 0)
-            try:
-                _finish(drafts[i], step, policy, generator, begun)
-                outcomes[i] = _recovery(_rows(drafts[i]), model, begun)
-            except NotVerified as error:
-                outcomes[i] = error
-        again = [
-            i
-            for i, found in outcomes.items()
-            if drafts[i].searched and isinstance(found, Recovery)
-        ]
-        for k, states, _ in read([drafts[i].tokens for i in again], model, layer):
-            try:
-                _check_whole(outcomes[again[k]], observed[again[k]], model, states)
-            except NotVerified as error:
-                outcomes[again[k]] = error
+        for i, prompt in enumerate(prompts):
+            noise = epsilon[i] if isinstance(epsilon, Sequence) else epsilon
+            rows = scale[i] if scale else None
+            prompt.observe(states[i], noise, rows, passes[i] if passes else None)
+        _recover(prompts, shared, progress)
     except KeyboardInterrupt:
-        known = [
-            outcomes.get(i) or _recovery(_rows(d), model, begun)
-            for i, d in enumerate(drafts)
-        ]
-        stopped = next((i for i in range(len(drafts)) if i not in outcomes), 0)
-        raise Interrupted(
-            _recovery(_rows(drafts[stopped]), model, begun), known
-        ) from None
-    return [outcomes[i] for i in range(len(drafts))]
+        unfinished = [prompt for prompt in prompts if not prompt.done]
+        stopped = (unfinished or prompts)[0].recovered()
+        raise Interrupted(stopped, [p.outcome() for p in prompts]) from None
+    return [prompt.outcome() for prompt in prompts]
 
 
-def every_token(model: LanguageModel) -> Int[Tensor, " vocab"]:
-    """The whole vocabulary, in order, as one batch of candidates."""
-    return torch.arange(model.vocab_size, device=model.device)
+@dataclass
+class _Options:
+    """What all prompts of a call share; see ``invert``."""
+
+    model: LanguageModel
+    layer: int
+    policy: Policy | str = "auto"
+    lens: Drafter | None = None
+    seed: int = 0
+    certify: bool = False
+    on_fail: str = "raise"
+
+    def __post_init__(self) -> None:
+        named = isinstance(self.policy, str) and self.policy != "auto"
+        if named or self.on_fail not in ("raise", "nearest"):
+            raise StatesError(
+                f"got policy={self.policy!r}, on_fail={self.on_fail!r}; expected "
+                "'auto' or a policy, 'raise' or 'nearest'"
+            )
+        self.model.check_layer(self.layer)
+        self.drafts = self.lens is not None and self.policy == "auto"
+        if self.lens is not None:
+            self.lens.check(self.model, self.layer)
+        if self.policy == "auto":
+            self.policy = Gradient() if self.lens is None else self.lens.search()
 
 
-def try_candidates(
-    step: OneStepMap,
-    observed: Observation,
-    t: int,
-    batches: Iterable[Int[Tensor, " cand"]],
-    *,
-    trusting: bool = False,
-) -> Float[Tensor, " vocab"]:
-    """Test batches of candidates until one verifies; the distance of every token tested, NaN for the untested.
+class _Prompt:
+    """One prompt on its way: ``length`` positions are settled, at best drafted behind.
 
-    The token found is then challenged by the untested tokens whose embeddings are nearest to its own, the likeliest
-    to produce the same state: twins among the embeddings first of all. If it verified only just, by all of them.
-    Where states are ``separated``, ``trusting`` spares a token without near relatives this test, as in a draft.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> seen = Observation.of(model.states("hidden states", 3), model, 3)
-    >>> distance = try_candidates(OneStepMap.after(model, 3), seen, 0, [every_token(model)])
-    >>> int(distance.argmin()) == int(model.encode("hidden states")[0])
-    True
+    ``recovery`` has a row for every position; ``tokens`` holds those that are settled
+    and the draft behind them, on the device. ``error`` ends the prompt.
     """
-    table = step.model.embeddings
-    distance = torch.full((len(table),), torch.nan, device=table.device)
-    for batch in batches:
-        distance[batch] = observed.distance(t, step.tokens(batch))
-        if bool((distance[batch] <= observed.radius[t]).any()):
-            break
-    found = int(distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin())
-    clear = bool(distance[found] <= CLEAR * observed.radius[t])
-    alone = (
-        trusting
-        and clear
-        and not bool(related(torch.tensor([found], device=table.device), step.model))
-    )
-    challengers = 0 if alone else CHALLENGERS if clear else len(table)
-    rivals = nearest(table, table[found], distance.isnan(), challengers)
-    if len(rivals):
-        distance[rivals] = observed.distance(t, step.tokens(rivals))
-    return distance
 
+    def __init__(self, options: _Options) -> None:
+        self.options = options
+        self.started = time.perf_counter()
+        self.generator = torch.Generator().manual_seed(options.seed + SALT)
+        self.recovery = _blank(torch.zeros(0))
+        self.tokens = options.model.vocabulary[:0]
+        self.length = 0
+        self.drafted = False
+        self.searched = False
+        self.error: StatesError | NotVerified | None = None
 
-def _coarse(observed: Observation, model: LanguageModel) -> bool:
-    """Whether two tokens could fit one stored state, so that only the whole vocabulary can tell."""
-    return not observed.exact or torch.finfo(model.dtype).bits <= 16
+    def observe(
+        self,
+        states: Tensor,
+        epsilon: float | Tensor | None,
+        scale: Tensor | None,
+        passes: Sequence[int] | None,
+    ) -> None:
+        """Check what was observed; ``error`` says what is wrong with it."""
+        options = self.options
+        model = options.model
+        try:
+            self.observed = acceptance.Observation.of(
+                states, model, options.layer, epsilon, scale
+            )
+            count = len(self.observed)
+            self.passes = [count] if passes is None else list(passes)
+            if min(self.passes, default=0) < 1 or sum(self.passes) != count:
+                raise StatesError(
+                    f"got passes of {self.passes} positions; expected lengths of at "
+                    f"least 1, {count} in all"
+                )
+        except StatesError as error:
+            self.error = error
+            return
+        self.recovery = _blank(self.observed.radius)
+        sixteen_bits = torch.finfo(model.dtype).bits <= 16
+        # Announced noise is no rounding, which a pass of the same length would repeat.
+        self.repeatable = sixteen_bits and epsilon is None
+        # Where two tokens could fit one stored state, only a scan can tell.
+        coarse = sixteen_bits or not self.observed.exact or epsilon is not None
+        self.exhaustive = coarse or options.certify or options.on_fail == "nearest"
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.error is not None or 0 < self.length == len(self.recovery.tokens)
 
-def _whole_vocabulary(
-    step: OneStepMap, observed: Observation, t: int, certify: bool
-) -> tuple[Float[Tensor, " vocab"], float]:
-    """Distances of all tokens, and the margin Δ_{π,t} where it is asked for."""
-    states = step.tokens(every_token(step.model))
-    return observed.distance(t, states), closest_pairs(
-        states, 1
-    ).minimum if certify else float("nan")
+    def recovered(self, count: int | None = None) -> Recovery:
+        """The first ``count`` positions, by default those that are settled."""
+        recovery = self.recovery.first(self.length if count is None else count)
+        recovery.text = self.options.model.decode(recovery.tokens)
+        recovery.seconds = time.perf_counter() - self.started
+        return recovery
 
+    def outcome(self) -> Outcome:
+        """The error, or what is settled."""
+        return self.recovered() if self.error is None else self.error
 
-def _check_passes(passes: Sequence[int] | None, count: int) -> Sequence[int]:
-    passes = [count] if passes is None else passes
-    if min(passes, default=0) < 1 or sum(passes) != count:
-        raise StatesError(
-            f"got passes of {list(passes)} positions; expected lengths of at least 1, {count} in all"
+    def accept_draft(self, states: Float[Tensor, "read d_model"]) -> None:
+        """Settle the drafted tokens that agree, up to the first that does not."""
+        first = self.length
+        draft = self.tokens[first:]
+        accepted, distance = acceptance.agreeing(
+            self.observed, first, draft, states, self.options.model
         )
-    return passes
+        end = first + accepted
+        self.recovery.tokens[first:end] = draft[:accepted].cpu()
+        self.recovery.distance[first:end] = distance[:accepted].cpu()
+        self.length = end
+
+    def search(self, step: OneStepMap) -> None:
+        """Test candidates at the first open position, and settle it or refuse."""
+        t = self.length
+        options = self.options
+        margin = float("nan")
+        if self.exhaustive:
+            states = step.tokens(options.model.vocabulary)
+            distance = self.observed.distance(t, states)
+            if options.certify:
+                margin = closest_pairs(states, 1).minimum
+        else:
+            order = options.policy.proposals(
+                step, self.observed.states[t], self.generator
+            )
+            distance = acceptance.try_candidates(
+                step, self.observed, t, order, trusting=self.drafted
+            )
+        radius = float(self.observed.radius[t])
+        if self.repeatable:
+            distance, radius = acceptance.bit_for_bit(
+                distance, self.observed, self.tokens[:t], self.passes, step
+            )
+        self.settle(distance, radius, margin)
+
+    def settle(
+        self, distance: Float[Tensor, " vocab"], radius: float, margin: float
+    ) -> None:
+        """Accept the one token that verifies; where none or several do, refuse."""
+        t = self.length
+        verified = (distance <= radius).nonzero()[:, 0]
+        known = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        best = known.topk(min(2, len(known)), largest=False)
+        nearest, *second = best.values.tolist()
+        row = self.recovery
+        row.tokens[t] = best.indices[0]
+        row.distance[t] = nearest
+        row.runner_up[t] = second[0] if second else torch.inf
+        row.radius[t] = radius
+        row.margin[t] = margin
+        row.tested[t] = (~distance.isnan()).sum()
+        row.verified[t] = len(verified) == 1
+        if row.verified[t] or self.options.on_fail == "nearest":
+            # The draft behind the position stays: it is read again after this token.
+            behind = self.tokens[t + 1 :]
+            self.tokens = torch.cat([self.tokens[:t], best.indices[:1], behind])
+            self.length = t + 1
+            self.searched = True
+            return
+        seen = (
+            f"nearest of {int(row.tested[t])} tested is {self._quote(row.tokens[t])} at "
+            f"distance {nearest:.3g}"
+        )
+        if len(verified):
+            rival = self._quote(verified[-1])
+            several = f"{len(verified)} tokens verify, among them {rival}"
+            self._refuse(Ambiguous, t, f"{several}; {seen}")
+        else:
+            hint = "noisy states need epsilon; or another model, or another layer?"
+            self._refuse(NotVerified, t, f"no token verifies ({hint}); {seen}")
+
+    def read_once_more(self, states: Float[Tensor, "pos d_model"]) -> None:
+        """Compare all verified positions with the states of the prompt in one pass."""
+        for t in self.recovery.verified.nonzero()[:, 0].tolist():
+            distance = float(self.observed.distance(t, states[t : t + 1]))
+            if not distance <= self.observed.radius[t]:
+                self.recovery.distance[t] = distance
+                self.recovery.radius[t] = self.observed.radius[t]
+                what = f"the recovered prompt, read in one pass, is {distance:.3g} away"
+                self._refuse(NotVerified, t, what)
+                return
+
+    def _refuse(self, kind: type[NotVerified], t: int, what: str) -> None:
+        """End with an error at position t that carries the prefix before it."""
+        prefix = self.recovered(t)
+        radius = float(self.recovery.radius[t])
+        self.error = kind(
+            f"position {t}: {what}, radius {radius:.3g}; verified so far: {t} tokens "
+            f"{prefix.text!r}",
+            nearest=int(self.recovery.tokens[t]),
+            distance=float(self.recovery.distance[t]),
+            radius=radius,
+            recovered=prefix,
+        )
+
+    def _quote(self, token: Int[Tensor, ""]) -> str:
+        """A token with its text."""
+        return f"{int(token)} {self.options.model.decode(token.reshape(1))!r}"
 
 
-def _bit_for_bit(
-    distance: Float[Tensor, " vocab"],
-    observed: Observation,
-    prefix: Int[Tensor, " pos"],
-    passes: Sequence[int],
-    model: LanguageModel,
-    layer: int,
-) -> tuple[Float[Tensor, " vocab"], float]:
-    """Distances and radius; where several tokens lie within the noise, those of states computed as they were.
+def _blank(radius: Float[Tensor, " pos"]) -> Recovery:
+    """A row for each position: as for a drafted token, until a search says more."""
+    floats = torch.full(radius.shape, torch.inf)
+    zeros = torch.zeros(radius.shape, dtype=torch.int64)
+    runner_up = floats.clone()
+    radius = radius.float().cpu()
+    margin = floats * torch.nan
+    return Recovery(zeros, floats, runner_up, radius, zeros + 1, zeros == 0, margin)
 
-    A pass of the same length has the same roundings, whatever stands after the position, so the true token comes out
-    bit for bit, and the radius is zero. Where no token does (other hardware, other passes), nothing changes.
-    """
-    t, radius = len(prefix), float(observed.radius[len(prefix)])
-    within = (distance <= radius).nonzero()[:, 0]
-    if len(within) < 2:
-        return distance, radius
-    step, ids = OneStepMap.after(model, layer), prefix.to(model.device)
-    for length in passes:
-        if step.position + length > t:
-            break
-        step = step.follow(ids[step.position : step.position + length])[1]
-    row = torch.zeros(length, dtype=torch.int64, device=model.device)
-    row[: t - step.position] = ids[step.position :]
-    anew = []
-    for token in within.tolist():
-        row[t - step.position] = token
-        states = step.follow(row)[0] if step.position else model.states(row, layer)
-        anew.append(observed.distance(t, states[t - step.position][None]))
-    if not any(d == 0 for d in anew):
-        return distance, radius
-    return distance.index_copy(0, within, torch.cat(anew)), 0.0
+
+def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
+    """Algorithm 1: draft, read the drafts, finish each prompt; read all once more."""
+    prompts = [prompt for prompt in prompts if prompt.error is None]
+    _draft([prompt for prompt in prompts if not prompt.exhaustive], options)
+    count = sum(len(prompt.observed) for prompt in prompts)
+    start = OneStepMap.after(options.model, options.layer)
+    with tqdm(total=count, desc="inverting", disable=None if progress else True) as bar:
+        for batch in _batches(prompts):
+            for prompt, states, step in _read(batch, start):
+                _finish(prompt, states, step, bar)
+    searched = [prompt for prompt in prompts if prompt.searched and not prompt.error]
+    for batch in _batches(searched):
+        # No cache this time: were the one-step map wrong, this pass would show it.
+        together = options.model.states(_padded(batch), options.layer)
+        for prompt, states in zip(batch, together, strict=True):
+            prompt.read_once_more(states)
+
+
+def _draft(prompts: list[_Prompt], options: _Options) -> None:
+    """Draft all prompts at once, where drafts may be trusted without testing rivals."""
+    wanted = options.drafts and len(prompts) > 0
+    if wanted and acceptance.separated(options.model, options.layer):
+        states = torch.cat([prompt.observed.states for prompt in prompts])
+        drafts = options.lens.draft(states)
+        for prompt in prompts:
+            prompt.tokens = drafts[: len(prompt.observed)].clone()
+            prompt.drafted = True
+            drafts = drafts[len(prompt.observed) :]
 
 
 def _finish(
-    d: Draft, step: OneStepMap, policy: Policy, generator: torch.Generator, begun: float
+    prompt: _Prompt, states: Float[Tensor, "read d_model"], step: OneStepMap, bar: tqdm
 ) -> None:
-    """Search for the first token that the draft has wrong, read what follows it, and so on to the end."""
-    while not d.done:
-        t, step = d.verified, step.crop(d.verified)
-        batches = policy.proposals(step, d.observed.states[t], generator)
-        distance = try_candidates(step, d.observed, t, batches, trusting=True)
-        row = _accept(
-            distance,
-            float(d.observed.radius[t]),
-            _recovery(_rows(d), d.model, begun),
-            d.model,
-        )
-        d.settle(row.token, row.distance, row.runner_up, row.tested)
-        if not d.done:
-            states, step = step.follow(d.tokens[t:])
-            d.look(states[1:], t + 1)
+    """Accept the draft, search for the first token it has wrong, read on behind it."""
+    prompt.accept_draft(states)
+    bar.update(prompt.length)
+    while not prompt.done:
+        t = prompt.length
+        step = step.crop(t)
+        prompt.search(step)
+        if not prompt.done:
+            states, step = step.follow(prompt.tokens[t:])
+            prompt.accept_draft(states[1:])
+        bar.update(prompt.length - t)
 
 
-def _rows(d: Draft) -> list[_Row]:
-    columns = (
-        getattr(d, name)[: d.verified].tolist()
-        for name in ("tokens", "distance", "runner_up", "tested")
-    )
-    radii = d.observed.radius.tolist()
-    return [
-        _Row(v, x, r, radius, n)
-        for (v, x, r, n), radius in zip(zip(*columns, strict=True), radii, strict=False)
-    ]
+def _batches(prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
+    """Prompts that go through the model together, the longest first."""
+    waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+    while waiting:
+        fitting = max(1, PASS // max(1, len(waiting[-1].tokens)))
+        yield waiting[-fitting:]
+        waiting = waiting[:-fitting]
 
 
-def _accept(
-    distance: Float[Tensor, " vocab"],
-    radius: float,
-    prefix: Recovery,
-    model: LanguageModel,
-    keep: bool = False,
-) -> _Row:
-    """The one token that verifies; where there is none, or more than one, refuse, or ``keep`` the nearest, marked."""
-    best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).topk(
-        min(2, len(distance)), largest=False
-    )
-    runner_up = float(best.values[1]) if len(distance) > 1 else float("inf")
-    row = _Row(
-        int(best.indices[0]),
-        float(best.values[0]),
-        runner_up,
-        radius,
-        int((~distance.isnan()).sum()),
-    )
-    verified = (distance <= radius).nonzero()[:, 0]
-    if len(verified) == 1:
-        return row
-    if keep:
-        return row._replace(verified=False)
-    seen = f"nearest of {row.tested} tested is {_quote(row.token, model)} at distance {row.distance:.3g}"
-    kind, what = (
-        (
-            Ambiguous,
-            f"{len(verified)} tokens verify, among them {_quote(int(verified[-1]), model)}",
-        )
-        if len(verified)
-        else (
-            NotVerified,
-            "no token verifies (noisy states need epsilon; or another model, or another layer?)",
-        )
-    )
-    raise kind(
-        f"position {len(prefix.tokens)}: {what}; {seen}, radius {radius:.3g}; "
-        f"verified so far: {len(prefix.tokens)} tokens {prefix.text!r}",
-        nearest=row.token,
-        distance=row.distance,
-        radius=radius,
-        recovered=prefix,
-    )
+def _padded(batch: list[_Prompt]) -> Int[Tensor, "row pos"]:
+    """Tokens of several prompts; padding stands behind, where no position looks."""
+    return pad_sequence([prompt.tokens for prompt in batch], batch_first=True)
 
 
-def _check_whole(
-    recovery: Recovery,
-    observed: Observation,
-    model: LanguageModel,
-    again: Float[Tensor, "pos d_model"],
-) -> Recovery:
-    """Compare every row once more, with the states of the whole prompt read in one pass."""
-    for t in recovery.verified.nonzero()[:, 0].tolist():
-        distance, radius = (
-            float(observed.distance(t, again[t : t + 1])),
-            float(observed.radius[t]),
-        )
-        if not distance <= radius:
-            prefix = _first(recovery, t, model)
-            raise NotVerified(
-                f"position {t}: the recovered prompt, read in one pass, is {distance:.3g} away, radius {radius:.3g}; "
-                f"verified so far: {t} tokens {prefix.text!r}",
-                nearest=int(recovery.tokens[t]),
-                distance=distance,
-                radius=radius,
-                recovered=prefix,
-            )
-    return recovery
-
-
-def _recovery(rows: list[_Row], model: LanguageModel, begun: float) -> Recovery:
-    columns = (
-        _Row(*zip(*rows, strict=True)) if rows else _Row(*[[]] * len(_Row._fields))
-    )
-    tokens = torch.tensor(columns.token, dtype=torch.int64)
-    return Recovery(
-        tokens=tokens,
-        text=model.decode(tokens),
-        distance=torch.tensor(columns.distance, dtype=torch.float32),
-        runner_up=torch.tensor(columns.runner_up, dtype=torch.float32),
-        radius=torch.tensor(columns.radius, dtype=torch.float32),
-        tested=torch.tensor(columns.tested, dtype=torch.int64),
-        verified=torch.tensor(columns.verified, dtype=torch.bool),
-        margin=torch.tensor(columns.margin, dtype=torch.float32),
-        seconds=time.perf_counter() - begun,
-    )
-
-
-def _first(recovery: Recovery, count: int, model: LanguageModel) -> Recovery:
-    columns = {
-        name: value[:count]
-        for name, value in vars(recovery).items()
-        if isinstance(value, Tensor)
-    }
-    return replace(recovery, text=model.decode(columns["tokens"]), **columns)
-
-
-def _quote(token: int, model: LanguageModel) -> str:
-    return f"{token} {model.decode(torch.tensor([token]))!r}"
+def _read(
+    batch: list[_Prompt], start: OneStepMap
+) -> Iterator[tuple[_Prompt, Float[Tensor, "read d_model"], OneStepMap]]:
+    """Each prompt with the states of its draft and the map after it."""
+    rows = _padded(batch)
+    if rows.shape[1] == 0:  # nothing is drafted, and no model reads empty prompts
+        yield from ((prompt, prompt.observed.states[:0], start) for prompt in batch)
+        return
+    together, steps = start.branch(rows)
+    for prompt, states, step in zip(batch, together, steps, strict=True):
+        count = len(prompt.tokens)
+        yield prompt, states[:count], step.crop(count)

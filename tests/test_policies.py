@@ -5,11 +5,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sipit_lite import Gradient, LanguageModel, Newton, OneStepMap, Policy, Random
-from sipit_lite.policies import damped_step
+from sipit_lite import (
+    Gradient,
+    LanguageModel,
+    Newton,
+    OneStepMap,
+    Policy,
+    Published,
+    Random,
+)
+from sipit_lite.extensions.newton import damped_step
 
 Family = tuple[PreTrainedModel, LanguageModel]
-POLICIES = [Random(), Random(1), Random(7), Gradient(), Gradient(1), Gradient(5, max_steps=3),
+POLICIES = [Random(), Random(1), Random(7), Gradient(), Published(), Gradient(1), Gradient(5, max_steps=3),
             Gradient(2, max_steps=1000, window=4)]  # fmt: skip
 COMPLETE = [*POLICIES, Newton(), Newton(1, max_steps=2), Newton(100)]
 
@@ -103,7 +111,7 @@ def test_one_proposal_a_step_is_the_published_loop(
         torch.randint(model.vocab_size, (), generator=torch.Generator().manual_seed(0))
     )
     expected = published_loop(untouched, prompt[:5], layer, start, window=10)
-    found = all_proposals(Gradient(1, window=10), model, prompt[:5], layer)
+    found = all_proposals(Published(window=10), model, prompt[:5], layer)
     assert found[:12] == expected[:12]
 
 

@@ -17,10 +17,12 @@ from sipit_lite import (
     LanguageModel,
     NotVerified,
     OneStepMap,
+    Published,
     Random,
     StatesError,
     invert,
     load,
+    margins,
 )
 from sipit_lite.io.text import prompts
 
@@ -47,7 +49,7 @@ def brute_force(model: LanguageModel, states: Tensor, layer: int) -> list[int]:
     return prefix
 
 
-@pytest.mark.parametrize("policy", [Gradient(), Random(), Gradient(1)], ids=repr)
+@pytest.mark.parametrize("policy", [Gradient(), Random(), Published()], ids=repr)
 def test_every_family_at_every_layer(
     policy: Gradient | Random, family: Family, prompt: Tensor
 ) -> None:
@@ -117,7 +119,7 @@ def test_edge_prompts(pocket: LanguageModel) -> None:
         torch.tensor([end] * 5),
         full,
     ):
-        assert torch.equal(invert(pocket.states(ids, 3), pocket, 3).tokens, ids)
+        assert torch.equal(invert(pocket.states(ids, 1), pocket, 1).tokens, ids)
     assert len(full) == pocket.n_positions
 
 
@@ -138,28 +140,26 @@ def test_rounded_states_are_exact_where_noise_is_under_half_the_margin(
     pocket: LanguageModel, dtype: torch.dtype
 ) -> None:
     """Theorem 3.2's hypothesis, measured at each position, and its conclusion."""
-    ids = pocket.encode("Rounded, yet exact.")[:5]
+    ids = pocket.encode("Rounded, yet exact.")[:4]
     for layer in (1, 6):
         states = pocket.states(ids, layer)
-        noise = (states - states.to(dtype).float()).norm(dim=1)
-        for t in range(len(ids)):
-            assert noise[t] < OneStepMap.after(pocket, layer, ids[:t]).margin() / 2
+        noise = (states - states.to(dtype).float()).norm(dim=1).cpu()
+        assert (noise < margins(pocket, ids, layer).prefix / 2).all()
         assert torch.equal(invert(states.to(dtype), pocket, layer).tokens, ids.cpu())
 
 
 def tiny(seed: int, spread: float) -> LanguageModel:
-    """A random model whose embeddings lie close together, so that coarse formats do collide."""
-    model = load("pocket-gpt2", random_init=True, seed=seed, device="cpu")
-    with torch.no_grad():
-        table = model.decoder.get_input_embeddings().weight
-        table[:12] = table[:1] + spread * torch.randn(
-            12, table.shape[1], generator=torch.Generator().manual_seed(seed)
-        )
-    return model
+    """A random model whose embeddings lie close together: coarse formats collide."""
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=16)
+    decoder = GPT2Model(config).eval().requires_grad_(False)
+    noise = torch.randn(12, 64, generator=torch.Generator().manual_seed(seed))
+    decoder.wte.weight[:12] = decoder.wte.weight[:1] + spread * noise
+    return LanguageModel(decoder)
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), layer=st.sampled_from([0, 1, 6]),
+@given(seed=st.integers(0, 10_000), layer=st.sampled_from([0, 1, 2]),
        spread=st.sampled_from([1e-1, 1e-3, 3e-5, 1e-6, 1e-8]),
        dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]),
        policy=st.sampled_from([Gradient(), Gradient(4, 3), Random(), Random(3)]))  # fmt: skip
@@ -182,7 +182,7 @@ def test_no_silent_error(
 TINY = [tiny(seed, 1e-1) for seed in range(2)]
 
 
-@pytest.mark.parametrize("policy", [Gradient(1), Random(16), Random()], ids=repr)
+@pytest.mark.parametrize("policy", [Published(), Random(16), Random()], ids=repr)
 def test_no_silent_error_beside_a_massive_dimension(policy: Gradient | Random) -> None:
     """Real GPT-2 has states of norm 3000 at position 0: the radius grows with it until other tokens fit inside.
 
@@ -236,9 +236,7 @@ def test_noise_within_epsilon_is_exact_and_without_it_refused(
     """Theorem 3.2: noise under half the margin; the user says how much there may be."""
     ids = pocket.encode("noise")
     states = pocket.states(ids, 3)
-    half = (
-        min(OneStepMap.after(pocket, 3, ids[:t]).margin() for t in range(len(ids))) / 2
-    )
+    half = float(margins(pocket, ids, 3).prefix.min()) / 2
     noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(
         states
     )
@@ -350,23 +348,22 @@ def test_the_whole_prompt_is_read_once_more(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_models_that_compute_in_other_formats(dtype: torch.dtype) -> None:
     """The noise floor follows the format: exact in float64 and, certified by scanning, in float16."""
-    model = load("pocket-gpt2", dtype=dtype)
+    model = load("pocket-gpt2", dtype=dtype, layers=1)
     ids = model.encode("formats")
-    recovery = invert(model.states(ids, 3), model, 3)
+    recovery = invert(model.states(ids, 1), model, 1)
     assert torch.equal(recovery.tokens, ids.cpu())
     assert bool((recovery.tested == model.vocab_size).all()) == (dtype == torch.float16)
 
 
 def test_gpt2_architecture_at_initialisation() -> None:
-    """124M parameters, last layer: exact."""
-    model = load("gpt2", random_init=True)
-    ids = torch.randint(
-        model.vocab_size, (4,), generator=torch.Generator().manual_seed(0)
-    )
-    assert torch.equal(invert(model.states(ids, 12), model, 12).tokens, ids)
+    """The shape of GPT-2, all 50 257 tokens, its first four blocks: exact."""
+    model = load("gpt2", random_init=True, layers=4)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.vocab_size, (3,), generator=generator)
+    assert torch.equal(invert(model.states(ids, 4), model, 4).tokens, ids)
 
 
-@pytest.mark.parametrize("layer", [1, 6])
+@pytest.mark.parametrize("layer", [1, 3])
 def test_a_model_of_sixteen_bits_agrees_with_itself_bit_for_bit(layer: int) -> None:
     """In bfloat16 several tokens lie inside the noise floor; the pass that made the states tells them apart."""
     model = load("pocket-gpt2", dtype=torch.bfloat16)

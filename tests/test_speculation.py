@@ -1,7 +1,6 @@
 """Drafted prompts are verified like searched ones: exact or refused, alone or many at once."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,13 +14,12 @@ from sipit_lite import (
     Lens,
     LensError,
     NotVerified,
-    OneStepMap,
     Recovery,
     StatesError,
+    acceptance,
     invert,
     invert_many,
     load,
-    sipit,
 )
 from sipit_lite.io.text import prompts
 
@@ -189,7 +187,7 @@ def test_ctrl_c_keeps_what_is_known(
     def pressed(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sipit, "try_candidates", pressed)
+    monkeypatch.setattr(acceptance, "try_candidates", pressed)
     for reader in (blind(lens), lens):
         with pytest.raises(Interrupted) as stop:
             invert_many(states, pocket, lens.layer, lens=reader)
@@ -213,14 +211,10 @@ def test_the_whole_prompt_is_read_once_more(
     states = pocket.states(ids, lens.layer)
     blinded = blind(lens)
     invert(states, pocket, lens.layer, lens=blinded)
-    honest, passes = sipit.read, []
-
-    def read(*arguments: object) -> Iterator[tuple[int, Tensor, OneStepMap]]:
-        passes.append(1)
-        for i, found, step in honest(*arguments):
-            yield i, found * (1.01 if len(passes) > 1 else 1), step
-
-    monkeypatch.setattr(sipit, "read", read)
+    honest = LanguageModel.states
+    monkeypatch.setattr(
+        LanguageModel, "states", lambda *arguments: honest(*arguments) * 1.01
+    )
     with pytest.raises(NotVerified, match="read in one pass, is"):
         invert(states, pocket, lens.layer, lens=blinded)
 

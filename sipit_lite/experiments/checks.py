@@ -28,13 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from sipit_lite.acceptance import Observation
+from sipit_lite.acceptance import CHALLENGERS, Observation
 from sipit_lite.io.text import prompts
 from sipit_lite.model import LanguageModel
 from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Gradient
 from sipit_lite.recovery import NotVerified, Outcome, Recovery
-from sipit_lite.sipit import CHALLENGERS, invert
+from sipit_lite.sipit import invert
 
 Better = Literal["higher", "lower"]
 Number = float | int

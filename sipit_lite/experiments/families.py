@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sipit_lite.experiments.checks import Check, judged, progress_bar, share
 from sipit_lite.extensions.lens import Lens
+from sipit_lite.extensions.newton import Newton
 from sipit_lite.io.loading import pick_device
 from sipit_lite.model import LanguageModel
-from sipit_lite.policies import Gradient, Newton, Policy
+from sipit_lite.policies import Gradient, Policy
 from sipit_lite.recovery import NotVerified, Outcome
 from sipit_lite.sipit import invert, invert_many
 

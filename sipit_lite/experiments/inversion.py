@@ -22,11 +22,11 @@ from sipit_lite.experiments.checks import (
     share,
 )
 from sipit_lite.extensions.lens import Lens
+from sipit_lite.extensions.newton import Newton
 from sipit_lite.io.loading import load
 from sipit_lite.io.text import KINDS, prompts
 from sipit_lite.model import LanguageModel
 from sipit_lite.onestep import EXACT, OneStepMap
-from sipit_lite.policies import Newton
 from sipit_lite.recovery import Recovery
 from sipit_lite.sipit import invert, invert_many
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 from tqdm import tqdm
 
+from sipit_lite.extensions.newton import Newton
 from sipit_lite.io.text import prompts as prompts_of
 from sipit_lite.model import LanguageModel, ModelError
 from sipit_lite.onestep import ROWS, OneStepMap
@@ -163,6 +164,10 @@ class Lens:
             (FIRST[0], sum(FIRST))
         )
         yield from (batch for batch in (few, more, *rest.split(ROWS)) if len(batch))
+
+    def search(self) -> Newton:
+        """Newton's method, from the embedding that the lens expects."""
+        return Newton(lens=self)
 
     def check(self, model: LanguageModel, layer: int) -> None:
         """Raise ``LensError`` unless the lens was fitted on this model and layer."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sipit_lite import Gradient, LanguageModel, OneStepMap, Random, StatesError
+from sipit_lite import LanguageModel, OneStepMap, Published, Random, StatesError
 from sipit_lite.experiments.baselines import (
     Attempt,
     _descent,
@@ -31,7 +31,7 @@ def test_published_proposes_what_our_gradient_policy_proposes(
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     theirs = _descent(model, prompt[:4].tolist(), target, 2, generators[0])
     step = OneStepMap.after(model, 2, prompt[:4])
-    ours = Gradient(1).proposals(step, target, generators[1])
+    ours = Published().proposals(step, target, generators[1])
     for _ in range(12):
         assert next(theirs) == int(next(ours))
 

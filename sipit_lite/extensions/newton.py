@@ -1,0 +1,106 @@
+"""Newton's method on the one-step map: a few Jacobians lead to the token (chapter 12)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sipit_lite.model import SipItError
+from sipit_lite.onestep import ROWS, OneStepMap
+from sipit_lite.policies import Batches, Policy, State, check_settings, nearest
+
+TRIALS = 4  # dampings tried with one Jacobian
+SMALLEST_DAMPING = 1e-4
+LENS_BATCHES = 2  # of a lens, tried before Newton: few misses rank further down
+
+
+@runtime_checkable
+class Start(Policy, Protocol):
+    """Candidates to try first, and where to start from: a ``Lens``."""
+
+    def embeddings(self, states: Float[Tensor, "*rows d_model"]) -> Tensor:
+        """The embedding expected behind each state."""
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Levenberg–Marquardt on the one-step map, then the tokens nearest to where it ends.
+
+    A step solves (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀ(ĥ_t − F(e)) with the full Jacobian J at e
+    (chapter 12); λ starts at ``damping``, shrinks after a step that lowered the residual
+    and grows until one does. It starts from the mean embedding, or, with a ``lens``,
+    from the embedding that it expects, after its first candidates were tried.
+    """
+
+    proposals_per_step: int = 8
+    max_steps: int = 12
+    damping: float = 0.1
+    lens: Start | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self, "proposals_per_step", "max_steps")
+        if not self.damping > 0:
+            raise SipItError(f"got damping={self.damping}; expected a number above 0")
+
+    def proposals(
+        self, step: OneStepMap, observed: State, generator: torch.Generator
+    ) -> Batches:
+        """Yield the lens's first candidates, those near each iterate, all others."""
+        table = step.model.embeddings
+        untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
+        start = table.mean(0)
+        if self.lens is not None:
+            start = self.lens.embeddings(observed).to(table)
+            first = self.lens.proposals(step, observed, generator)
+            for batch in islice(first, LENS_BATCHES):
+                untried[batch] = False
+                yield batch
+        path = self.path(step, start, observed)
+        for e in islice(path, 1, self.max_steps + 1):
+            batch = nearest(table, e, untried, self.proposals_per_step)
+            if len(batch) == 0:
+                return
+            untried[batch] = False
+            yield batch
+        yield from nearest(table, e, untried, len(table)).split(ROWS)
+
+    def path(self, step: OneStepMap, e: State, observed: State) -> Iterator[State]:
+        """Yield the iterates for ever, the start first; residuals never grow."""
+        damping = self.damping
+        residual = _residual(step, e, observed)
+        while True:
+            yield e
+            jacobian = step.jacobian(e)
+            for _ in range(TRIALS):
+                trial = e + damped_step(jacobian, residual, damping)
+                left = _residual(step, trial, observed)
+                if left.norm() < residual.norm():
+                    e = trial
+                    residual = left
+                    damping = max(damping / 5, SMALLEST_DAMPING)
+                    break
+                damping *= 5
+
+
+def damped_step(
+    jacobian: Float[Tensor, "d_model d_model"], residual: State, damping: float
+) -> State:
+    """δ with (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀr (Levenberg, Marquardt); zero where J is.
+
+    >>> damped_step(2 * torch.eye(2), torch.tensor([4.0, 0.0]), 1.0).tolist()
+    [1.0, 0.0]
+    """
+    normal = (jacobian.T @ jacobian).double()
+    right = (jacobian.T @ residual).double()
+    scale = normal.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.linalg.solve(normal + damping * torch.diag(scale), right).to(residual)
+
+
+def _residual(step: OneStepMap, e: State, observed: State) -> State:
+    """ĥ_t − F(e)."""
+    with torch.no_grad():
+        return observed - step.embedding(e[None])[0]
