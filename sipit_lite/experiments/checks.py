@@ -7,14 +7,15 @@ import copy
 import io
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -138,11 +139,9 @@ def verdicts(checks: Iterable[Check]) -> str:
     return table(header, rows, right=("value", "target"))
 
 
-def progress_bar(
-    items: Iterable, name: str, progress: bool, total: int | None = None
-) -> Iterable:
+def progress_bar(items: Iterable, name: str, progress: bool) -> Iterable:
     """The items, with a bar on a terminal where ``progress`` is wanted."""
-    return tqdm(items, name, total, disable=None if progress else True)
+    return tqdm(items, name, disable=None if progress else True)
 
 
 def exactness(
@@ -174,11 +173,9 @@ def exactness(
     every = sum(edges.values(), runs + stored)
     groups = {"all": runs} | edges
     for dtype in ("float16", "bfloat16"):
-        groups[f"{dtype} under half the margin"] = [
-            run
-            for run in stored
-            if run["dtype"] == dtype and run["noise under half the margin"]
-        ]
+        under = [run for run in stored if run["noise under half the margin"]]
+        group = [run for run in under if run["dtype"] == dtype]
+        groups[f"{dtype} under half the margin"] = group
     checks = [Check.of("silent errors", sum(run["silent error"] for run in every))]
     for name, group in groups.items():
         checks.append(Check.of(f"exact, {name}", share(run["exact"] for run in group)))
@@ -286,20 +283,14 @@ def scan(
     tokens = model.vocabulary
     seen = Observation.of(step.tokens(tokens[:1]), model, model.n_layers)
 
-    def ours() -> Tensor:
-        return seen.distance(0, step.tokens(tokens))
-
-    def plain() -> None:
-        plain_forward(model, prefix, tokens)
-
+    plain = partial(plain_forward, model, prefix, tokens)
     times = []
     for _ in progress_bar(range(1 if quick else 9), "scan", progress):
-        times.append((clock(ours, model.device), clock(plain, model.device)))
-    ratio = statistics.median(scanned / passed for scanned, passed in times)
-    seconds = {
-        "scan, seconds": statistics.median(scanned for scanned, _ in times),
-        "plain forward, seconds": statistics.median(passed for _, passed in times),
-    }
+        ours = clock(lambda: seen.distance(0, step.tokens(tokens)), model.device)
+        times.append((ours, clock(plain, model.device)))
+    ratio = median(ours / passed for ours, passed in times)
+    seconds = {"scan, seconds": median(ours for ours, _ in times)}
+    seconds["plain forward, seconds"] = median(passed for _, passed in times)
     data = {"reported": seconds, "prefix": len(prefix), "rows": len(tokens)}
     return [Check.of("scan over plain forward", ratio)], data | {"seconds": times}
 
@@ -335,14 +326,11 @@ def report(bench: str, model: LanguageModel, checks: list[Check], data: dict) ->
 
 def setting(model: LanguageModel) -> dict:
     """What was measured with: model, versions, device and threads."""
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    modules = {"torch": torch, "transformers": transformers}
+    versions = {name: module.__version__ for name, module in modules.items()}
     return {
         "model": model.name,
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | versions,
         "device": str(model.device),
         "threads": torch.get_num_threads(),
     }
@@ -370,12 +358,11 @@ def peak_memory() -> float | None:
     # Linux's ru_maxrss also holds the memory of the process that started this one.
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
-    try:
+    if sys.platform == "darwin":
         import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    return None
 
 
 def share(outcomes: Iterable[bool]) -> float:

@@ -15,9 +15,9 @@ from sipit_lite.extensions.lens import Lens
 from sipit_lite.extensions.newton import Newton
 from sipit_lite.io.loading import pick_device
 from sipit_lite.model import LanguageModel
-from sipit_lite.policies import Gradient, Policy
-from sipit_lite.recovery import NotVerified, Outcome
-from sipit_lite.sipit import invert, invert_many
+from sipit_lite.policies import Gradient
+from sipit_lite.recovery import Outcome
+from sipit_lite.sipit import invert_many
 
 LONGEST = 48
 WINDOW = 6
@@ -112,7 +112,7 @@ def _inverted(model: LanguageModel, layer: int, count: int, seed: int) -> list[d
     outcomes = invert_many(states, model, layer, lens=lens)
     rows = [{"policy": "auto"} | counts(prompts, outcomes)]
     for policy in (Gradient(), Newton()):
-        outcomes = [outcome(x, model, layer, policy) for x in states[::10]]
+        outcomes = invert_many(states[::10], model, layer, policy=policy)
         name = type(policy).__name__
         rows.append({"policy": name} | counts(prompts[::10], outcomes))
     return rows
@@ -125,16 +125,6 @@ def random_prompts(model: LanguageModel, count: int, seed: int) -> list[Tensor]:
     size = model.vocab_size
     rows = [torch.randint(size, (n,), generator=generator) for n in lengths]
     return [ids.to(model.device) for ids in rows]
-
-
-def outcome(
-    states: Tensor, model: LanguageModel, layer: int, policy: Policy
-) -> Outcome:
-    """What ``invert`` returns or refuses with."""
-    try:
-        return invert(states, model, layer, policy=policy)
-    except NotVerified as error:
-        return error
 
 
 def counts(prompts: list[Tensor], outcomes: list[Outcome]) -> dict[str, int]:

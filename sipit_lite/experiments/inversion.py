@@ -104,6 +104,8 @@ def inversion(
         batch = together(model, options, lenses[layer])
         name = f"batch of {size.batch}, prose, layer {layer}"
         reported |= {f"{name}: {what}": value for what, value in batch.items()}
+    # The exponent is the slope of log time against log length.
+    slope = np.polyfit(np.log(list(lengths)), np.log(list(lengths.values())), 1)[0]
     edge = at_the_edge(model, timed, size, seed, progress)
     checks = [
         Check.of("exact, auto", share(run["exact"] for run in exact)),
@@ -122,7 +124,7 @@ def inversion(
     checks += [
         Check.of("Newton steps, median", float(np.median(steps))),
         Check.of("Newton steps, 99th percentile", float(np.percentile(steps, 99))),
-        Check.of("growth exponent of time with T", exponent(lengths)),
+        Check.of("growth exponent of time with T", float(slope)),
         # That of the last layer, which came last.
         Check.of("batch speed-up for each prompt", batch["speed-up"]),
         Check.of("recovered at 0.49 of the margin", edge["recovered"]),
@@ -217,20 +219,16 @@ def compare(
 
 
 def newton_steps(
-    model: LanguageModel,
-    options: Sequence[Tensor],
-    layer: int,
-    policy: Newton | None = None,
+    model: LanguageModel, options: Sequence[Tensor], layer: int
 ) -> list[int]:
     """Steps from the mean embedding until the true token is nearest, by position."""
-    policy = policy or Newton()
     table = model.embeddings
     counts = []
     for ids in options:
         states = model.states(ids, layer)
         for t, token in enumerate(ids.tolist()):
             step = OneStepMap.after(model, layer, ids[:t])
-            path = policy.path(step, table.mean(0), states[t])
+            path = Newton().path(step, table.mean(0), states[t])
             count = NEVER
             for taken, e in enumerate(islice(path, STEPS + 1)):
                 if int(torch.linalg.vector_norm(table - e, dim=1).argmin()) == token:
@@ -248,15 +246,6 @@ def auto_seconds(model: LanguageModel, options: Sequence[Tensor], lens: Lens) ->
         work = partial(_inverted, ids, states, model, lens.layer, lens=lens)
         times.append(clock(work, model.device))
     return median(times)
-
-
-def exponent(times: dict[int, float]) -> float:
-    """The slope of log time against log size.
-
-    >>> round(exponent({10: 1.0, 20: 2.0, 40: 4.0}), 6)
-    1.0
-    """
-    return float(np.polyfit(np.log(list(times)), np.log(list(times.values())), 1)[0])
 
 
 def together(
@@ -293,7 +282,7 @@ def at_the_edge(
     Recovered: the token is the only one within half the margin. Rival: it is nearest.
     """
     recovered = []
-    rival_wins = []
+    rivals = []
     stream = islice(_positions(model, layers, size, seed), size.positions)
     for layer, prefix, token in progress_bar(stream, "margins", progress):
         step = OneStepMap.after(model, layer, prefix)
@@ -301,16 +290,15 @@ def at_the_edge(
         apart = torch.cdist(states[token, None], states, compute_mode=EXACT)[0]
         apart[token] = torch.inf
         margin, rival = apart.min(0)
+        distances = []
         for part in (0.49, 0.51):
             noisy = torch.lerp(states[token], states[rival], part)
-            distance = torch.linalg.vector_norm(states - noisy, dim=1)
-            nearest = int(distance.argmin())
-            if part < 0.5:
-                alone = int((distance < margin / 2).sum()) == 1
-                recovered.append(alone and nearest == token)
-            else:
-                rival_wins.append(nearest == int(rival))
-    shares = {"recovered": share(recovered), "rival": share(rival_wins)}
+            distances.append(torch.linalg.vector_norm(states - noisy, dim=1))
+        near, beyond = distances
+        alone = int((near < margin / 2).sum()) == 1
+        recovered.append(alone and int(near.argmin()) == token)
+        rivals.append(int(beyond.argmin()) == int(rival))
+    shares = {"recovered": share(recovered), "rival": share(rivals)}
     return shares | {"positions": len(recovered)}
 
 
