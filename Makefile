@@ -1,40 +1,60 @@
 # Everything from a fresh clone: each target sets up .venv first, and does nothing that is already done.
 PYTHON ?= python3.11
 BIN := .venv/bin
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+export CHROMIUM
 export HF_HUB_DISABLE_TELEMETRY = 1
-export CHROMIUM ?= chromium
+# Processes of one thread each: small models gain little from threads, and share caches badly.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+BUILD := $(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going
+# The longest first, so that two processes end together.
+LONG := $(patsubst %,book/%.ipynb,last_state limits stress_tests fast privacy real_models)
 
-.PHONY: demo test lint unit notebooks book site browser lab clean .venv
+# The pages and the printed book, in a browser of the system where there is one.
+ifeq ($(CHROMIUM),)
+IN_A_BROWSER := echo "not run: the pages and the printed book in a browser; for them: apt-get install chromium, then make site"
+else
+IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile tests/site
+endif
+
+.PHONY: demo test quick lint unit notebooks book pages site lab clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
 
-test: browser lint unit notebooks site
+# The pages are made while the notebooks run.
+test: lint unit
+	$(MAKE) -j 2 notebooks pages
+	@$(IN_A_BROWSER)
+
+# The core alone, in a minute.
+quick: lint
+	$(PYTEST) -q -n 2 --dist worksteal $(filter-out sipit_lite/cli.py,$(wildcard sipit_lite/*.py)) \
+		$(filter-out %_cli.py %_book.py %_repository.py %_real.py %_pocket.py,$(wildcard tests/test_*.py))
 
 lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 
-# Two processes of one thread each: small models gain little from threads, and share caches badly.
 unit: .venv
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST) -n 2 --dist worksteal
 
 notebooks: .venv
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts= --nbval --nbval-current-env -n 2 --dist loadscope book
+	$(PYTEST) -o addopts= --nbval --nbval-current-env -n 2 --dist loadscope --no-loadscope-reorder \
+		$(LONG) $(filter-out $(LONG),$(wildcard book/*.ipynb))
 
 book: .venv
-	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going
+	$(BUILD)
 	for page in book/*.ipynb book/*.md; do test -s _build/html/$$(basename $${page%.*}).html || exit 1; done
 
-# The pages and the printed book in a browser of the system.
-site: browser book
-	$(BIN)/jupyter-book build book --config _config.yml --path-output . --builder custom --custom-builder singlehtml -W -n --keep-going
-	$(BIN)/python -m pytest -o addopts= -n 2 --dist loadfile tests/site
+# The same once more as one page, for printing; what the builds say is shown where one fails.
+pages: .venv
+	@mkdir -p _build
+	{ $(MAKE) book && $(BUILD) --builder custom --custom-builder singlehtml; } > _build/log 2>&1 || { cat _build/log; exit 1; }
 
-# Asked first, since it would be missed last.
-browser:
-	@command -v "$(CHROMIUM)" > /dev/null || { echo "got no browser '$(CHROMIUM)'; expected a Chromium, as by: apt-get install chromium; or name yours: make $(MAKECMDGOALS) CHROMIUM=google-chrome" >&2; exit 1; }
+site: pages
+	@$(IN_A_BROWSER)
 
 lab: .venv
 	$(BIN)/jupyter lab book

@@ -61,7 +61,7 @@ SEVERAL = ("--layers", "--lengths", "--kinds", "--ways")
 
 # Locals of a traceback would hold prompts.
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
-# Typer carries click with it since 0.29: this is the base of usage errors either way.
+# Typer carries click with it since 0.29: this is the base of usage errors anyway.
 UsageError = typer.BadParameter.__base__
 
 
@@ -339,6 +339,7 @@ def invert(
     at = captured.layer if layer is None else layer
     options = {"epsilon": epsilon, "seed": seed, "progress": True}
     if last:
+        captured.check(model)
         row = last_row(captured, at)
         found = sl.invert_last(row, model, at, **options, **limits)
     else:
@@ -381,7 +382,7 @@ def last_row(captured: sl.Captured, layer: int) -> Tensor:
 
 
 def lens_of(path: str, model: LanguageModel, layer: int) -> sl.Lens:
-    """The lens of a file, or a new one, which is written to it where that is possible."""
+    """The lens of a file, or a new one, which is written to it if that is possible."""
     if Path(path).exists():
         return sl.Lens.load(path, model)
     # Before the fit, which takes half a minute.

@@ -84,7 +84,7 @@ def no_assert(notebook: NotebookNode) -> list[str]:
 
 
 def long_cells(notebook: NotebookNode) -> list[str]:
-    """A longer cell should be a function of the package."""
+    """A longer cell should be shorter, or two."""
     lengths = [
         (len(cell.source.splitlines()), cell.source[:80])
         for cell in code_cells(notebook)
