@@ -1,9 +1,13 @@
 """Last-token states of many prompts, in one pass each, and their shards on disk."""
 
-from collections.abc import Sequence
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from jaxtyping import Float
@@ -16,7 +20,7 @@ from sipit_lite.memory import advised
 from sipit_lite.model import LanguageModel, ModelError, StatesError
 
 SHARD = 4096  # prompts in a file
-TOKENS = 2048  # tokens in a pass: enough for the matrix products, few enough to stay in cache
+TOKENS = 2048  # tokens in a pass: enough for the matrix products, and still in cache
 
 
 def last_states(
@@ -27,108 +31,114 @@ def last_states(
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "layers prompts d_model"]:
-    """Last-token states of many prompts of any lengths at the layers asked for, on the CPU, in one pass each.
+    """Last-token states of many prompts of any lengths, on the CPU, in one pass each.
 
-    Prompts of one length share a batch. With ``folder``, every ``SHARD`` prompts are written to a safetensors file as
-    soon as they are done, so a run that was interrupted goes on where it stopped; a shard that is damaged, or of
-    another model, other layers or other prompts, is computed again.
-    Raises ``ModelError`` for a bad layer or prompt, or a pass that does not fit into memory, ``StatesError`` for no
-    prompt or layer, or a folder that cannot be written to (the shards finished by then stay).
+    Parameters
+    ----------
+    folder: keeps the states of every ``SHARD`` prompts in a file, so that a stopped run
+        goes on and processes share the work. A shard that is damaged, or of another
+        model, other layers or other prompts, is made anew.
+
+    Raises
+    ------
+    ModelError: for a bad layer or prompt, or a pass that does not fit into memory.
+    StatesError: for no prompt or layer, or a folder that cannot be written to.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> last_states(model, [model.encode("hidden"), model.encode("hidden states")], [1, 6]).shape[::2]
-    torch.Size([2, 256])
+    >>> prompts = [model.encode("hidden"), model.encode("hidden states")]
+    >>> last_states(model, prompts, [1, 6]).shape
+    torch.Size([2, 2, 256])
     """
     if len(prompts) == 0 or len(layers) == 0:
-        raise StatesError(
-            f"got {len(prompts)} prompts and {len(layers)} layers; expected at least one of each"
-        )
+        got = f"got {len(prompts)} prompts and {len(layers)} layers"
+        raise StatesError(f"{got}; expected at least one of each")
     for layer in layers:
         model.check_layer(layer)
     for prompt in prompts:
         model.check_ids(prompt)
-    if folder is not None:
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StatesError(
-                f"got the folder {str(folder)!r}, which cannot be made ({error})"
-            ) from error
+    # Prompts of one length share a batch.
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    found = torch.empty(len(layers), len(prompts), model.d_model, dtype=model.dtype)
-    bar = tqdm(
-        total=len(prompts), desc="last states", disable=None if progress else True
-    )
-    for number, first in enumerate(range(0, len(prompts), SHARD)):
-        rows = by_length[first : first + SHARD]
-        shard = [prompts[row] for row in rows]
+    starts = list(range(0, len(prompts), SHARD))
+    # Processes that share a folder go through it each in its own order, and seldom
+    # compute the same shard.
+    random.Random().shuffle(starts)
+    states = torch.empty(len(layers), len(prompts), model.d_model, dtype=model.dtype)
+    bar = tqdm(total=len(prompts), desc="last states", disable=not progress or None)
+    for start in starts:
+        rows = by_length[start : start + SHARD]
+        part = [prompts[row] for row in rows]
         if folder is None:
-            found[:, rows] = _last_states(model, shard, layers)
+            states[:, rows] = _last_states(model, part, layers)
         else:
-            found[:, rows] = _shard(
-                Path(folder) / f"shard-{number:05d}.safetensors", model, shard, layers
-            )
+            path = Path(folder) / f"shard-{start // SHARD:05d}.safetensors"
+            states[:, rows] = _shard(path, model, part, layers)
         bar.update(len(rows))
-    return found
+    return states
+
+
+@contextmanager
+def replacing(path: Path, kind: type[Exception]) -> Iterator[Path]:
+    """A new path to write to, which takes the name of ``path`` if all goes well.
+
+    So an earlier file stays intact until then, and two processes never write into one.
+    Where nothing can be written, an error of ``kind`` says so in one line.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}-{uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        got = f"got {str(path)!r}, where no file can be written"
+        raise kind(f"{got} ({' '.join(str(error).split())})") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """SHA-256 of tensors' formats, shapes and bytes."""
+    hashed = sha256()
+    for tensor in tensors:
+        hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        hashed.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def _last_states(
     model: LanguageModel, prompts: Sequence[Tensor], layers: Sequence[int]
 ) -> Float[Tensor, "layers prompts d_model"]:
     """The states of prompts sorted by length."""
-    cut, found = (
-        model.cut(max(*layers, 1)),
-        [],
-    )  # layer 0 is what enters the first block, so that one has to run
+    # Layer 0 is what enters the first block, so that one has to run.
+    cut = model.cut(max(*layers, 1))
+    parts = []
     for length, group in groupby(prompts, key=len):
         for ids in torch.stack(list(group)).split(max(1, TOKENS // length)):
-            fits = advised(
-                f"{len(ids)} prompts of {length} tokens", model.dtype, ModelError
-            )
+            what = f"{len(ids)} prompts of {length} tokens"
+            fits = advised(what, model.dtype, ModelError)
             with fits, torch.inference_mode(), model.tapped(layers) as states:
-                cut(
-                    inputs_embeds=model.embeddings[ids.to(model.device)],
-                    use_cache=False,
-                )
-                found.append(
-                    torch.stack([states[layer][:, -1] for layer in layers]).cpu()
-                )
-    return torch.cat(found, 1)
+                rows = model.embeddings[ids.to(model.device)]
+                cut(inputs_embeds=rows, use_cache=False)
+                last = [states[layer][:, -1] for layer in layers]
+                parts.append(torch.stack(last).cpu())
+    return torch.cat(parts, 1)
 
 
 def _shard(
     path: Path, model: LanguageModel, prompts: Sequence[Tensor], layers: Sequence[int]
 ) -> Float[Tensor, "layers prompts d_model"]:
-    """A shard from the disk where it is whole and the right one, else computed and written."""
-    asked = _digest([*prompts, torch.tensor(layers)]) + model.fingerprint
+    """A shard from the disk if it is intact and the right one, else made and written."""
+    of = digest([*prompts, torch.tensor(layers)]) + model.fingerprint
     try:
         with safe_open(path, framework="pt") as stored:
-            states, told = stored.get_tensor("states"), stored.metadata() or {}
-        if told.get("of") == asked and told.get("digest") == _digest([states]):
+            states = stored.get_tensor("states")
+            metadata = stored.metadata() or {}
+        if (metadata.get("of"), metadata.get("digest")) == (of, digest([states])):
             return states
     except (OSError, SafetensorError):
-        pass  # not there yet, or damaged: it is made anew
-    states = _last_states(model, prompts, layers).contiguous()
-    half = path.with_suffix(
-        ".part"
-    )  # a name that is never read: only a whole file gets the name of a shard
-    try:
-        save_file({"states": states}, half, {"of": asked, "digest": _digest([states])})
-        half.replace(path)
-    except (OSError, SafetensorError) as error:
-        if half.exists():
-            half.unlink()
-        raise StatesError(
-            f"got the folder {str(path.parent)!r}, where {path.name} cannot be written ({error})"
-        ) from error
+        pass  # not there yet, or damaged: made anew
+    with replacing(path, StatesError) as part:
+        states = _last_states(model, prompts, layers).contiguous()
+        save_file({"states": states}, part, {"of": of, "digest": digest([states])})
     return states
-
-
-def _digest(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 of tensors' shapes and bytes."""
-    digest = sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

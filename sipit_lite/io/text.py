@@ -1,8 +1,8 @@
-"""Prompts to feed a model: passages that travel with the package, text of the Python install, random tokens.
+"""Prompts to feed a model: windows of text, or random tokens, all offline.
 
-Two sources of text, both offline. ``"bundled"`` is a small fixed set of held-out passages of the Python
-standard library, so that what the book quotes never changes. ``"installed"`` is every docstring and source
-file of the running Python and its packages: millions of tokens for bulk work, different on every machine.
+``"bundled"`` text is a small fixed set of held-out passages of the Python standard
+library, so what the book quotes never changes. ``"installed"`` text is every docstring
+and source file of the running Python: millions of tokens, others on every machine.
 """
 
 import ast
@@ -23,17 +23,20 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-KINDS, SPLITS, SOURCES = (
-    ("prose", "code", "random"),
-    ("train", "held-out"),
-    ("bundled", "installed"),
-)
+from sipit_lite.model import SipItError
+
+KINDS = ("prose", "code", "random")
+SPLITS = ("train", "held-out")
+SOURCES = ("bundled", "installed")
 HELD_OUT_ONE_IN = 16
-MAX_FILE_BYTES = (
-    200_000  # larger sources are generated tables, not code that people wrote
-)
+# Larger sources are generated tables, not code that people wrote.
+MAX_FILE_BYTES = 200_000
 _SENTENCES = re.compile(r"[A-Z][^\n]*[.:!?]", re.DOTALL)
 _NOT_PROSE = re.compile(r">>>|\.\. |--|==|\|| {4}|[{}<>\\]")
+
+
+class TextError(SipItError):
+    """Text of an unknown kind, or too little of it."""
 
 
 def prompts(
@@ -45,105 +48,147 @@ def prompts(
     source: str = "bundled",
     split: str = "held-out",
 ) -> Iterator[Int[Tensor, " pos"]]:
-    """Yield prompts of exactly ``length`` tokens: windows of text that do not overlap, or random tokens for ever.
+    """Yield windows of text that do not overlap, or random tokens without end.
 
-    ``kind`` is prose, code or random; ``source`` bundled or installed; ``split``, of installed text, train or
-    held-out. ``seed`` shuffles the passages; the same seed gives the same prompts. ``"installed"`` text comes in the
-    order of the files, because shuffling it would mean reading all of it first.
-    Raises ``ValueError`` for an unknown kind, source or split, or a length below one.
+    Parameters
+    ----------
+    kind, source, split: one of ``KINDS``, ``SOURCES``, ``SPLITS`` (installed text only)
+    seed: shuffles the bundled passages, or draws the random tokens
+
+    Raises
+    ------
+    TextError: for another kind, source or split, or a length below one.
 
     >>> from sipit_lite import load
     >>> [len(ids) for ids, _ in zip(prompts(load().tokenizer, "prose", 8), range(3))]
     [8, 8, 8]
     """
-    for name, value, known in (
-        ("kind", kind, KINDS),
-        ("source", source, SOURCES),
-        ("split", split, SPLITS),
-    ):
+    for value, known in ((kind, KINDS), (source, SOURCES), (split, SPLITS)):
         if value not in known:
-            raise ValueError(f"got {name}={value!r}; expected one of {known}")
+            raise TextError(f"got {value!r}; expected one of {known}")
     if length < 1:
-        raise ValueError(f"got length={length}; a prompt has at least one token")
+        raise TextError(f"got length={length}; a prompt has at least one token")
     generator = torch.Generator().manual_seed(seed)
-    if kind == "random":
-        while True:
-            yield torch.randint(len(tokenizer), (length,), generator=generator)
+    while kind == "random":
+        yield torch.randint(len(tokenizer), (length,), generator=generator)
     if source == "installed":
+        # In the order of the files: a shuffle would have to read all of them first.
         passages: Iterable[str] = installed(kind, split)
     else:
         texts = bundled(kind)
         passages = (texts[i] for i in torch.randperm(len(texts), generator=generator))
     for passage in passages:
         ids = tokenizer(passage, return_tensors="pt", verbose=False)["input_ids"][0]
-        yield from (
-            ids[: len(ids) // length * length].split(length)
-            if len(ids) >= length
-            else ()
-        )
+        # What is left at the end of a passage and fills no window is dropped.
+        for first in range(0, len(ids) - length + 1, length):
+            yield ids[first : first + length]
 
 
-def distinct(
+def windows(
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     length: int,
     *,
     kinds: Sequence[str] = ("prose", "code"),
-    seed: int = 0,
-    source: str = "installed",
+    source: str = "bundled",
     split: str = "train",
+    seed: int = 0,
 ) -> list[Int[Tensor, " pos"]]:
-    """``count`` different prompts of ``length`` tokens, the kinds in turn; where one ends, the others go on.
+    """``prompts`` of several kinds in turn, until ``count`` differ or the text ends.
 
-    Raises ``ValueError`` where the text does not hold so many, and for what ``prompts`` refuses.
+    Repeated ones stay in; where one kind ends, the others go on.
+    """
+    options = {"seed": seed, "source": source, "split": split}
+    streams = [prompts(tokenizer, kind, length, **options) for kind in kinds]
+    taken = []
+    seen = set()
+    for ids in chain.from_iterable(zip_longest(*streams)):
+        if len(seen) >= count:
+            break
+        # ``zip_longest`` puts None where a kind has ended.
+        if ids is not None:
+            taken.append(ids)
+            seen.add(tuple(ids.tolist()))
+    return taken
+
+
+def distinct(
+    tokenizer: PreTrainedTokenizerBase, count: int, length: int, **options: object
+) -> list[Int[Tensor, " pos"]]:
+    """``count`` different prompts of ``length`` tokens, with the options of ``windows``.
+
+    Raises ``TextError`` where the text does not hold so many, and as ``prompts`` does.
 
     >>> from sipit_lite import load
-    >>> len({tuple(ids.tolist()) for ids in distinct(load().tokenizer, 50, 8, source="bundled")})
+    >>> len(distinct(load().tokenizer, 50, 8, source="bundled"))
     50
     """
-    streams = [
-        prompts(tokenizer, kind, length, seed=seed, source=source, split=split)
-        for kind in kinds
-    ]
-    found: dict[tuple[int, ...], Tensor] = {}
-    for some in zip_longest(*streams):
-        found |= {tuple(ids.tolist()): ids for ids in some if ids is not None}
-        if len(found) >= count:
-            return list(found.values())[:count]
-    raise ValueError(
-        f"got count={count}; the {source} {' and '.join(kinds)} hold {len(found)} prompts of {length} tokens"
-    )
+    chosen = different(windows(tokenizer, count, length, **options))
+    if len(chosen) < count:
+        held = (
+            f"the text {options or ''} holds {len(chosen)} prompts of {length} tokens"
+        )
+        raise TextError(f"got count={count}; {held}")
+    return chosen
+
+
+def different(prompts: Iterable[Tensor]) -> list[Tensor]:
+    """The prompts without those that occurred before.
+
+    >>> [ids.tolist() for ids in different(torch.tensor([[1, 2], [3, 4], [1, 2]]))]
+    [[1, 2], [3, 4]]
+    """
+    first: dict[tuple[int, ...], Tensor] = {}
+    for ids in prompts:
+        first.setdefault(tuple(ids.tolist()), ids)
+    return list(first.values())
 
 
 @cache
 def bundled(kind: str) -> tuple[str, ...]:
-    """The held-out passages of one kind that travel with the package (Python standard library, PSF licence).
+    """The held-out passages that travel with the package (standard library, PSF).
 
     >>> all(len(passage) >= 300 for passage in bundled("prose"))
     True
     """
-    stored = json.loads(
-        (files("sipit_lite") / "pocket_gpt2" / "held_out.json").read_text(
-            encoding="utf-8"
-        )
-    )
+    path = files("sipit_lite") / "pocket_gpt2" / "held_out.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
     return tuple(passage["text"] for passage in stored[kind])
 
 
 def installed(kind: str, split: str = "train") -> Iterator[str]:
-    """Yield documents of the running Python install, one per source file, of one kind and one split.
+    """Yield the documents of the running Python, one per source file.
 
-    A file belongs to one split by the hash of its name, so a patch release moves nothing across.
-    Paragraphs of held-out files are cut out of the training files: no paragraph stands in both splits.
+    Paragraphs of held-out files are cut out of the training files: no paragraph stands
+    in both splits.
 
     >>> len(next(installed("code", "held-out"))) > 0
     True
     """
-    held_out = _paragraphs_held_out(kind) if split == "train" else frozenset()
-    for _, text in _documents(kind, split):
-        kept = [p for p in paragraphs(text) if p.strip() not in held_out]
-        if kept:
-            yield "\n\n".join(kept)
+    unwanted = _held_out(kind) if split == "train" else frozenset()
+    for text in _documents(kind, split):
+        wanted = [p for p in paragraphs(text) if p.strip() not in unwanted]
+        if wanted:
+            yield "\n\n".join(wanted)
+
+
+def _documents(kind: str, split: str) -> Iterator[str]:
+    """Text of the source files of one split, and of pydoc's topics as prose.
+
+    A file belongs to one split by the hash of its name, so that a patch release moves
+    nothing across.
+    """
+    if kind == "prose":
+        for name, text in sorted(topics.items()):
+            if _split_of(f"pydoc_data/topics/{name}") == split:
+                yield _prose(paragraphs(text))
+    for folder in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
+        for path in sorted(Path(folder).rglob("*.py")):
+            name = path.relative_to(folder)
+            # Packages are a folder of their own; our own sources change too often.
+            ours = {"site-packages", "sipit_lite"} & set(name.parts)
+            if not ours and _split_of(name.as_posix()) == split:
+                yield _read(path, kind)
 
 
 def paragraphs(text: str) -> list[str]:
@@ -156,9 +201,9 @@ def paragraphs(text: str) -> list[str]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as English sentences rather than a table, an example or a signature.
+    """Whether a paragraph is English sentences, not a table, example or signature.
 
-    >>> is_prose("Return the number of times that the given value occurs in the list, as an integer.")
+    >>> is_prose("Return how many times the value occurs in the list, as an integer.")
     True
     >>> is_prose("x : array_like, shape (n,)")
     False
@@ -173,96 +218,39 @@ def is_prose(paragraph: str) -> bool:
 
 
 @cache
-def _paragraphs_held_out(kind: str) -> frozenset[str]:
-    return frozenset(
-        p.strip() for _, text in _documents(kind, "held-out") for p in paragraphs(text)
-    )
+def _held_out(kind: str) -> frozenset[str]:
+    """All paragraphs of the held-out documents."""
+    documents = map(paragraphs, _documents(kind, "held-out"))
+    return frozenset(p.strip() for p in chain.from_iterable(documents))
 
 
 def _split_of(name: str) -> str:
-    digest = hashlib.sha256(name.encode()).digest()
-    return (
-        "held-out"
-        if int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
-        else "train"
-    )
-
-
-def _documents(
-    kind: str, split: str, roots: Iterable[Path] | None = None
-) -> Iterator[tuple[str, str]]:
-    everywhere = (standard_library(), Path(sysconfig.get_path("purelib")))
-    if kind == "prose":
-        yield from (
-            (name, text)
-            for name, text in _topics()
-            if _split_of(name) == split and text
-        )
-    for name, path in _sources(roots or everywhere):
-        text = _read(path, kind) if _split_of(name) == split else ""
-        if text:
-            yield name, text
-
-
-def _topics() -> Iterator[tuple[str, str]]:
-    for name, text in sorted(topics.items()):
-        yield f"pydoc_data/topics/{name}", _prose(paragraphs(text))
-
-
-def standard_library() -> Path:
-    """The folder of the running Python's standard library.
-
-    >>> (standard_library() / "ast.py").exists()
-    True
-    """
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def standard_library_documents(kind: str) -> Iterator[tuple[str, str]]:
-    """Held-out documents of the standard library alone, with their names: one source, one licence."""
-    yield from _documents(kind, "held-out", [standard_library()])
-
-
-def _sources(roots: Iterable[Path]) -> Iterator[tuple[str, Path]]:
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            name = path.relative_to(root)
-            if "site-packages" not in name.parts and "sipit_lite" not in name.parts:
-                yield name.as_posix(), path
+    """The split that a file belongs to, whatever stands in it."""
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    return "held-out" if number % HELD_OUT_ONE_IN == 0 else "train"
 
 
 def _read(path: Path, kind: str) -> str:
+    """The source of a file, or the prose of its docstrings; empty where unreadable."""
     try:
-        source = (
-            path.read_text(encoding="utf-8")
-            if path.stat().st_size <= MAX_FILE_BYTES
-            else ""
-        )
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return (
-        source
-        if kind == "code"
-        else _prose(chain.from_iterable(map(paragraphs, _docstrings(source))))
-    )
-
-
-def _docstrings(source: str) -> Iterator[str]:
-    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            return ""
+        source = path.read_text(encoding="utf-8")
+        if kind == "code":
+            return source
+        # Old sources warn of invalid escapes, which is not our caller's concern.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(
-            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        ):
-            yield ast.get_docstring(node) or ""
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+        return ""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
+    docstrings = (ast.get_docstring(node) or "" for node in nodes)
+    return _prose(chain.from_iterable(map(paragraphs, docstrings)))
 
 
 def _prose(candidates: Iterable[str]) -> str:
     """Join the paragraphs that are prose, each once, unwrapped to one line."""
-    return "\n\n".join(
-        dict.fromkeys(" ".join(p.split()) for p in candidates if is_prose(p))
-    )
+    lines = (" ".join(p.split()) for p in candidates if is_prose(p))
+    return "\n\n".join(dict.fromkeys(lines))

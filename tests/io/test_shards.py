@@ -55,9 +55,8 @@ def test_last_states_resume_and_mend(
     first = last_states(pocket, prompts, layers, folder=tmp_path)
     assert torch.equal(first, last_states(pocket, prompts, layers))
     files = sorted(tmp_path.iterdir())
-    assert [path.name for path in files] == [
-        f"shard-{i:05d}.safetensors" for i in range(3)
-    ]
+    names = [f"shard-{i:05d}.safetensors" for i in range(3)]
+    assert [path.name for path in files] == names
     flipped = bytearray(files[0].read_bytes())
     flipped[-5] ^= 1
     files[0].write_bytes(flipped)
@@ -118,18 +117,59 @@ def test_a_full_disk_is_an_error_and_keeps_what_is_done(
     """The second shard cannot be written: the first stays, no half-written file is left, the message says where."""
     monkeypatch.setattr(shards, "SHARD", 4)
     honest = shards.save_file
+    written = []
 
     def full(tensors: dict, path: Path, metadata: dict) -> None:
         honest(tensors, path, metadata)
-        if "00001" in str(path):
+        written.append(path.name.split(".")[0])
+        if len(written) == 2:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(
-        StatesError, match=r"shard-00001.safetensors cannot be written.*No space left"
+        StatesError, match=r"shard-0000..safetensors', where no file can.*No space left"
     ):
         last_states(pocket, ragged(pocket), [2], folder=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
+    assert [path.stem for path in tmp_path.iterdir()] == written[:1]
+
+
+def test_two_processes_share_a_folder(
+    pocket: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one writes a shard, another finishes the same one: both names differ."""
+    monkeypatch.setattr(shards, "SHARD", 4)
+    prompts = ragged(pocket)
+    honest = shards.save_file
+    parts = set()
+
+    def overtaken(tensors: dict, path: Path, metadata: dict) -> None:
+        parts.add(path.name)
+        if len(parts) == 1:
+            last_states(pocket, prompts, [2], folder=tmp_path)
+        honest(tensors, path, metadata)
+
+    monkeypatch.setattr(shards, "save_file", overtaken)
+    states = last_states(pocket, prompts, [2], folder=tmp_path)
+    assert torch.equal(states, last_states(pocket, prompts, [2]))
+    assert len(parts) == 4, "three shards, one of them written twice"
+    assert len(list(tmp_path.iterdir())) == 3, "and nothing half-written stays"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    pocket: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is computed."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(shards, "_last_states", lambda *_: pytest.fail("computed"))
+    with pytest.raises(StatesError, match=r"file/folder/shard-0.*where no file can be"):
+        last_states(pocket, ragged(pocket), [2], folder=tmp_path / "file" / "folder")
+
+
+def test_nothing_global_is_drawn_from(pocket: LanguageModel, tmp_path: Path) -> None:
+    """The caller's generator goes on as it was."""
+    before = torch.get_rng_state()
+    last_states(pocket, ragged(pocket), [2], folder=tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(
