@@ -1,4 +1,4 @@
-"""How close should N points be? Null models for the closest pair, and the shape of a cloud (chapters 7, 8)."""
+"""How close should N points be? Null models, and the shape of a cloud (chapters 7, 8)."""
 
 import math
 
@@ -11,65 +11,91 @@ from sipit_lite.collisions import closest_pairs
 from sipit_lite.model import StatesError
 from sipit_lite.onestep import EXACT
 
+Number = float | int
 
-def birthday_minimum(
-    n: int, dimension: float | int, radius: float | int = 1.0
-) -> float:
-    """Median of the smallest distance among n points drawn uniformly from a sphere of that dimension and radius.
 
-    Two points are within r with probability p(r) = ½·I(dimension/2, ½; sin²φ), r = 2·radius·sin(φ/2): the share of a
-    cap. The n(n − 1)/2 pairs are treated as independent (the birthday argument), so the median solves
-    n(n − 1)/2 · p(r) = ln 2. Dimension 2 is the ordinary sphere; it need not be an integer.
-    Raises ``ValueError`` for fewer than three points, or a dimension or radius that is not positive.
+def birthday_count(distance: Number, dimension: Number, radius: Number = 1.0) -> float:
+    """How many points on a sphere come within ``distance`` with probability one half.
 
-    >>> round(birthday_minimum(100_000, 1.0) * 100_000**2, 3)  # on a circle of length 2π: 2π ln 2
+    Two points are within r with probability p(r) = ½·I(dimension/2, ½; sin²φ), where
+    r = 2·radius·sin(φ/2): the share of a cap. The n(n − 1)/2 pairs are treated as
+    independent (the birthday argument), so n solves n(n − 1)/2 · p(r) = ln 2. Dimension
+    2 is the ordinary sphere; it need not be an integer.
+
+    Raises
+    ------
+    StatesError: unless 0 < distance < √2·radius and the dimension is positive.
+
+    >>> round(birthday_count(birthday_minimum(1000, 5), 5))
+    1000
+    """
+    if not 0 < distance < math.sqrt(2) * radius or not dimension > 0:
+        raise StatesError(
+            f"got distance={distance}, dimension={dimension}, radius={radius}; expected"
+            " 0 < distance < √2·radius and a positive dimension"
+        )
+    # mpmath, because in many dimensions the share is below the smallest float64.
+    angle = 2 * mpmath.asin(mpmath.mpf(distance) / (2 * radius))
+    square = mpmath.sin(angle) ** 2
+    share = mpmath.betainc(dimension / 2, 0.5, 0, square, regularized=True) / 2
+    return float((1 + mpmath.sqrt(1 + 8 * mpmath.log(2) / share)) / 2)
+
+
+def birthday_minimum(n: int, dimension: Number, radius: Number = 1.0) -> float:
+    """Median of the smallest distance of n uniform points: ``birthday_count`` inverted.
+
+    Raises
+    ------
+    StatesError: for fewer than three points, or a dimension or radius not positive.
+
+    >>> round(birthday_minimum(100_000, 1.0) * 100_000**2, 3)  # a circle: 2π ln 2
     4.355
     """
     if n < 3 or not dimension > 0 or not radius > 0:
-        raise ValueError(
-            f"got n={n}, dimension={dimension}, radius={radius}; expected n ≥ 3, and the others positive"
+        raise StatesError(
+            f"got n={n}, dimension={dimension}, radius={radius}; expected n ≥ 3, and "
+            "the others positive"
         )
-    wanted = math.log(2) / (n * (n - 1) / 2)
-    low, high = (
-        0.0,
-        math.pi / 2,
-    )  # the angle: at a right angle the share is one half, more than any n ≥ 3 asks for
-    for _ in range(200):
+    low = 0.0
+    # At a right angle the share is one half, more than any n ≥ 3 needs.
+    high = math.sqrt(2) * radius * (1 - 1e-15)
+    while high - low > 1e-15 * high:
         middle = (low + high) / 2
-        share = (
-            mpmath.betainc(
-                dimension / 2, 0.5, 0, math.sin(middle) ** 2, regularized=True
-            )
-            / 2
-        )
-        low, high = (middle, high) if share < wanted else (low, middle)
-    return 2 * radius * math.sin(high / 2)
+        if birthday_count(middle, dimension, radius) > n:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def gaussian_minimum(states: Float[Tensor, "n d_model"], seed: int = 0) -> float:
-    """The smallest distance among N draws from the normal law with the mean and covariance of the N states given.
+    """The smallest distance of n normal draws with the states' covariance.
 
     Raises ``StatesError`` for what ``closest_pairs`` refuses.
 
-    >>> states = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
-    >>> 0 < gaussian_minimum(states) < 1
+    >>> x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    >>> 0 < gaussian_minimum(x) < 1
     True
     """
     centred = states.double() - states.double().mean(0)
-    spread, axes = torch.linalg.eigh(centred.T @ centred / len(states))
-    drawn = torch.randn(
-        states.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    return closest_pairs(
-        drawn.to(states.device) * spread.clamp_min(0).sqrt() @ axes.T, 1
-    ).minimum
+    variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(states.shape, generator=generator, dtype=torch.float64)
+    # A variance of zero may come out slightly negative.
+    scales = variances.clamp_min(0).sqrt()
+    return closest_pairs(drawn.to(states.device) * scales @ axes.T, 1).minimum
 
 
 def intrinsic_dimension(states: Float[Tensor, "n d_model"]) -> float:
-    """How many dimensions the cloud has locally: the TwoNN estimate of Facco et al. (2017), by maximum likelihood.
+    """How many dimensions the cloud has locally: TwoNN (Facco et al., 2017).
 
-    The ratio of a point's second to first neighbour distance follows a Pareto law; the dimension is its exponent.
-    Compares all pairs: meant for a few thousand rows. Raises ``StatesError`` for fewer than three or equal rows.
+    The ratio of a point's second to first neighbour distance follows a Pareto law; the
+    dimension is its exponent, by maximum likelihood. Compares all pairs: meant for a
+    few thousand rows.
+
+    Raises
+    ------
+    StatesError: for fewer than three rows, or equal ones.
 
     >>> flat = torch.zeros(2000, 50)
     >>> flat[:, :3] = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
@@ -77,28 +103,24 @@ def intrinsic_dimension(states: Float[Tensor, "n d_model"]) -> float:
     True
     """
     if len(states) < 3:
-        raise StatesError(
-            f"got {len(states)} rows; the two nearest neighbours of each need at least 3"
-        )
-    x, logs = states.double(), []
+        got = f"got {len(states)} rows"
+        raise StatesError(f"{got}; the two nearest neighbours of each need at least 3")
+    x = states.double()
+    logs = []
     for rows in x.split(256):
-        first, second = (
-            torch.cdist(rows, x, compute_mode=EXACT)
-            .topk(3, largest=False)
-            .values[:, 1:]
-            .unbind(1)
-        )
+        distances = torch.cdist(rows, x, compute_mode=EXACT)
+        # The nearest of all is the row itself.
+        _, first, second = distances.topk(3, largest=False).values.unbind(1)
         logs.append((second / first).log())
     total = float(torch.cat(logs).sum())
     if not 0 < total < math.inf:
-        raise StatesError(
-            "got equal rows, or neighbours that are all equally far; the ratio of distances says nothing"
-        )
+        got = "got equal rows, or neighbours that are all equally far"
+        raise StatesError(f"{got}; the ratio of distances says nothing")
     return (len(states) - 1) / total
 
 
 def anisotropy(states: Float[Tensor, "n d_model"]) -> float:
-    """Share of the variance along the direction of largest variance: 1/d for a round cloud, 1 for a line.
+    """Share of the variance along its leading axis: 1/d for a round cloud, 1 on a line.
 
     >>> anisotropy(torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 4.0]]))
     1.0

@@ -27,7 +27,7 @@ from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.corpora import from_source
 from sipit_lite.io.loading import shortened
 from sipit_lite.io.shards import last_states
-from sipit_lite.io.text import distinct
+from sipit_lite.io.text import different, distinct, windows
 from sipit_lite.model import LanguageModel, ModelError, SipItError
 from sipit_lite.onestep import OneStepMap
 from sipit_lite.recovery import NotVerified, Recovery
@@ -92,7 +92,7 @@ def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
     """Smallest, mean and largest distance by length of the prompts, at the last layer."""
     layers = _layers(model, plan, ("last",))
     longest = replace(plan, length=max(plan.lengths))
-    prompts = torch.stack(survey.different(texts(model, plan.prompts, longest)))
+    prompts = torch.stack(different(texts(model, plan.prompts, longest)))
     # The begin-of-text token is in front, and not counted.
     ends = [length + (model.begin is not None) for length in plan.lengths]
     keep = {"folder": plan.shards, "progress": plan.progress}
@@ -108,7 +108,7 @@ def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
 
 def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
     """The closest prompts, each continued by every token: all pairs within each."""
-    prompts = survey.different(texts(model, plan.prompts, plan))
+    prompts = different(texts(model, plan.prompts, plan))
     layers = _layers(model, plan, ("last",))
     keep = {"folder": plan.shards, "progress": plan.progress}
     states = last_states(model, prompts, layers[-1:], **keep)[0].to(model.device)
@@ -160,7 +160,7 @@ def shape(model: LanguageModel, plan: Plan) -> list[Row]:
 
     The definitions are those of chapter 8, and need not be the paper's.
     """
-    prompts = survey.different(texts(model, plan.prompts, plan))
+    prompts = different(texts(model, plan.prompts, plan))
     layers = list(plan.layers) or range(1, model.n_layers + 1)
     generator = torch.Generator().manual_seed(plan.seed)
     order = torch.randperm(model.vocab_size, generator=generator)
@@ -393,7 +393,7 @@ def texts(
     if plan.source == "corpora":
         found = from_source(*which, **options, folder=plan.shards)
     elif split is None:
-        found = survey.windows(*which, **options)[:count]
+        found = windows(*which, **options)[:count]
     else:
         found = distinct(*which, **options, split=split)
     return [_with_begin(model, ids) for ids in found]

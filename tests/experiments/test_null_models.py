@@ -8,6 +8,7 @@ import torch
 from sipit_lite import StatesError
 from sipit_lite.experiments.null_models import (
     anisotropy,
+    birthday_count,
     birthday_minimum,
     gaussian_minimum,
     intrinsic_dimension,
@@ -16,7 +17,7 @@ from sipit_lite.experiments.null_models import (
 
 @pytest.mark.parametrize(("dimension", "n"), [(1, 60), (2, 200), (7, 300)])
 def test_birthday_minimum_against_simulation(dimension: int, n: int) -> None:
-    """Half of the simulated clouds on the sphere have a smaller minimum than the median the formula gives."""
+    """Half of the simulated clouds have a minimum below the median of the formula."""
     generator = torch.Generator().manual_seed(dimension)
     smallest = []
     for _ in range(400):
@@ -31,6 +32,28 @@ def test_birthday_minimum_grows_with_dimension_and_shrinks_with_n() -> None:
     """More room, farther apart; more points, closer."""
     assert birthday_minimum(1000, 5) < birthday_minimum(1000, 20) < math.sqrt(2)
     assert birthday_minimum(10**6, 20) < birthday_minimum(1000, 20)
+
+
+@pytest.mark.parametrize("dimension", [1.0, 2.5, 9.0])
+@pytest.mark.parametrize("n", [50, 10_000])
+def test_birthday_count_is_the_inverse_of_the_minimum(n: int, dimension: float) -> None:
+    """There and back."""
+    minimum = birthday_minimum(n, dimension, 3.0)
+    assert birthday_count(minimum, dimension, 3.0) == pytest.approx(n, rel=1e-6)
+
+
+def test_birthday_count_on_a_circle_in_closed_form() -> None:
+    """On a circle two points are within an angle φ with probability φ/π."""
+    share = 2 * math.asin(0.5e-6) / math.pi
+    wanted = (1 + math.sqrt(1 + 8 * math.log(2) / share)) / 2
+    assert birthday_count(1e-6, 1.0) == pytest.approx(wanted)
+
+
+def test_birthday_minimum_on_the_sphere_in_closed_form() -> None:
+    """The cap is a disc whose radius is the chord (Archimedes)."""
+    for n in (3, 1000, 10**9):
+        wanted = 2 * 5 * math.sqrt(2 * math.log(2) / (n * (n - 1)))
+        assert birthday_minimum(n, 2, 5) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_gaussian_minimum_has_the_covariance_of_the_states() -> None:
@@ -71,8 +94,11 @@ def test_anisotropy_between_round_and_flat() -> None:
 def test_bad_input() -> None:
     """Each refusal quotes what came."""
     for arguments in ((2, 3.0), (10, 0.0), (10, 3.0, -1.0), (10, math.nan)):
-        with pytest.raises(ValueError, match="expected n ≥ 3"):
+        with pytest.raises(StatesError, match="expected n ≥ 3"):
             birthday_minimum(*arguments)
+    for arguments in ((0.0, 3.0), (1.5, 3.0), (0.1, 0.0), (math.nan, 2.0)):
+        with pytest.raises(StatesError, match="expected 0 < distance"):
+            birthday_count(*arguments)
     with pytest.raises(StatesError, match="got 2 rows"):
         intrinsic_dimension(torch.zeros(2, 4))
     with pytest.raises(StatesError, match="equal rows"):
