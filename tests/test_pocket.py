@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2LMHeadModel
 
+from sipit_lite import load
+from sipit_lite.io.text import bundled
 from sipit_lite.pocket_gpt2 import train as pocket
 
 
@@ -22,12 +25,14 @@ def random_data() -> dict[str, Tensor]:
 def test_an_interrupted_training_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C after the checkpoint of step 2 of 3, then again from the start: the weights of an unbroken run."""
+    """Ctrl-C after the checkpoint of step 2 of 3, then the same call again."""
     monkeypatch.setattr(pocket, "BATCH", 2)
     data, honest = random_data(), pocket.batch
-    for name in ("whole", "broken"):
+    for name in ("unbroken", "broken"):
         (tmp_path / name).mkdir()
-    whole = pocket.train(tmp_path / "whole", data, 3, save_every=1)
+    state = torch.get_rng_state()
+    unbroken = pocket.train(tmp_path / "unbroken", data, 3, save_every=1)
+    assert torch.equal(state, torch.get_rng_state()), "the caller's generator"
 
     def stops(data: dict[str, Tensor], step: int) -> Tensor:
         if step == 2:
@@ -39,7 +44,7 @@ def test_an_interrupted_training_ends_the_same(
         pocket.train(tmp_path / "broken", data, 3, save_every=1)
     monkeypatch.setattr(pocket, "batch", honest)
     resumed = pocket.train(tmp_path / "broken", data, 3, save_every=1)
-    for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
+    for one, two in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(one, two)
 
 
@@ -52,3 +57,25 @@ def test_training_lowers_the_loss(
     rows = torch.full((2, 20), 7)
     model = pocket.train(tmp_path, data, 10)
     assert pocket.loss_of(model, rows).item() < 2 < math.log(pocket.VOCAB)
+
+
+def test_it_writes_what_the_package_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a corpus of the bundled passages: one step, and a folder that loads."""
+    monkeypatch.setattr(pocket, "BATCH", 2)
+    monkeypatch.setattr(pocket.prompts, "installed", lambda kind, _: bundled(kind)[:12])
+    pocket.main(tmp_path, steps=1)
+    shipped = Path(pocket.__file__).parent
+    names = {path.name for path in (tmp_path / "pocket_gpt2").iterdir()}
+    there = {path.name for path in shipped.iterdir() if path.is_file()}
+    assert names == there - {"__init__.py", "train.py", "card.md", "LICENSE-PSF"}
+    assert load(tmp_path / "pocket_gpt2", device="cpu").n_layers == 6
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "pocket_gpt2")
+    assert model.num_parameters() == 5_853_184
+    card = (tmp_path / "pocket_gpt2" / "README.md").read_text(encoding="utf-8")
+    published = (shipped / "README.md").read_text(encoding="utf-8")
+    headings = [line for line in published.splitlines() if line.startswith("## ")]
+    assert [line for line in card.splitlines() if line.startswith("## ")] == headings
+    end = headings[-2]
+    assert card.split(end)[1] == published.split(end)[1], "words without a number"
