@@ -1,16 +1,22 @@
 """States are those of untouched transformers models, at every layer; bad input gets a clear refusal."""
 
 import copy
+import io
+import json
 import re
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
-from torch import Tensor
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     BertConfig,
     BertModel,
     BitsAndBytesConfig,
@@ -19,6 +25,7 @@ from transformers import (
     GPT2Model,
     MambaConfig,
     MambaModel,
+    MistralConfig,
     ModernBertConfig,
     ModernBertModel,
     PreTrainedModel,
@@ -28,6 +35,7 @@ from transformers import (
 )
 
 from sipit_lite import LanguageModel, ModelError, load
+from sipit_lite.experiments.perturb import twins
 from sipit_lite.io import loading
 from sipit_lite.io.loading import POCKET, pick_device
 
@@ -244,7 +252,7 @@ def test_a_gated_model_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> No
         )
         with pytest.raises(
             ModelError,
-            match=f"which is gated; expected an account .* in HF_TOKEN .{told}",
+            match=f"which is gated; expected an account .* HF_TOKEN .{told}",
         ) as refusal:
             load("meta-llama/Llama-3.1-8B")
         assert "secret" not in str(refusal.value)
@@ -346,7 +354,8 @@ def test_memory_is_told_and_checked_before_loading(
     )
     load(tmp_path, device="cpu", progress=True)
     assert f"{told.parameters:,} parameters, 4 blocks, take" in capsys.readouterr().err
-    monkeypatch.setattr(loading, "free_bytes", lambda device: told.bytes - 1)
+    free = SimpleNamespace(available=told.bytes - 1)
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: free)
     monkeypatch.setattr(
         loading, "_stored", lambda *_: pytest.fail("the weights were read")
     )
@@ -508,3 +517,190 @@ def test_empty_text_and_unknown_device_are_refused(pocket: LanguageModel) -> Non
     for device in ("abacus", "meta"):
         with pytest.raises(ModelError, match=f"got device '{device}'"):
             pick_device(device)
+
+
+# Models in memory
+
+
+class Wrapped(nn.Module):
+    """What PEFT makes of a model, as far as it matters here."""
+
+    def __init__(self, inner: PreTrainedModel):
+        super().__init__()
+        self.inner = inner
+
+    def get_base_model(self) -> PreTrainedModel:
+        return self.inner
+
+
+@pytest.mark.parametrize(
+    "form", [lambda x: x, lambda x: x.get_decoder(), lambda x: Wrapped(x)]
+)
+def test_any_model_in_memory(form: object) -> None:
+    """Its unembedding, its wrapper, its mode and its gradients do not matter, and stay."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    untouched = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.5))
+    ids = torch.tensor([5, 6, 7])
+    expected = reference(untouched.eval(), ids)
+    model = LanguageModel(form(untouched.train()))
+    for layer in range(3):
+        torch.testing.assert_close(model.states(ids, layer), expected[layer])
+    assert all(part.training for part in untouched.modules())
+    assert all(weight.requires_grad for weight in untouched.parameters())
+    assert not model.states(ids, 2).requires_grad
+    assert model.name == "GPT2Model" and model.decode(ids) == "5 6 7"
+    assert torch.equal(model.vocabulary, torch.arange(50)) and model.measured == {}
+    assert "\n" not in repr(model) and "GPT2Model" in repr(model)
+
+
+def test_what_is_no_model_is_refused(pocket: LanguageModel) -> None:
+    """In one line, which does not quote the module; and names are for ``load``."""
+    for wrong in ("gpt2", nn.Linear(2, 2), pocket, None):
+        kind = type(wrong).__name__
+        with pytest.raises(ModelError, match=f"got an object {kind}; ") as refusal:
+            LanguageModel(wrong)
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(ModelError, match=r"got a GPT2Model in memory; .* takes it$"):
+        load(pocket.decoder)
+
+
+# The fingerprint
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 16, "max_position_embeddings": 40,
+}  # fmt: skip
+
+
+def configured(**changes: object) -> LanguageModel:
+    """The same weights in every configuration of one shape."""
+    torch.manual_seed(0)
+    return LanguageModel(AutoModel.from_config(MistralConfig(**SIZES | changes)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rms_norm_eps": 1e-2},
+        {"hidden_act": "gelu"},
+        {"sliding_window": 3},
+        {"num_attention_heads": 2, "num_key_value_heads": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_fingerprint_covers_the_configuration(change: dict) -> None:
+    """Each field changes states that the weights alone do not tell apart."""
+    one = configured()
+    other = configured(**change)
+    ids = torch.arange(12)
+    assert not torch.equal(one.states(ids, 2), other.states(ids, 2))
+    assert one.fingerprint != other.fingerprint
+
+
+def test_the_fingerprint_covers_every_bit(pocket: LanguageModel) -> None:
+    """One bit of one number, and two equal rows of the embeddings, but no format of the file."""
+    decoder = copy.deepcopy(pocket.decoder)
+    assert LanguageModel(decoder).fingerprint == pocket.fingerprint
+    decoder.config.use_cache = False
+    decoder.config._attn_implementation = "eager"
+    assert LanguageModel(decoder).fingerprint == pocket.fingerprint
+    weight = decoder.h[3].mlp.c_fc.weight.view(torch.int32)
+    weight[17, 33] ^= 1
+    assert LanguageModel(decoder).fingerprint != pocket.fingerprint
+    assert twins(pocket, 5, 6).fingerprint != pocket.fingerprint
+
+
+# Code of others
+
+
+def test_code_that_comes_with_a_model_never_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is asked, whatever stands on standard input."""
+    ours = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
+    config = {"model_type": "theirs", "auto_map": ours}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\nmy prompt\n"))
+    with pytest.raises(ModelError, match="with code of its own, never run") as refusal:
+        load(tmp_path)
+    assert "\n" not in str(refusal.value) and sys.stdin.tell() == 0
+    assert not (tmp_path / "ran").exists()
+
+
+class Bomb:
+    """What a pickle can do."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_of_more_than_weights_is_refused(tmp_path: Path) -> None:
+    """In one line, and it has not run."""
+    GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    torch.save({"wte.weight": Bomb(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="a pickle of more than weights") as refusal:
+        load(tmp_path)
+    assert "\n" not in str(refusal.value) and not (tmp_path / "ran").exists()
+
+
+# What belongs to the caller
+
+
+def test_loading_changes_nothing_global() -> None:
+    """Neither the precision of matrix products nor, from several threads, the verbosity."""
+    verbosity = loading.logging.get_verbosity()
+    bars = loading.logging.is_progress_bar_enabled()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert loading.logging.get_verbosity() == verbosity
+    assert loading.logging.is_progress_bar_enabled() == bars
+
+
+def test_messages_quote_little_of_a_prompt(pocket: LanguageModel) -> None:
+    """At most 40 characters: it may be a secret."""
+    with pytest.raises(ModelError) as refusal:
+        pocket.encode("a" * 60 + "\udcff")
+    assert "a" * 39 in str(refusal.value) and "a" * 41 not in str(refusal.value)
+
+
+@pytest.mark.parametrize("ends", ["BEGIN $A END", "$A END", "BEGIN $A", "$A"])
+def test_the_text_is_the_prompt(pocket: LanguageModel, ends: str) -> None:
+    """What a tokenizer puts at either end is in the ids, and not in the text."""
+    tokenizer = copy.deepcopy(pocket.tokenizer)
+    begin, end = tokenizer.convert_ids_to_tokens([0, 1])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=ends.replace("BEGIN", begin).replace("END", end),
+        special_tokens=[(begin, 0), (end, 1)],
+    )
+    model = LanguageModel(pocket.decoder, tokenizer)
+    ids = model.encode("hidden states")
+    assert model.begin == (0 if "BEGIN" in ends else None)
+    assert len(ids) == len(pocket.encode("hidden states")) + len(ends.split()) - 1
+    assert model.decode(ids) == "hidden states"
+
+
+def test_taps_see_passes_of_their_thread_alone(pocket: LanguageModel) -> None:
+    """Another thread's pass over the same blocks, in the middle of ours, is not kept."""
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), pocket.tapped([0, 2]) as states:
+        pocket.cut(2)(inputs_embeds=pocket.embeddings[ids])
+        other = threading.Thread(target=pocket.states, args=("another prompt", 3))
+        other.start()
+        other.join()
+    assert states[0].shape == (1, 3, 256)
+    torch.testing.assert_close(states[2][0], pocket.states(ids[0], 2))

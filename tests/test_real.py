@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -138,10 +139,11 @@ def test_broken_folders_fail(outcomes: dict[str, dict[str, str]]) -> None:
     }
 
 
-def test_without_models_it_says_what_is_missing() -> None:
+def test_without_models_it_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One line in place of a green run of nothing."""
-    done = run("")
-    assert (
-        done.returncode == 4
-        and "got SIPIT_LITE_REAL=''; expected 'paper' for gpt2" in done.stderr
-    )
+    monkeypatch.setenv("SIPIT_LITE_REAL", "")
+    configured = runpy.run_path(str(ROOT / "tests" / "real" / "conftest.py"))
+    with pytest.raises(pytest.UsageError, match="SIPIT_LITE_REAL=''; expected 'paper'"):
+        configured["pytest_configure"]()

@@ -45,6 +45,26 @@ class Captured:
     passes: tuple[int, ...] | None = None
     text: str | None = None
 
+    @classmethod
+    def of(
+        cls, states: Mapping[int, Tensor], model: LanguageModel, dtype: Any, passes: Any
+    ) -> "Captured":
+        """States rounded to a format; ``StatesError`` for one that cannot hold them."""
+        if not (dtype in (None, torch.int8) or dtype.is_floating_point):
+            raise StatesError(f"got dtype {dtype}; expected torch.float32, int8, ...")
+        stored = {}
+        scales = {}
+        for layer, x in states.items():
+            largest = x.float().abs().amax(1)  # at each position, shape (T,)
+            if dtype == torch.int8:
+                scales[layer] = torch.where(largest > 0, largest / STEPS, 1.0)
+                x = (x.float() / scales[layer][:, None]).round()
+            stored[layer] = x.to(dtype or x.dtype)
+            if not bool(stored[layer].float().isfinite().all()):
+                expected = f"one that holds layer {layer}, up to {largest.max():.3g}"
+                raise StatesError(f"got dtype {dtype}; expected {expected}")
+        return cls(stored, model.name, scales, model.begin, tuple(passes))
+
     @property
     def layer(self) -> int:
         """The cheapest layer to invert: the lowest."""
@@ -62,10 +82,8 @@ class Captured:
         if self.begin is None or model.tokenizer is None or self.begin == model.begin:
             return
         puts = "none" if model.begin is None else f"token {model.begin}"
-        raise StatesError(
-            f"got prompts that begin with the begin-of-text token {self.begin}; the "
-            f"tokenizer of {model.name} puts {puts} first: expected that of the states"
-        )
+        there = f"the tokenizer of {model.name} puts {puts} first: expected another"
+        raise StatesError(f"got prompts with begin-of-text token {self.begin}; {there}")
 
     def invert(
         self, model: LanguageModel, layer: int | None = None, **options: Any
@@ -110,9 +128,7 @@ class Tape:
         if complete == 0:
             raise StatesError("got no forward pass inside capture; expected one prompt")
         states = {x: torch.cat(rows[:complete]) for x, rows in self.rows.items()}
-        states, scales = _in_format(states, self.dtype)
-        passes = tuple(self.passes[:complete])
-        return Captured(states, self.model.name, scales, self.model.begin, passes)
+        return Captured.of(states, self.model, self.dtype, self.passes[:complete])
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """Raise ``StatesError`` for a pass that does not go on with the one prompt."""
@@ -127,13 +143,13 @@ class Tape:
         padded = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
-        count = sum(self.passes)
-        pieces = f"a pass that starts at position {start} after {count} captured ones"
+        seen = sum(self.passes)
+        place = f"a pass from position {start} after {seen} captured ones"
         problems = {
             f"a batch of {len(given)} prompts; expected one": len(given) != 1,
             "a prompt with padding; expected a mask of ones": padded,
             "a model in training mode; expected model.eval()": decoder.training,
-            f"{pieces}; expected one prompt a capture, with its cache": start != count,
+            f"{place}; expected one prompt a capture, with its cache": start != seen,
         }
         for message, present in problems.items():
             if present:
@@ -160,23 +176,17 @@ def capture(
 
     A generation adds its tokens pass by pass, all but the last, which the model never
     reads. An error or Ctrl-C inside leaves, and writes, the passes that are complete.
+    Raises ``StatesError`` for a bad layer or format, and, inside, for a batch, padding,
+    dropout or another prompt.
 
     Parameters
     ----------
     path
         The file to write at the end, if any.
-    layers
-        0 (embeddings) to L, the last alone by default.
-    dtype
-        The format to round to, ``torch.int8`` with a scale for each position.
+    layers, dtype
+        0 (embeddings) to L, by default L; the format to round to, as ``torch.int8``.
     tokenizer
         With it, the file says which begin-of-text token comes first.
-
-    Raises
-    ------
-    StatesError
-        For a bad layer or format; inside the pass of the model, for a batch of prompts,
-        padding, a second prompt, or dropout.
 
     Examples
     --------
@@ -192,16 +202,15 @@ def capture(
     if not wanted or not 0 <= wanted[0] <= wanted[-1] <= ours.n_layers:
         there = f"{ours.name} has layers 0 (embeddings) to {ours.n_layers}"
         raise StatesError(f"got layers {wanted}; {there}")
-    _in_format({}, dtype)  # a bad format is refused before the model runs
+    Captured.of({}, ours, dtype, ())  # a bad format is refused before the model runs
     tape = Tape(ours, dtype, {layer: [] for layer in wanted})
     hook = ours.decoder.register_forward_pre_hook(tape.before, with_kwargs=True)
     finished = False
     try:
-        with ours.tapped(wanted, tape.keep):
+        with hook, ours.tapped(wanted, tape.keep):
             yield tape
         finished = True
     finally:
-        hook.remove()
         if path is not None and (finished or all(tape.rows.values())):
             _save(path, tape.captured(), {})
 
@@ -224,9 +233,9 @@ def write_states(
     layers = [layers] if isinstance(layers, int) else sorted(set(layers))
     ids = model.encode(text)
     states = {layer: model.states(ids, layer).cpu() for layer in layers}
-    states, scales = _in_format(states, dtype)
-    known = text if keep_text else None
-    captured = Captured(states, model.name, scales, model.begin, (len(ids),), known)
+    captured = Captured.of(states, model, dtype, [len(ids)])
+    if keep_text:
+        captured = replace(captured, text=text)
     _save(path, captured, {"ids": ids.cpu()} if keep_text else {})
     return captured
 
@@ -238,71 +247,49 @@ def read_states(path: str | Path) -> Captured:
     """
     if not Path(path).is_file():
         raise StatesError(f"got {str(path)!r}, where there is no file of states")
+    states = {}
+    scales = {}
     try:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        for name, x in sorted(tensors.items()):
+            if match := re.fullmatch(r"layer\.(\d{1,6})", name):
+                layer = int(match[1])
+                states[layer] = x
+                if name + ".scale" in tensors or not x.is_floating_point():
+                    scales[layer] = tensors[name + ".scale"]
+        if not states or metadata["format"] != FORMAT:
+            raise KeyError(FORMAT)
+        begin = int(metadata["begin"]) if "begin" in metadata else None
+        passes = tuple(int(count) for count in metadata.get("passes", "").split())
+        text = metadata.get("text")
+        return Captured(states, metadata["model"], scales, begin, passes or None, text)
     except (SafetensorError, OSError) as error:
         refusal = f"got {str(path)!r}, not a complete safetensors file ({error})"
         raise StatesError(refusal) from error
-    kinds: dict[str, dict[int, Tensor]] = {"": {}, ".scale": {}}
-    for name, x in tensors.items():
-        if match := re.fullmatch(r"layer\.(\d{1,6})(|\.scale)", name):
-            kinds[match[2]][int(match[1])] = x
-    states = dict(sorted(kinds[""].items()))
-    numbers = [metadata.get("begin", "0"), *metadata.get("passes", "").split()]
-    unscaled = {x for x in states if not states[x].is_floating_point()}
-    parts = {
-        "tensors 'layer.ℓ'": bool(states),
-        "'layer.ℓ.scale' for 8-bit integers": unscaled <= set(kinds[".scale"]),
-        f"metadata 'format' ({FORMAT!r})": metadata.get("format") == FORMAT,
-        "'model'": "model" in metadata,
-        "integers": all(re.fullmatch(r"\d{1,9}", n) for n in numbers),
-    }
-    if not all(parts.values()):
+    except (KeyError, ValueError) as error:  # a field is missing, or is no number
         there = f"tensors {sorted(tensors)} and metadata {sorted(metadata)}"
-        expected = f"expected {', '.join(parts)} in 'begin' and 'passes'"
-        raise StatesError(f"got {str(path)!r} with {there}; {expected}")
-    begin, *passes = map(int, numbers)
-    begin = begin if "begin" in metadata else None
-    text = metadata.get("text")
-    model = metadata["model"]
-    return Captured(states, model, kinds[".scale"], begin, tuple(passes) or None, text)
-
-
-def _in_format(
-    states: Mapping[int, Tensor], dtype: torch.dtype | None
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The states in the format to be stored, and the scales of 8-bit integers."""
-    if dtype is not None and not dtype.is_floating_point and dtype != torch.int8:
-        raise StatesError(f"got dtype {dtype}; expected torch.float32, torch.int8, ...")
-    stored = {}
-    scales = {}
-    for layer, x in states.items():
-        largest = x.float().abs().amax(1)  # at each position, shape (T,)
-        if dtype == torch.int8:
-            scales[layer] = torch.where(largest > 0, largest / STEPS, 1.0)
-            x = (x.float() / scales[layer][:, None]).round()
-        stored[layer] = x.to(dtype or x.dtype)
-        if not bool(stored[layer].float().isfinite().all()):
-            expected = f"one that holds the states of layer {layer}"
-            raise StatesError(
-                f"got dtype {dtype}; expected {expected}, up to {largest.max():.3g}"
-            )
-    return stored, scales
+        expected = (
+            "tensors 'layer.ℓ', 'layer.ℓ.scale' for 8-bit integers, and metadata "
+        )
+        expected += f"'format' ({FORMAT!r}) and 'model' ({str(error)[:60]})"
+        raise StatesError(
+            f"got {str(path)!r} with {there}; expected {expected}"
+        ) from error
 
 
 def _save(path: str | Path, captured: Captured, extra: Mapping[str, Tensor]) -> None:
     """Write beside, then rename: a full disk does not cost the file that was there."""
     tensors = {f"layer.{layer}": x.contiguous() for layer, x in captured.states.items()}
     tensors |= {f"layer.{layer}.scale": x for layer, x in captured.scales.items()}
-    metadata = {"format": FORMAT, "model": captured.model}
     passes = " ".join(map(str, captured.passes or ())) or None
-    known = {"begin": captured.begin, "text": captured.text, "passes": passes}
-    metadata |= {name: str(x) for name, x in known.items() if x is not None}
+    metadata = {"format": FORMAT, "model": captured.model, "begin": captured.begin}
+    metadata |= {"text": captured.text, "passes": passes}
+    written = {name: str(x) for name, x in metadata.items() if x is not None}
     beside = Path(f"{path}.{os.getpid()}.part")
     try:
-        save_file(tensors | dict(extra), beside, metadata)
+        save_file(tensors | dict(extra), beside, written)
         beside.replace(path)
     except (OSError, SafetensorError) as error:
         refusal = f"got {str(path)!r}, where no file can be written ({error})"

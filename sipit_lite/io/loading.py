@@ -20,14 +20,8 @@ import huggingface_hub
 import psutil
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    GPT2Config,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from sipit_lite.memory import GIB, is_out_of_memory
@@ -35,18 +29,12 @@ from sipit_lite.model import LanguageModel, ModelError, landmarks
 
 POCKET = "pocket-gpt2"
 OURS = {"trust_remote_code": False}  # code of others is never run, nor asked about
-QUANTISED = {"load_in_8bit": 8, "load_in_4bit": 4}
 LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Weights and memory, in bytes: of all weights, of one block, free on the device.
-
-    >>> print(Footprint(10**9, 4 * GIB, GIB, 3, torch.float32, "cpu", 2 * GIB))
-    1,000,000,000 parameters, 3 blocks, take 4.00 GiB in float32 on cpu, where \
-2.00 GiB are free
-    """
+    """Bytes of all weights and of one block, and those free on the device."""
 
     parameters: int
     bytes: int
@@ -57,44 +45,21 @@ class Footprint:
     free: int
 
     @property
-    def fits(self) -> bool:
-        """Whether the weights alone are no larger than what is free."""
-        return self.bytes <= self.free
-
-    @property
     def advice(self) -> str:
-        """What would fit: a coarser format, fewer layers, weights spread over devices.
-
-        >>> Footprint(10**9, 4 * GIB, GIB, 3, torch.float32, "cpu", 2 * GIB).advice
-        "dtype=torch.bfloat16 takes 2.00 GiB; layers=1 of 3 takes 2.00 GiB; \
-device_map='auto' spreads it"
-        """
-        ways = []
-        half = self.bytes * 2 // self.dtype.itemsize
-        if self.dtype.itemsize > 2 and half <= self.free:
-            ways.append(f"dtype=torch.bfloat16 takes {half / GIB:.2f} GiB")
+        """What would fit: a coarser format, fewer layers, weights spread elsewhere."""
+        half = self.bytes * 2 / self.dtype.itemsize / GIB
         rest = self.bytes - self.n_layers * self.bytes_per_block  # embeddings and norm
-        layers = (self.free - rest) // max(self.bytes_per_block, 1)
-        if layers >= 1:
-            size = rest + layers * self.bytes_per_block
-            part = f"layers={layers} of {self.n_layers}"
-            ways.append(f"{part} takes {size / GIB:.2f} GiB")
-        return "; ".join([*ways, "device_map='auto' spreads it"])
+        layers = max(0, (self.free - rest) // max(self.bytes_per_block, 1))
+        size = (rest + layers * self.bytes_per_block) / GIB
+        fewer = f"layers={layers} of {self.n_layers} takes {size:.2f} GiB"
+        coarser = f"dtype=torch.bfloat16 takes {half:.2f} GiB"
+        return f"{coarser}; {fewer}; device_map='auto' spreads it"
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{self.parameters:,} parameters, {self.n_layers} blocks, take "
-            f"{self.bytes / GIB:.2f} GiB in {name} on {self.device}, where "
-            f"{self.free / GIB:.2f} GiB are free"
-        )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+        size = f"{self.parameters:,} parameters, {self.n_layers} blocks, take "
+        place = f"on {self.device}, where {self.free / GIB:.2f} GiB are free"
+        return f"{size}{self.bytes / GIB:.2f} GiB in {name} {place}"
 
 
 def load(
@@ -117,8 +82,8 @@ def load(
     ----------
     name
         By default the environment variable ``SIPIT_LITE_MODEL``, or else pocket-gpt2.
-    device
-        ``"auto"`` takes CUDA where there is one.
+    device, dtype
+        ``"auto"`` takes CUDA where there is one; the format to compute in.
     layers
         Keep the first so many blocks; the others are not even read.
     device_map, quantization_config
@@ -132,8 +97,8 @@ def load(
     Raises
     ------
     ModelError
-        Where no such model is in reach, where it is gated, not causal or no decoder,
-        needs code of its own, or does not fit into the memory that is free.
+        Where no such model is in reach, or it is gated, not causal, no decoder, needs
+        code of its own, or does not fit into the memory that is free.
 
     Examples
     --------
@@ -150,19 +115,22 @@ def load(
     placed = {option: value for option, value in given.items() if value is not None}
     # Where the hub is out of reach, transformers would try for half a minute.
     common = OURS | {"local_files_only": os.path.isdir(place) or not hub_in_reach()}
+    bits = 4 if getattr(quantization_config, "load_in_4bit", False) else None
+    bits = 8 if getattr(quantization_config, "load_in_8bit", False) else bits
     needed = None
     try:
         with _quiet():
             config = shortened(_config(name, place, random_init, common), layers)
-            needed = footprint(config, dtype, target, quantization_config)
-            # pocket-gpt2 fits, and a device map spreads weights, if need be to disk.
+            needed = footprint(config, dtype, target, bits)
             if name != POCKET and progress:
                 print(f"{name}: {needed}", file=sys.stderr, flush=True)
-            if name != POCKET and not needed.fits and device_map is None:
-                expected = f"expected one that fits: {needed.advice}"
-                raise ModelError(f"got {name!r}: {needed}; {expected}")
+            # A device map spreads the weights, to the disk if need be.
+            if needed.bytes > needed.free and device_map is None:
+                raise MemoryError
             if random_init:
-                decoder = _at_random(config, seed).to(dtype)
+                with torch.random.fork_rng(devices=[]):  # the caller's is left alone
+                    torch.manual_seed(seed)
+                    decoder = AutoModel.from_config(config, **OURS).to(dtype)
             else:
                 options = {"config": config, "dtype": dtype} | common | placed
                 decoder = _stored(place, options)
@@ -173,9 +141,9 @@ def load(
         raise
     except Exception as error:  # whatever transformers raises becomes one line
         if needed is not None and is_out_of_memory(error):
-            expected = f"expected one that fits: {needed.advice}"
-            message = f"got {name!r}, out of memory: {needed}; {expected}"
-            raise ModelError(message) from error
+            fitting = f"expected one that fits: {needed.advice}"
+            refusal = f"got {name!r}, out of memory: {needed}; {fitting}"
+            raise ModelError(refusal) from error
         raise ModelError(_reason(name, error)) from error
     name += f" at random initialisation, seed {seed}" if random_init else ""
     model = LanguageModel(decoder, tokenizer, name=name)
@@ -199,8 +167,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         expected = "expected 'auto', 'cpu', or a CUDA device in reach"
         raise ModelError(f"got device {str(device)!r}; {expected}") from error
     if torch.device(device).type == "mps":
-        warning = "MPS has computed wrong GPT-2 states elsewhere: compare with the CPU"
-        warnings.warn(warning, stacklevel=2)
+        warnings.warn("MPS has computed wrong GPT-2 states elsewhere", stacklevel=2)
     return torch.device(device)
 
 
@@ -237,39 +204,28 @@ def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
 
 
 def footprint(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    bits: Any = None,
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, bits: Any = None
 ) -> Footprint:
     """What the weights of a model will take, worked out from its configuration alone.
 
-    ``bits`` is 8 or 4 for quantised blocks, or a configuration that says so.
+    ``bits`` is how many a number takes in the matrices of quantised blocks.
 
     >>> footprint(GPT2Config(), torch.bfloat16, torch.device("cpu")).parameters
     124439808
     """
-    for option, number in QUANTISED.items():
-        if getattr(bits, option, False):
-            bits = number
-    share = bits / (8 * dtype.itemsize) if isinstance(bits, int) else 1.0
     with torch.device("meta"):  # shapes without numbers
         model = AutoModel.from_config(config, dtype=dtype, **OURS)
     decoder = model.get_decoder()
     blocks = getattr(decoder, landmarks(decoder)[0])
+    width = (bits or 8 * dtype.itemsize) / 8  # bytes of a number in the blocks
     total = sum(weight.numel() for weight in model.parameters())
     matrices = sum(w.numel() for w in blocks.parameters() if w.ndim == 2)
-    stored = total - matrices * (1 - share)  # embeddings and norms keep their format
-    per_block = share * sum(weight.numel() for weight in blocks[0].parameters())
-    return Footprint(
-        total,
-        round(stored * dtype.itemsize),
-        round(per_block * dtype.itemsize),
-        len(blocks),
-        dtype,
-        str(device),
-        free_bytes(device),
-    )
+    size = round((total - matrices) * dtype.itemsize + matrices * width)
+    per_block = round(sum(w.numel() for w in blocks[0].parameters()) * width)
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    return Footprint(total, size, per_block, len(blocks), dtype, str(device), free)
 
 
 def _config(name: str, place: str, random_init: bool, common: dict) -> PreTrainedConfig:
@@ -278,54 +234,39 @@ def _config(name: str, place: str, random_init: bool, common: dict) -> PreTraine
         return GPT2Config()
     config = AutoConfig.from_pretrained(place, **common)
     if config.is_encoder_decoder:
-        kind = f"a sequence-to-sequence model ({config.model_type})"
-        raise ModelError(
-            f"got {name!r}, {kind}; expected a decoder-only language model"
-        )
+        kind = f"a sequence-to-sequence model ({config.model_type}); expected a decoder"
+        raise ModelError(f"got {name!r}, {kind}-only language model")
     return config
 
 
-def _reason(name: str, error: Exception) -> str:
+def _reason(name: str, error: BaseException) -> str:
     """Why a model could not be loaded, in one line."""
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    for cause in causes:
+    extras = isinstance(error, ImportError) or "accelerate" in reason
+    got = f"got model {name!r}"
+    cause: BaseException | None = error
+    while cause is not None:
         if isinstance(cause, huggingface_hub.errors.GatedRepoError):
             sent = "a token was sent" if huggingface_hub.get_token() else "not set"
-            expected = (
-                "expected an account that has accepted its licence on its page of "
-            )
-            expected += f"the Hugging Face hub, and its token in HF_TOKEN ({sent})"
-            return f"got model {name!r}, which is gated; {expected}"
+            expected = "expected an account that has accepted its licence"
+            return f"{got}, which is gated; {expected}, and its HF_TOKEN ({sent})"
         if isinstance(cause, pickle.UnpicklingError):
-            what = "a pickle that holds more than weights; expected safetensors"
-            return f"got model {name!r} with {what}"
-    if "trust_remote_code" in reason:
-        expected = "which is never run; expected an architecture of transformers"
-        return f"got model {name!r}, which comes with code of its own, {expected}"
-    extras = ("accelerate", "bitsandbytes")
-    if isinstance(error, ImportError) or any(extra in reason for extra in extras):
+            return f"{got}, a pickle of more than weights; expected safetensors"
+        cause = cause.__cause__ or cause.__context__
+    if "trust_remote_code" in str(error):
+        expected = "expected an architecture of transformers"
+        return f"{got}, which comes with code of its own, never run here; {expected}"
+    if extras or "bitsandbytes" in reason:
         needs = "options that need more packages: pip install 'sipit-lite[quantised]'"
-        return f"got model {name!r} with {needs} ({reason})"
+        return f"{got} with {needs} ({reason})"
     expected = f"expected {POCKET!r}, a folder with config.json and weights, or a model"
-    expected += " of the Hugging Face hub that is downloaded or in reach"
-    return f"got model {name!r}; {expected} ({reason})"
+    return f"{got}; {expected} of the Hugging Face hub in reach ({reason})"
 
 
-def _at_random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """The architecture with drawn weights; the caller's generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModel.from_config(config, **OURS)
-
-
-def _stored(place: str, options: dict) -> PreTrainedModel:
+def _stored(place: str, options: dict) -> nn.Module:
     """The model with its weights, none missing: transformers would draw those."""
-    model, report = AutoModel.from_pretrained(
-        place, output_loading_info=True, **options
-    )
+    options["output_loading_info"] = True
+    model, report = AutoModel.from_pretrained(place, **options)
     missing = sorted(report["missing_keys"])
     if missing:
         lacking = f"without {len(missing)} of its weights, among them {missing[0]!r}"
@@ -341,10 +282,9 @@ def _check_causal(model: LanguageModel) -> None:
     one, other = model.states(ids, 1)[:, 0].double()
     moved = float((one - other).norm() / one.norm())
     if moved > torch.finfo(model.dtype).eps ** 0.5:
-        raise ModelError(
-            f"got {model.name}, whose first state moves by {moved:.1e} of its norm with "
-            "the second token; expected a causal decoder (this may be an encoder)"
-        )
+        moves = f"whose first state moves by {moved:.1e} of its norm with the second"
+        expected = "expected a causal decoder (this may be an encoder)"
+        raise ModelError(f"got {model.name}, {moves} token; {expected}")
 
 
 def _tokenizer(place: str, common: dict) -> Any:

@@ -4,6 +4,7 @@ import copy
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,20 +32,23 @@ from sipit_lite import (
     read_states,
     write_states,
 )
+from sipit_lite.experiments.families import small
 
 TEXT = "Nobody should read this in the file."
+SHORT = "Nobody"  # where all tokens are tried
 POCKET = Path(__file__).parents[2] / "sipit_lite" / "pocket_gpt2"
 # What somebody else's program does: transformers alone, and one line of ours around it.
 PROGRAM = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from sipit_lite import capture
-folder, path, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
-asked = tokenizer("A running model leaks", return_tensors="pt")
-with capture(model, path, layers=[1, 6]):
-    answer = model.generate(**asked, max_new_tokens=5, do_sample=False)
-print(*answer[0].tolist())
+folder, place = sys.argv[1:]
+prompt = AutoTokenizer.from_pretrained(folder)("A running model leaks", return_tensors="pt")
+for dtype in ("float32", "bfloat16"):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    with capture(model, f"{place}/{dtype}", layers=[1, 6]):
+        answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    print(*answer[0].tolist())
 """
 
 
@@ -83,29 +87,30 @@ def test_eight_bits_come_with_their_scale(
     pocket: LanguageModel, tmp_path: Path
 ) -> None:
     """Each number is within half the scale of what it was, and the prompt comes back at a deep layer."""
-    stored = write_states(tmp_path / "s.safetensors", pocket, TEXT, 6, dtype=torch.int8)
+    stored = write_states(
+        tmp_path / "s.safetensors", pocket, SHORT, 6, dtype=torch.int8
+    )
     stored = read_states(tmp_path / "s.safetensors")
-    exact = pocket.states(TEXT, 6).cpu()
+    exact = pocket.states(SHORT, 6).cpu()
     off = (stored.at(6) * stored.scales[6][:, None] - exact).abs()
     assert stored.at(6).dtype == torch.int8 and bool(
         (off <= stored.scales[6][:, None] * 0.5001).all()
     )
-    assert stored.invert(pocket).text == TEXT
+    assert stored.invert(pocket).text == SHORT
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_another_process_and_its_generation(dtype: str, tmp_path: Path) -> None:
-    """States that another process captured while it generated: every token comes back, but the last, never read."""
-    path = tmp_path / "s.safetensors"
-    command = [sys.executable, "-c", PROGRAM, str(POCKET), str(path), dtype]
+def test_another_process_and_its_generation(tmp_path: Path) -> None:
+    """What another process captured while it generated: all tokens but the last, never read."""
+    command = [sys.executable, "-c", PROGRAM, str(POCKET), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    model, stored = load(device="cpu", dtype=getattr(torch, dtype)), read_states(path)
-    found = stored.invert(model)
-    assert (
-        found.tokens.tolist() == [int(token) for token in done.stdout.split()][:-1]
-        and found.layer == 1
-    )
-    assert stored.passes == (len(found.tokens) - 4, 1, 1, 1, 1)
+    answers = done.stdout.splitlines()
+    for dtype, answer in zip(("float32", "bfloat16"), answers, strict=True):
+        model = load(device="cpu", dtype=getattr(torch, dtype))
+        stored = read_states(tmp_path / dtype)
+        found = stored.invert(model)
+        assert found.tokens.tolist() == [int(token) for token in answer.split()][:-1]
+        assert found.layer == 1
+        assert stored.passes == (len(found.tokens) - 4, 1, 1, 1, 1)
 
 
 def test_every_family_is_captured_as_it_runs(
@@ -123,24 +128,25 @@ def test_every_family_is_captured_as_it_runs(
     assert torch.equal(stored.invert(model, 3).tokens, prompt.cpu())
 
 
-def test_the_cheapest_layer_that_does_not_refuse(pocket: LanguageModel) -> None:
-    """The lowest layer is taken; where no token verifies there, the next one; the last refusal is the answer."""
-    good = {layer: pocket.states(TEXT, layer) for layer in (2, 4, 5)}
-    assert Captured(good, "pocket-gpt2").invert(pocket).layer == 2
-    spoiled = good | {2: torch.randn_like(good[2])}
-    found = Captured(spoiled, "pocket-gpt2").invert(pocket)
-    assert (found.layer, found.text) == (4, TEXT)
-    with pytest.raises(NotVerified):
-        Captured(spoiled, "pocket-gpt2").invert(pocket, 2)
+def test_the_cheapest_layer_that_does_not_refuse() -> None:
+    """The lowest layer; where no token verifies there, the next; the last refusal is the answer."""
+    model = small("GPT2", device="cpu")
+    ids = torch.tensor([5, 6, 7])
+    good = {layer: model.states(ids, layer) for layer in (0, 2, 3)}
+    assert Captured(good, "small").invert(model).layer == 0
     noise = {layer: torch.randn_like(x) for layer, x in good.items()}
+    spoiled = Captured(good | {0: noise[0]}, "small")
+    found = spoiled.invert(model)
+    assert found.layer == 2 and torch.equal(found.tokens, ids)
     with pytest.raises(NotVerified):
-        Captured(noise, "pocket-gpt2").invert(pocket)
-    with pytest.raises(
-        StatesError, match="got layer 3; these states are of layers 2, 4, 5"
-    ):
-        Captured(good, "pocket-gpt2").invert(pocket, 3)
+        spoiled.invert(model, 0)
+    with pytest.raises(NotVerified):
+        Captured(noise, "small").invert(model)
+    expected = "got layer 1; these states are of layers 0, 2, 3"
+    with pytest.raises(StatesError, match=expected):
+        Captured(good, "small").invert(model, 1)
     with pytest.raises(StatesError, match="without states"):
-        Captured({}, "pocket-gpt2").invert(pocket)
+        Captured({}, "small").invert(model)
 
 
 def with_begin(folder: Path, begin: int) -> LanguageModel:
@@ -240,7 +246,7 @@ def test_what_a_running_model_does_wrong(
         untouched(ids, attention_mask=torch.tensor([[0, 1, 1]]))
     path = tmp_path / "s.safetensors"
     with (
-        pytest.raises(StatesError, match="starts at position 0 after 3 captured"),
+        pytest.raises(StatesError, match="a pass from position 0 after 3 captured"),
         capture(untouched, path),
     ):
         untouched(ids)
@@ -248,7 +254,7 @@ def test_what_a_running_model_does_wrong(
     assert read_states(path).at(6).shape == (3, 256)
     cache = untouched(ids, use_cache=True).past_key_values
     with (
-        pytest.raises(StatesError, match="starts at position 3 after 0 captured"),
+        pytest.raises(StatesError, match="a pass from position 3 after 0 captured"),
         capture(untouched),
     ):
         untouched(ids, past_key_values=cache)
@@ -343,8 +349,8 @@ def broken_file(tmp_path: Path, case: str) -> Path:
         ),
         ("no states", r"with tensors \['other'\]"),
         ("no layer", r"with tensors \['layer.three'\]"),
-        ("passes", "expected .* integers in 'begin' and 'passes'"),
-        ("8 bits, no scale", "expected .* 'layer.ℓ.scale' for 8-bit integers"),
+        ("passes", r"invalid literal for int\(\) with base 10: 'one'"),
+        ("8 bits, no scale", r"'layer\.ℓ\.scale' for 8-bit .*'layer\.3\.scale'"),
     ],
 )
 def test_broken_files_are_refused(tmp_path: Path, case: str, message: str) -> None:
@@ -356,7 +362,7 @@ def test_broken_files_are_refused(tmp_path: Path, case: str, message: str) -> No
 
 
 def test_what_cannot_be_written_is_refused(
-    pocket: LanguageModel, tmp_path: Path
+    pocket: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder that is not there, a format that holds no states, one that is too small for them."""
     with pytest.raises(StatesError, match="where no file can be written"):
@@ -368,7 +374,48 @@ def test_what_cannot_be_written_is_refused(
     large = LanguageModel(decoder, pocket.tokenizer, name="large")
     with pytest.raises(
         StatesError,
-        match=r"got dtype torch\.float16; expected one that holds the states of layer 0",
+        match=r"got dtype torch\.float16; expected one that holds layer 0",
     ):
         write_states(tmp_path / "s.safetensors", large, TEXT, 0, dtype=torch.float16)
     assert not list(tmp_path.iterdir())
+    # A file that cannot be written leaves the one that was there, and nothing beside it.
+    good = tmp_path / "s.safetensors"
+    write_states(good, pocket, TEXT, 2)
+    before = good.read_bytes()
+    monkeypatch.setattr(
+        "sipit_lite.io.capture.save_file",
+        lambda tensors, path, told: Path(path).write_bytes(b"half") and full(),
+    )
+    with pytest.raises(StatesError, match="where no file can be written"):
+        write_states(good, pocket, "another text", 2)
+    assert good.read_bytes() == before and list(tmp_path.iterdir()) == [good]
+
+
+def full() -> None:
+    """The disk is full."""
+    raise OSError("No space left on device")
+
+
+def test_passes_of_others_are_not_captured(
+    untouched: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Inversions on the same weights, between the passes and beside them in a thread."""
+    model = LanguageModel(untouched)
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def beside(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        other = threading.Thread(target=model.states, args=(ids[0, :2], 6))
+        other.start()
+        other.join()
+
+    handle = untouched.transformer.drop.register_forward_hook(beside)
+    with torch.no_grad(), capture(untouched, layers=[0, 6]) as tape:
+        model.states(ids[0, :3], 6)
+        untouched(ids)
+        model.states(ids[0, :3], 6)
+    handle.remove()
+    stored = tape.captured()
+    assert stored.passes == (4,) and stored.at(0).shape == (4, 256)
+    torch.testing.assert_close(stored.at(6), model.states(ids[0], 6))
