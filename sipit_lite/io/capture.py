@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sipit_lite.model import LanguageModel, StatesError
 from sipit_lite.recovery import NotVerified, Recovery
+from sipit_lite.sipit import invert
 
 FORMAT = "sipit-lite states 2"
 STEPS = 127  # of an 8-bit integer, on either side of zero
@@ -92,9 +93,6 @@ class Captured:
 
         Without a layer, from that of the lens, or the cheapest that does not refuse.
         """
-        # Imported late: the core comes first, and names no room.
-        from sipit_lite.sipit import invert
-
         self.check(model)
         lens = options.get("lens")
         if layer is None and lens is not None:
