@@ -39,12 +39,19 @@ BENCHES = {"exactness": checks.exactness, "scan": checks.scan, "collisions": det
 BENCHES |= {"inversion": inversion, "scale": scale, "families": families}
 BENCHES |= {"laststate": laststate, "reach": reach}
 DEMO_TEXTS = {
-    "english": "A hidden state is not a summary: the prompt can be read back, word for word.",
+    "english": "A hidden state is not a summary: the prompt comes back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
     "emoji and scripts": "naïve 🙂 привет, 世界!",
 }
 # Quantised weights, and the format that their products are computed in.
 WEIGHTS = {"int8": "float16", "fp4": "bfloat16"}
+
+# How columns of tables are written.
+FORMS = {"exact": {True: "yes", False: "NO"}.get, "tested": "{:.0f}".format}
+FORMS |= {"accepted": "{:.1e}".format, "runner-up": "{:.1e}".format}
+FORMS |= {"seconds": "{:.2f}".format, "minimum": "{:.3e}".format}
+FORMS |= {"text": lambda text: json.dumps(text, ensure_ascii=False)[:40]}
+FORMS |= {"texts": lambda texts: json.dumps(texts, ensure_ascii=False)}
 
 # Options that several commands share.
 Format = Literal["float32", "float16", "bfloat16", "float64"]
@@ -98,9 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # What Python would still flush at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 141
-        return say(label, f"got {error}; expected room for the output")
+        message = f"got {error}; expected room for the output"
+        return 141 if isinstance(error, BrokenPipeError) else say(label, message)
 
 
 def say(label: str, message: object, code: int = 2) -> int:
@@ -216,7 +222,7 @@ def demo(
     finally:
         # After Ctrl-C as well.
         if rows and not as_json:
-            print(demo_table(rows))
+            print(table(rows, list(rows[0])))
     if figure:
         joined = []
         for name in ("distance", "runner_up", "radius"):
@@ -232,7 +238,7 @@ def demo(
 
 
 def demo_prompts(model: LanguageModel, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The prompts of the demo; a model without a tokenizer gets the random one alone."""
+    """The prompts of the demo; without a tokenizer the random one alone."""
     size = model.vocab_size
     if model.tokenizer is not None:
         size = min(size, len(model.tokenizer))
@@ -240,16 +246,6 @@ def demo_prompts(model: LanguageModel, seed: int) -> Iterator[tuple[str, Tensor]
             yield name, model.encode(text)
     drawn = torch.randint(size, (20,), generator=torch.Generator().manual_seed(seed))
     yield "random tokens", drawn.to(model.device)
-
-
-def demo_table(rows: Sequence[dict]) -> str:
-    """The rows of the demo as text."""
-    forms = {"tested": ".0f", "accepted": ".1e", "runner-up": ".1e", "seconds": ".2f"}
-    shown = []
-    for row in rows:
-        start = json.dumps(row["text"], ensure_ascii=False)[:40]
-        shown.append(row | {"text": start, "exact": "yes" if row["exact"] else "NO"})
-    return table(shown, list(rows[0]), forms)
 
 
 @command
@@ -340,7 +336,7 @@ def invert(
     options = {"epsilon": epsilon, "seed": seed, "progress": True}
     if last:
         captured.check(model)
-        row = last_row(captured, at)
+        row = captured.at(at)[-1:].flatten()
         found = sl.invert_last(row, model, at, **options, **limits)
     else:
         options |= {"policy": POLICIES[policy], "certify": certify, "on_fail": on_fail}
@@ -369,16 +365,6 @@ def trusted(opened: partial, name: str, file: str) -> partial:
         received = f"{file!r} with states of the model {name!r}"
         raise bad(received, "--model with the name of a model that you trust")
     return partial(opened, model=wanted or name)
-
-
-def last_row(captured: sl.Captured, layer: int) -> Tensor:
-    """The state of the last token, in a floating-point format."""
-    states = captured.at(layer)
-    if layer in captured.scales:
-        raise bad(f"layer {layer} in 8-bit integers with --last", "floating point")
-    if states.ndim != 2 or not len(states):
-        raise bad(f"states of shape {tuple(states.shape)}", "(T, d_model)")
-    return states[-1]
 
 
 def lens_of(path: str, model: LanguageModel, layer: int) -> sl.Lens:
@@ -448,12 +434,8 @@ def collisions(
     summary = {"model": model.name, "device": str(model.device), "prompts": len(drawn)}
     summary |= {"length": length, "layers": rows, "exhaustive": continued}
     names = ["layer", "compared", "minimum", "collisions", "practical"]
-    lines = [
-        table(part, names, {"minimum": ".3e"}) for part in (rows, continued) if part
-    ]
-    for pair in rows[-1]["closest"][:3]:
-        texts = json.dumps(pair["texts"], ensure_ascii=False)
-        lines.append(f"{pair['distance']:.4f}  {texts}")
+    lines = [table(part, names) for part in (rows, continued) if part]
+    lines.append(table(rows[-1]["closest"][:3], ["distance", "texts"]))
     lines.append("collisions: ℓ2 distance below 1e-6; practical: torch.allclose")
     show(summary | {"figure": figure or None}, as_json, "\n".join(lines))
     return 0
@@ -586,12 +568,12 @@ def check_place(what: str, path: str, ending: str = "") -> None:
         raise bad(f"the {what} {path!r}", f"{name}, in a folder that can be written")
 
 
-def table(rows: Sequence[dict], names: Sequence[str], forms: dict[str, str]) -> str:
-    """Rows as text; numbers stand on the right."""
+def table(rows: Sequence[dict], names: Sequence[str]) -> str:
+    """Some columns of rows as text; numbers stand on the right."""
     cells = []
     for row in rows:
-        cells.append([format(row[name], forms.get(name, "")) for name in names])
-    right = [name for name in names if not isinstance(rows[0][name], str)]
+        cells.append([FORMS.get(name, str)(row[name]) for name in names])
+    right = [name for name in names if isinstance(rows[0][name], int | float)]
     return checks.table(names, cells, right=right)
 
 

@@ -17,6 +17,14 @@ from sipit_lite.extensions import laststate
 from sipit_lite.io.text import distinct
 
 Output = pytest.CaptureFixture[str]
+# What is measured once for a model need not be measured again for every command.
+loaded_once = functools.cache(load)
+
+
+@pytest.fixture(autouse=True)
+def one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands with the same options share their model."""
+    monkeypatch.setattr(cli.sl, "load", loaded_once)
 
 
 def run(*words: object) -> int:
@@ -273,10 +281,11 @@ def test_outputs_that_take_nothing(
     """A closed pipe ends quietly; a full disk is one line. Both are no success."""
     reader, writer = os.pipe()
     os.close(reader)
-    for stream, code in ((os.fdopen(writer, "w"), 141), (open("/dev/full", "w"), 2)):
-        monkeypatch.setattr(sys, "stdout", stream)
-        assert run("invert", "--text", "x", "--layer", 0) == code
-        stream.close()
+    full = os.open("/dev/full", os.O_WRONLY)
+    for descriptor, code in ((writer, 141), (full, 2)):
+        with os.fdopen(descriptor, "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            assert run("invert", "--text", "x", "--layer", 0) == code
     monkeypatch.undo()
     lines = complaints(capsys.readouterr().err)
     assert len(lines) == 1 and "No space left on device" in lines[0]

@@ -84,9 +84,9 @@ def docstring_lines(tree: ast.AST) -> set[int]:
     """Numbers of the lines that docstrings take."""
     lines = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                lines.update(range(node.lineno, node.end_lineno + 1))
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            lines.update(range(node.lineno, node.end_lineno + 1))
     return lines
 
 
