@@ -101,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SipItError, ValueError) as error:
         return say(label, error)
     except KeyboardInterrupt as stop:
-        return say(label, str(stop) or "interrupted", 130)
+        best = getattr(stop, "recovered", None)
+        found = f": {best.text!r}" if best else ""
+        return say(label, f"{str(stop) or 'interrupted'}{found}", 130)
     except OSError as error:
         # What Python would still flush at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -158,11 +160,7 @@ def open_model(
     options["dtype"] = getattr(torch, model_dtype or WEIGHTS.get(weights, "float32"))
     if weights:
         flag = {"int8": "load_in_8bit", "fp4": "load_in_4bit"}[weights]
-        try:
-            options["quantization_config"] = BitsAndBytesConfig(**{flag: True})
-        except ImportError as error:
-            needed = f"pip install 'sipit-lite[quantised]' ({error})"
-            raise bad(f"--weights {weights}", needed) from error
+        options["quantization_config"] = BitsAndBytesConfig(**{flag: True})
         options["device_map"] = device_map or "auto"
     return sl.load(model, **options)
 

@@ -11,14 +11,27 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sipit_lite import Lens, LensError, cli, closest_pairs, last_states, load
+from sipit_lite import (
+    LanguageModel,
+    Lens,
+    LensError,
+    cli,
+    closest_pairs,
+    last_states,
+    load,
+)
 from sipit_lite.cli import main
 from sipit_lite.extensions import laststate
 from sipit_lite.io.text import distinct
 
 Output = pytest.CaptureFixture[str]
-# What is measured once for a model need not be measured again for every command.
-loaded_once = functools.cache(load)
+cached = functools.cache(load)
+
+
+def loaded_once(name: str | None, **options: object) -> LanguageModel:
+    """What is measured once for a model is not measured again for every command."""
+    quantised = "quantization_config" in options
+    return load(name, **options) if quantised else cached(name, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +163,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list, str]]:
         "truncated": ([folder / "short"], "not a complete safetensors file"),
         "not safetensors": ([folder / "text"], "not a complete safetensors file"),
         "no fields": ([folder / "bare"], "expected tensors 'layer.ℓ'"),
-        "empty with last": ([states(0, 256), "--last"], "(0, 256)"),
+        "empty with last": ([states(0, 256), "--last"], "shape (1, 0)"),
         "NaN with last": ([nan, "--last"], "got NaN"),
         "two sources": ([good, "--text", "x"], "expected one of them"),
     }
@@ -344,7 +357,7 @@ def test_ctrl_c_prints_the_closest(
     monkeypatch.setattr(laststate, "checked", pressed)
     words = ("--text", "hidden states", "--last", "--layer", 2, "--length", 2)
     assert run("invert", *words) == 130
-    assert "stopped with 'hidden states' at distance" in capsys.readouterr().err
+    assert "'hidden states'" in capsys.readouterr().err
 
 
 def test_collisions(
@@ -365,7 +378,7 @@ def test_collisions(
     files = ("--figure", figure, "--shards", tmp_path / "shards")
     assert run(*small, *layers, *files, "--json") == 0
     summary = strict(capsys.readouterr().out)
-    model = honest(device="cpu")
+    model = load(device="cpu")
     prompts = distinct(model.tokenizer, 40, 8, source="bundled")
     states = last_states(model, prompts, [2, 6])
     for row, x in zip(summary["layers"], states, strict=True):
