@@ -124,7 +124,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "wheel",
         "--quiet",
         "--no-deps",
-        "--no-build-isolation",
         "--wheel-dir",
         str(folder),
         str(ROOT),
