@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sipit_lite import LanguageModel, ModelError, closest_pairs
+from sipit_lite import LanguageModel, ModelError, StatesError, closest_pairs
 from sipit_lite.experiments.perturb import noisy, quantised, rounded, twins
 
 
@@ -54,9 +54,9 @@ def test_twins_collide_and_stop_colliding(pocket: LanguageModel) -> None:
 
 def test_bad_input(pocket: LanguageModel) -> None:
     """Each refusal quotes what came."""
-    with pytest.raises(ValueError, match="got the format 'int3'"):
+    with pytest.raises(StatesError, match="got the format 'int3'"):
         rounded(torch.zeros(2, 2), "int3")
-    with pytest.raises(ValueError, match=r"float16 cannot hold"):
+    with pytest.raises(StatesError, match=r"float16 cannot hold"):
         rounded(torch.full((2, 2), 1e6), "float16")
     with pytest.raises(ModelError, match="tokens are 0 to 4095"):
         twins(pocket, 5, 4096)
@@ -74,7 +74,7 @@ def test_noise_has_the_size_asked_for() -> None:
     assert torch.equal(noisy(states, 1.0, seed=3), noisy(states, 1.0, seed=3))
     assert not torch.equal(noisy(states, 1.0, seed=3), noisy(states, 1.0, seed=4))
     for bad in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="expected finite sizes, not negative"):
+        with pytest.raises(StatesError, match="expected finite sizes, not negative"):
             noisy(states, bad)
 
 
@@ -106,5 +106,5 @@ def test_int8_weights_are_rounded_rows(pocket: LanguageModel) -> None:
     small = quantised(pocket, "int8")
     weight = pocket.decoder.h[1].attn.c_attn.weight
     assert torch.equal(small.decoder.h[1].attn.c_attn.weight, rounded(weight, "int8"))
-    with pytest.raises(ValueError, match="got the format 'int3'"):
+    with pytest.raises(StatesError, match="got the format 'int3'"):
         quantised(pocket, "int3")

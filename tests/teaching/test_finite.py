@@ -1,8 +1,7 @@
 """Counting against enumeration, exhaustive search against dictionaries of Python tuples, routes against each other."""
 
 import math
-from collections import Counter
-from itertools import combinations, product
+from itertools import product
 
 import pytest
 import torch
@@ -10,19 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sipit_lite import LanguageModel, ModelError, load
-from sipit_lite.experiments.families import small
 from sipit_lite.teaching.finite import (
-    chance_pairs,
-    coincidences,
+    CountError,
     crowded_length,
     every_last_state,
     every_prompt,
     finite_values,
-    forced_pairs,
     pigeonhole_length,
     route_spread,
     routes,
-    same_bits,
 )
 
 EIGHT = [
@@ -75,28 +70,12 @@ def test_pigeonhole_length_is_the_first(
 @given(st.integers(2, 40), st.integers(1, 10**30))
 def test_crowded_length_by_counting_up(vocab_size: int, states: int) -> None:
     """The same by multiplication, from nothing."""
-    length, prompts = 0, 1
+    length = 0
+    prompts = 1
     while prompts <= states:
-        length, prompts = length + 1, prompts * vocab_size
+        length += 1
+        prompts *= vocab_size
     assert crowded_length(vocab_size, states) == length
-
-
-@pytest.mark.parametrize(("prompts", "states"), list(product(range(6), range(1, 5))))
-def test_forced_and_chance_pairs_over_all_maps(prompts: int, states: int) -> None:
-    """The smallest and the mean number of equal pairs, over every map there is."""
-    maps = list(product(range(states), repeat=prompts))
-    counts = [sum(a == b for a, b in combinations(values, 2)) for values in maps]
-    assert forced_pairs(prompts, states) == min(counts)
-    assert chance_pairs(prompts, states) * len(maps) == sum(counts)
-
-
-@given(st.integers(0, 10**9), st.integers(1, 10**9))
-def test_chance_forces_at_least(prompts: int, states: int) -> None:
-    """A minimum is at most a mean; pairs are forced if and only if there are more prompts than states."""
-    forced = forced_pairs(prompts, states)
-    assert forced <= chance_pairs(prompts, states) and (forced > 0) == (
-        prompts > states
-    )
 
 
 @given(st.integers(1, 5), st.integers(1, 5))
@@ -126,52 +105,6 @@ def test_every_last_state_is_that_of_the_prompt(
         [model.states(ids, 2)[-1] for batch in prompts for ids in batch]
     )
     assert torch.allclose(found, alone, atol=1e-4)
-
-
-@given(
-    st.lists(
-        st.tuples(*[st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-30])] * 2),
-        min_size=1,
-        max_size=30,
-    )
-)
-def test_coincidences_against_a_dictionary(rows: list[tuple[float, float]]) -> None:
-    """Python compares tuples of floats as numbers, and 0 with −0 as equal."""
-    found, counts = coincidences(torch.tensor(rows, dtype=torch.float64)), Counter(rows)
-    assert sorted(found.sizes.tolist()) == sorted(counts.values())
-    assert found.pairs == sum(a == b for a, b in combinations(rows, 2))
-    for first in range(len(rows) + 1):
-        assert found.different(first) == len(set(rows[:first]))
-    groups = [group.tolist() for group in found.groups()]
-    assert sorted(groups) == sorted(
-        [i for i, x in enumerate(rows) if x == row] for row in counts if counts[row] > 1
-    )
-    assert [len(group) for group in groups] == sorted(map(len, groups), reverse=True)
-
-
-@pytest.mark.parametrize(
-    "dtype", [*EIGHT[:2], torch.float16, torch.bfloat16, torch.float32, torch.float64]
-)
-def test_same_bits(dtype: torch.dtype) -> None:
-    """One pattern apart is not the same, and neither is another format or sign of zero."""
-    x = torch.tensor([[1.0, 0.0], [2.0, -3.0]]).to(dtype)
-    assert same_bits(x, x.clone()) and same_bits(x.t(), x.t().clone())
-    assert not same_bits(x, (-x.float()).to(dtype))
-    assert not same_bits(torch.zeros(1).to(dtype), (-torch.zeros(1)).to(dtype))
-    assert not same_bits(x.float(), x.double())
-
-
-def test_rotary_models_have_exactly_thirty_pairs() -> None:
-    """All 363 prompts of 1 to 5 of three tokens: in float64, rounded to twelve digits, the constant ones coincide."""
-    prompts = every_prompt(3, 5)
-    for name, pairs in (("Llama", 30), ("GPT2", 0)):
-        model = small(name, device="cpu")
-        model = LanguageModel(model.decoder.double(), name=name)
-        states = every_last_state(model, model.n_layers, prompts)
-        found = coincidences((states * 1e10).round())
-        assert found.pairs == pairs
-        ids = [tuple(row) for batch in prompts for row in batch.tolist()]
-        assert all(len(set(ids[i])) == 1 for group in found.groups() for i in group)
 
 
 def test_routes_agree_up_to_rounding(pocket: LanguageModel) -> None:
@@ -208,20 +141,13 @@ def test_route_spread_by_hand() -> None:
 def test_bad_input() -> None:
     """Each refusal quotes what came."""
     for dtype in (torch.bool, torch.complex64, torch.float8_e8m0fnu):
-        with pytest.raises(ValueError, match=f"got {dtype}"):
+        with pytest.raises(CountError, match=f"got {dtype}"):
             finite_values(dtype)
-    with pytest.raises(ValueError, match="got d_model=0, bits=32"):
+    with pytest.raises(CountError, match="got d_model=0, bits=32"):
         pigeonhole_length(0, 32, 50257)
-    with pytest.raises(ValueError, match="got vocab_size=1, states=1024"):
+    with pytest.raises(CountError, match="got vocab_size=1, states=1024"):
         pigeonhole_length(10, 1, 1)
-    for count in (forced_pairs, chance_pairs):
-        with pytest.raises(ValueError, match="got prompts=3, states=0"):
-            count(3, 0)
-        with pytest.raises(ValueError, match="got prompts=-1, states=2"):
-            count(-1, 2)
-    with pytest.raises(ValueError, match="got vocab_size=3, longest=0"):
+    with pytest.raises(CountError, match="got vocab_size=3, longest=0"):
         every_prompt(3, 0)
-    with pytest.raises(ValueError, match="got 2 states with NaN or Inf"):
-        coincidences(torch.tensor([[1.0, math.nan], [0.0, 0.0], [math.inf, 0.0]]))
-    with pytest.raises(ModelError, match="layers 0"):
+    with pytest.raises(ModelError, match="got layer 7"):
         every_last_state(load(device="cpu"), 7, every_prompt(2, 1))
