@@ -64,10 +64,10 @@ Policy = Annotated[Literal[*POLICIES], Option(help="The order of the candidates.
 Quick = Annotated[bool, Option("--quick", help="A smoke run of seconds.")]
 Figure = Annotated[str, Option(help="A .png to draw.")]
 Shards = Annotated[str | None, Option(help="A folder, where a stopped run goes on.")]
+# Options that take several values at once.
 SEVERAL = ("--layers", "--lengths", "--kinds", "--ways")
 
-# Locals of a traceback would hold prompts.
-app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+app = typer.Typer(add_completion=False, help="Hidden states that give back the prompt.")
 # Typer carries click with it since 0.29: this is the base of usage errors anyway.
 UsageError = typer.BadParameter.__base__
 
@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        # Not by typer's own main, which would draw boxes and hide what Ctrl-C carries.
         commands = typer.main.get_command(app)
         with commands.make_context("sipit-lite", spread(arguments)) as context:
             return commands.invoke(context)
@@ -98,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = getattr(error.__cause__, "errors", list)()
         received = f"got {errors[0]['input']!r}; " if errors else ""
         return say(label, received + error.format_message())
-    except (SipItError, ValueError) as error:
+    except (SipItError, sl.LastStateError) as error:
         return say(label, error)
     except KeyboardInterrupt as stop:
+        # An inversion that was stopped carries what it has.
         best = getattr(stop, "recovered", None)
         found = f": {best.text!r}" if best else ""
         return say(label, f"{str(stop) or 'interrupted'}{found}", 130)
@@ -113,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def say(label: str, message: object, code: int = 2) -> int:
     """Print one line on standard error, and return the exit code."""
+    # A message may quote several lines.
     print(f"{label}: {' '.join(str(message).splitlines())}", file=sys.stderr)
     return code
 
@@ -126,6 +129,7 @@ def spread(arguments: Sequence[str]) -> list[str]:
     written: list[str] = []
     option = None
     for argument in arguments:
+        # The values end where the next option starts.
         if argument.startswith("-"):
             option = argument if argument in SEVERAL else None
         elif option is not None and written[-1] != option:
@@ -142,10 +146,12 @@ def bad(received: str, expected: str) -> StatesError:
 def open_model(
     deepest: int | None,
     *,
-    model: Annotated[str | None, Option(help="A folder, or a name on the hub.")] = None,
-    random_init: Annotated[bool, Option("--random-init", help="Not trained.")] = False,
-    model_dtype: Annotated[Format | None, Option(help="To compute in.")] = None,
-    weights: Annotated[Quantised | None, Option(help="Quantised.")] = None,
+    model: Annotated[str | None, Option(help="Ours, a folder, a hub name.")] = None,
+    random_init: Annotated[
+        bool, Option("--random-init", help="Weights drawn.")
+    ] = False,
+    model_dtype: Annotated[Format | None, Option(help="Of the computing.")] = None,
+    weights: Annotated[Quantised | None, Option(help="Round on loading.")] = None,
     device_map: Annotated[str | None, Option(help="auto spreads the model.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda, ...")] = "auto",
     seed: Seed = 0,
@@ -157,8 +163,10 @@ def open_model(
         raise bad(f"seed {seed}", "a whole number below 2**62")
     options = {"layers": deepest, "random_init": random_init, "seed": seed}
     options |= {"device": device, "device_map": device_map, "progress": True}
+    # Quantised weights are multiplied in the format they come with.
     options["dtype"] = getattr(torch, model_dtype or WEIGHTS.get(weights, "float32"))
     if weights:
+        # transformers has a switch for each.
         flag = {"int8": "load_in_8bit", "fp4": "load_in_4bit"}[weights]
         options["quantization_config"] = BitsAndBytesConfig(**{flag: True})
         options["device_map"] = device_map or "auto"
@@ -170,6 +178,7 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
 
     Its first parameter is ``open_model`` with these options filled in.
     """
+    # The first parameter of either is not an option.
     shared = dict(inspect.signature(open_model).parameters)
     del shared["deepest"]
     own = dict(inspect.signature(function).parameters)
@@ -203,6 +212,7 @@ def demo(
     check_place("figure", figure, ".png")
     model = opened(None)
     layers = list(range(model.n_layers + 1)) if layer is None else [layer]
+    # One list, so that the bar knows how long the demo takes.
     cases = [(*prompt, at) for prompt in demo_prompts(model, seed) for at in layers]
     rows = []
     last = {}
@@ -222,6 +232,7 @@ def demo(
         if rows and not as_json:
             print(table(rows, list(rows[0])))
     if figure:
+        # All prompts in a row, at the last layer.
         joined = []
         for name in ("distance", "runner_up", "radius"):
             joined.append(torch.cat([getattr(r, name) for r in last.values()]).tolist())
@@ -238,6 +249,7 @@ def demo(
 def demo_prompts(model: LanguageModel, seed: int) -> Iterator[tuple[str, Tensor]]:
     """The prompts of the demo; without a tokenizer the random one alone."""
     size = model.vocab_size
+    # Some models have more rows of embeddings than there are tokens.
     if model.tokenizer is not None:
         size = min(size, len(model.tokenizer))
         for name, text in DEMO_TEXTS.items():
@@ -262,6 +274,7 @@ def capture(
     sipit-lite capture "My secret prompt" -o states.safetensors --layers 3 6
     """
     wanted = one_or_several(layer, layers)
+    # Standard input keeps a prompt out of the shell's history.
     if text == "-":
         try:
             text = sys.stdin.read()
@@ -294,7 +307,7 @@ def invert(
     epsilon: Annotated[float | None, Option(help="Bound on the noise.")] = None,
     certify: Annotated[bool, Option("--certify", help="Test all tokens.")] = False,
     lens: Annotated[str | None, Option(help="A file; fitted if not there.")] = None,
-    on_fail: Annotated[Literal["raise", "nearest"], Option(help="Guess?")] = "raise",
+    on_fail: Annotated[Literal["raise", "nearest"], Option(help="A guess?")] = "raise",
     last: Annotated[bool, Option("--last", help="From the last state alone.")] = False,
     length: Annotated[int | None, Option(help="With --last: tokens.")] = None,
     longest: Annotated[int | None, Option(help="With --last: most tokens.")] = None,
@@ -310,6 +323,7 @@ def invert(
     """
     if (file is None) == (text is None):
         raise bad("both or neither of a file and --text", "one of them")
+    # What --last alone takes, and what it does not take.
     limits = {"length": length, "longest": longest}
     limits |= {"seconds": seconds, "restarts": restarts}
     limits = {name: value for name, value in limits.items() if value is not None}
@@ -333,6 +347,7 @@ def invert(
     at = captured.layer if layer is None else layer
     options = {"epsilon": epsilon, "seed": seed, "progress": True}
     if last:
+        # One row, and nothing of the others.
         captured.check(model)
         row = captured.at(at)[-1:].flatten()
         found = sl.invert_last(row, model, at, **options, **limits)
@@ -405,6 +420,7 @@ def collisions(
     where = {"kinds": kinds, "seed": seed, "source": source, "folder": shards}
     drawn = from_source(model.tokenizer, prompts, length, **where)
     states = sl.last_states(model, drawn, layers, folder=shards, progress=True)
+    # Distances to the nearest neighbour cost time, and only the figure shows them.
     options = {"prompts": drawn, "nearest": bool(figure), "progress": True}
     rows = []
     nearest = []
@@ -477,6 +493,7 @@ def bench(
 
 def ladder(speed: dict[str, dict]) -> tuple[dict[str, float], float]:
     """Seconds a prompt of each way to invert, and of a forward pass, where all ran."""
+    # The published loop runs at the last layer alone.
     row = [row for row in speed.values() if "published, seconds" in row][-1]
     ways = ("published", "newton", "auto without a lens", "auto")
     return {way: row[f"{way}, seconds"] for way in ways}, row["forward, seconds"]
@@ -509,6 +526,7 @@ def reproduce(
 
     sipit-lite reproduce layers --layers 1 6 12 --source corpora -o results
     """
+    # What is not given stays as the paper has it.
     plan = {"prompts": prompts, "length": length, "limit": limit, "source": source}
     plan |= {"shards": shards, "lengths": lengths, "ways": ways}
     plan["layers"] = one_or_several(layer, layers)
@@ -531,6 +549,7 @@ def reproduce(
     common = {"quick": quick, "weights": label, "seed": seed, "progress": True}
     for name in names:
         wanted = changes
+        # One list of options for all: each experiment takes those it has.
         if experiment == "all":
             parts = EXPERIMENTS[name].parts
             wanted = {part: changes[part] for part in parts if part in changes}
