@@ -1,1 +1,1 @@
-"""What two or more chapters share: the mathematics of Part I in sympy, finite models, the style of figures."""
+"""What chapters share: the mathematics of Part I, finite models, figures."""

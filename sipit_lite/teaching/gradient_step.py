@@ -67,6 +67,7 @@ def witness_hessian(target: Sequence[Number], d: int) -> sp.Matrix:
     logits = rows * beta
     loss = sp.log(sum(logits.applyfunc(sp.exp))) - sp.Matrix(target).dot(logits)
     theta = [*rows.T, *beta]  # the transpose lists U column by column
+    # Differentiated first and evaluated then: at the origin all logits are equal.
     return sp.hessian(loss, theta).xreplace(dict.fromkeys(theta, 0)).expand()
 
 

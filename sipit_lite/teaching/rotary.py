@@ -87,6 +87,7 @@ def _separating_strength(
     without: list[int], having: list[int], token: int, offset: int, rate: float
 ) -> float:
     """The strength β at which the odds of the token differ by a factor of e or more."""
+    # Distances from the end at which the prompt without the token there has it.
     copies = [d for d, v in enumerate(reversed(without)) if v == token]
     others_without = len(without) - len(copies)
     others_having = len(having) - having.count(token)

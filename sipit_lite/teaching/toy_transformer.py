@@ -108,7 +108,7 @@ def toy_state(
     normed = [_layer_norm(x, theta, "h.0.ln_1", epsilon) for x in rows]
     # Query, key and value of each position side by side, shape (1, 3d).
     heads = [_affine(x, theta, "h.0.attn.c_attn") for x in normed]
-    query = heads[-1][:, :d]
+    query = heads[-1][:, :d]  # the last position reads all others: no mask is needed
     mixed = sp.zeros(1, d)
     total = 0
     for head in heads:
@@ -175,6 +175,7 @@ def separating_entries(
             f"got {s} and {t}; expected two different prompts of one token or more"
         )
     if len(s) != len(t):
+        # Only s ends at this position.
         return {"wpe.weight": {(len(s) - 1, 0): sp.Integer(1)}}
     if s[-1] != t[-1]:
         return {"wte.weight": {(s[-1], 0): sp.Integer(1)}}
@@ -185,7 +186,7 @@ def separating_entries(
         )
     mismatch = next(i for i in range(len(s)) if s[i] != t[i])
     if t[mismatch] == s[-1] and not as_named:
-        s = t
+        s = t  # of the two, only s enters the construction
     return _looking_head(s, mismatch, d, head_width, epsilon)
 
 
@@ -199,7 +200,7 @@ def _looking_head(
     q = sp.Matrix([1, -1, -1, 1]) / 2
     squared_gain = 1 / (sp.Rational(2, d) + epsilon)  # of the norm on e + p
     score = sp.log(3 * (len(s) - 1))  # δ = 1/4 is small enough for every d and ε
-    key = score * sp.sqrt(head_width) / squared_gain
+    key = score * sp.sqrt(head_width) / squared_gain  # attention divides by the root
     tokens = {}
     places = {}
     head = {}
@@ -209,7 +210,7 @@ def _looking_head(
         places[mismatch, i] = p[i]
         places[len(s) - 1, i] = q[i]
         head[i, 0] = e[i]
-        head[i, d] = key * p[i]
+        head[i, d] = key * p[i]  # columns: queries, then keys from d, values from 2d
         head[i, 2 * d] = e[i]
     return {
         "wte.weight": tokens,

@@ -105,7 +105,7 @@ def zero_contours(
     values = _values(f, np.stack([x.ravel(), y.ravel()])).reshape(x.shape)
     if not values.any():
         raise SipItError("got a function that is 0 on the grid; expected contours")
-    return contourpy.contour_generator(x, y, values).lines(0)
+    return contourpy.contour_generator(x, y, values).lines(0)  # where the value is 0
 
 
 def _corners(box: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
