@@ -1,8 +1,8 @@
 """What SipIt is compared against, as published (paper §3 and appendix).
 
-For the comparisons of chapters 11 to 13 and ``sipit-lite bench inversion``, not for use.
-Every look at a candidate reads the full prefix through the full model, as the official
-code does, final norm and logits included.
+For the comparisons of chapters 11 to 13 and ``sipit-lite bench inversion`` alone. Every
+look at a candidate reads the full prefix through the full model, as the official code
+does, final norm and logits included.
 """
 
 import time
@@ -85,7 +85,7 @@ def _sequential(
     prefix = []
     tested = []
     for t, target in enumerate(observed.states):
-        tested.append(0)
+        tested.append(0)  # candidates at this position
         for token in policy(model, prefix, target, layer, generator):
             tested[-1] += 1
             ids = torch.tensor([*prefix, token], device=model.device)
@@ -130,7 +130,7 @@ def _descent(
     before = table[torch.tensor(prefix, device=table.device).long()]
     for step in range(len(table)):
         if step and step % window == 0:
-            proxy = table[_nearest(table, proxy, untried)].clone()
+            proxy = table[_nearest(table, proxy, untried)].clone()  # the snap
         proxy = proxy.detach().requires_grad_()
         states = _full_pass(model, torch.cat([before, proxy[None]]), layer)
         error = (states[-1] - target).square().mean()
@@ -140,7 +140,7 @@ def _descent(
         rate = 1 - 0.99 * (step % window) / (window - 1)
         proxy = proxy.detach() - rate * clipped
         token = _nearest(table, proxy, untried)
-        untried[token] = False
+        untried[token] = False  # so each token comes once
         yield token
 
 
@@ -160,6 +160,7 @@ def _full_pass(
     """States at one layer of a pass up to the logits, which nobody uses."""
     with model.tapped([layer]) as states:
         passed = model.decoder(inputs_embeds=rows[None], use_cache=False)
+        # The unembedding is taken as large as the table of embeddings.
         _ = passed.last_hidden_state @ model.embeddings.T
     return states[layer][0]
 
@@ -177,9 +178,9 @@ def hard_prompts(
 ) -> Attempt:
     """HardPrompts (PEZ): all embeddings at once by Adam, projected onto tokens.
 
-    Runs T·|V|/4 steps as in the paper unless ``steps`` is given, and returns the closest
-    prompt met. With a ``length``, ``states`` is the last one alone of a prompt of so many
-    tokens, and the first prompt that verifies ends the search.
+    Runs T·|V|/4 steps as in the paper unless ``steps`` is given, and returns the
+    closest prompt met. With a ``length``, ``states`` is the last one alone of a prompt
+    of so many tokens, and the first prompt that verifies ends the search.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -201,6 +202,7 @@ def hard_prompts(
     least = torch.inf
     taken = 0
     finished = False
+    # Without a length all steps are run, as published.
     while taken != steps and not (finished and length):
         taken += 1
         ids = torch.cdist(proxy.detach(), table).argmin(1)
@@ -235,9 +237,9 @@ def greedy_coordinate(
 ) -> Attempt:
     """Greedy coordinate gradient (GCG) for the last state of a prompt of known length.
 
-    The gradient of ½‖F − ĥ‖² at each position ranks substitutions, ``BATCH`` of the best
-    ``CANDIDATES`` a position are read, and the closest prompt is kept; where none is
-    closer, one token is drawn anew. Ends when a prompt verifies.
+    The gradient of ½‖F − ĥ‖² at each position ranks substitutions, ``BATCH`` of the
+    best ``CANDIDATES`` a position are read, and the closest prompt goes on; where none
+    is closer, one token is drawn anew. Ends when a prompt verifies.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -265,6 +267,7 @@ def greedy_coordinate(
             least = now
         if least <= float(observed.radius):
             break
+        # Where the loss falls most, to first order.
         promising = (gradient @ table.T).topk(options, largest=False).indices.cpu()
         where = torch.randint(length, (BATCH,), generator=generator)
         which = torch.randint(options, (BATCH,), generator=generator)
@@ -274,7 +277,7 @@ def greedy_coordinate(
             states = _last_states(cut, table[prompts])
         distance, winner = observed.distance(0, states).min(0)
         tested += BATCH
-        if float(distance) < now:
+        if float(distance) < now:  # greedy
             ids = prompts[int(winner)]
         else:
             ids = ids.clone()

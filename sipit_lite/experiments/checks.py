@@ -39,40 +39,28 @@ from sipit_lite.sipit import invert
 
 Better = Literal["higher", "lower"]
 Number = float | int
+PUBLISHED = "speed-up over published"
 # What is not listed is a share, of which all is wanted.
 AT_LEAST: dict[str, Number] = {
-    "speed-up over gemm": 10,
-    "speed-up over cdist": 100,
-    "forward rate over gemm rate": 0.5,
-    "speed-up over published, prose, last layer": 200,
-    "speed-up over published, random, last layer": 200,
-    "speed-up over published, gpt2 at random initialisation": 50,
-    "batch speed-up for each prompt": 5,
-    "states, two processes over one": 1.7,
-    "exact, T = 2": 0.97,
-    "exact, T = 3": 0.95,
-    "exact, T = 4": 0.90,
-    "exact, T = 6": 0.50,
-    "exact, T = 8": 0.90,
-}
+    "speed-up over gemm": 10, "speed-up over cdist": 100,
+    "forward rate over gemm rate": 0.5, "states, two processes over one": 1.7,
+    f"{PUBLISHED}, prose, last layer": 200, f"{PUBLISHED}, random, last layer": 200,
+    f"{PUBLISHED}, gpt2 at random initialisation": 50,
+    "batch speed-up for each prompt": 5, "exact, T = 2": 0.97, "exact, T = 3": 0.95,
+    "exact, T = 4": 0.90, "exact, T = 6": 0.50, "exact, T = 8": 0.90,
+}  # fmt: skip
 AT_MOST: dict[str, Number] = {
-    "silent errors": 0,
-    "false successes": 0,
-    "scan over plain forward": 1.5,
-    "minimum error against float64": 1e-9,
-    "isotropic time over gemm": 2,
-    "peak memory GiB above the states": 1,
+    "silent errors": 0, "false successes": 0, "scan over plain forward": 1.5,
+    "minimum error against float64": 1e-9, "isotropic time over gemm": 2,
+    "peak memory GiB above the states": 1, "growth exponent of time with T": 1.2,
     "forward passes, prose, up to layer L/2": 3,
     "forward passes, prose, last layer": 10,
     "forward passes, random, up to layer L/2": 10,
     "forward passes, random, last layer": 40,
-    "Newton steps, median": 4,
-    "Newton steps, 99th percentile": 10,
-    "growth exponent of time with T": 1.2,
-    "seconds, last state, T = 3": 5,
-    "seconds, last state, T = 4": 20,
+    "Newton steps, median": 4, "Newton steps, 99th percentile": 10,
+    "seconds, last state, T = 3": 5, "seconds, last state, T = 4": 20,
     "seconds, last state, T = 6": 120,
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +80,7 @@ class Check:
     @classmethod
     def of(cls, name: str, value: Number) -> "Check":
         """Compare a measured value with the target of that name."""
-        if name in AT_MOST:
+        if name in AT_MOST:  # less is better
             target = AT_MOST[name]
             return cls(name, value, target, "lower", value <= target)
         target = AT_LEAST.get(name, 1)
@@ -149,8 +137,8 @@ def exactness(
 ) -> tuple[list[Check], dict]:
     """Invert held-out prompts and edge cases at the first, middle and last layer.
 
-    Counts what came back exactly with the policy ``Gradient``, silent errors (a wrong
-    prompt returned as verified), and candidates tested. Returns the checks and all data.
+    Counts exact prompts with the policy ``Gradient``, silent errors (a wrong prompt
+    returned as verified), and candidates tested. Returns the checks and all data.
     """
     layers = [1, model.n_layers // 2, model.n_layers]
     edge_layers = layers[:1] if quick else layers
@@ -163,10 +151,10 @@ def exactness(
     runs = []
     for kind, ids in progress_bar(options, "held-out", progress):
         runs += [attempt(model, ids, layer) | {"kind": kind} for layer in layers]
-    edges = {}
+    edges = {}  # what breaks naive inverters
     for name, ids in edge_prompts(model, quick, seed).items():
         edges[name] = [attempt(model, ids, layer) for layer in edge_layers]
-    stored = []
+    stored = []  # states rounded to 16 bits
     for ids in progress_bar(short, "rounded", progress):
         for layer in edge_layers:
             stored += rounded(model, ids, layer)
@@ -198,7 +186,7 @@ def edge_prompts(
     model: LanguageModel, quick: bool, seed: int
 ) -> dict[str, Int[Tensor, " pos"]]:
     """The prompts that break naive inverters."""
-    full = min(32, model.n_positions) if quick else model.n_positions
+    full = min(32 if quick else model.n_positions, model.n_positions)
     parts = islice(prompts(model.tokenizer, "prose", 16, seed=seed), -(-full // 16))
     text = torch.cat(list(parts))
     edges = {
@@ -221,7 +209,7 @@ def attempt(
     started = time.perf_counter()
     try:
         outcome = invert(states, model, layer)
-    except NotVerified as error:
+    except NotVerified as error:  # a refusal is an outcome, not a failure
         outcome = error
     seconds = time.perf_counter() - started
     recovery = outcome if isinstance(outcome, Recovery) else outcome.recovered
@@ -232,8 +220,8 @@ def attempt(
 def judged(ids: Int[Tensor, " pos"], outcome: Outcome) -> dict:
     """Whether a known prompt came back; a wrong one without a refusal is silent."""
     refused = None if isinstance(outcome, Recovery) else type(outcome).__name__
-    exact = refused is None and torch.equal(outcome.tokens, ids.cpu())
-    silent = refused is None and not exact
+    exact = not refused and torch.equal(outcome.tokens, ids.cpu())
+    silent = not refused and not exact
     return {"exact": exact, "refused": refused, "silent error": silent}
 
 
@@ -245,9 +233,9 @@ def rounded(model: LanguageModel, ids: Int[Tensor, " pos"], layer: int) -> list[
     runs = []
     for dtype in (torch.float16, torch.bfloat16):
         noise = torch.linalg.vector_norm(states - states.to(dtype).float(), dim=1)
-        under = bool((noise.cpu() < margins / 2).all())
         run = {"dtype": str(dtype).removeprefix("torch.")}
-        run["noise under half the margin"] = under
+        # Theorem 3.2: below half the margin the token is the only one near enough.
+        run["noise under half the margin"] = bool((noise.cpu() < margins / 2).all())
         runs.append(attempt(model, ids, layer, dtype) | run)
     return runs
 
@@ -260,7 +248,7 @@ def candidate_counts(runs: list[dict]) -> dict[str, float]:
     """
     tested = np.concatenate([run["tested"] for run in runs])
     policy = Gradient()
-    # What one policy may propose before all tokens are tested, and rivals of the answer.
+    # What the policy proposes before the scan, and the rivals of the answer.
     reach = policy.proposals_per_step * policy.max_steps + CHALLENGERS
     return {
         "candidates per token, median": float(np.median(tested)),
@@ -303,7 +291,8 @@ def plain_forward(
         cache = DynamicCache()
         model.decoder(prefix[None], past_key_values=cache, use_cache=True)
         for rows in tokens.split(ROWS):
-            repeated = copy.deepcopy(cache)
+            repeated = copy.deepcopy(cache)  # since a pass appends to it
+            # What transformers offers; our cache is a view.
             repeated.batch_repeat_interleave(len(rows))
             model.decoder(rows[:, None], past_key_values=repeated, use_cache=True)
 
@@ -311,10 +300,10 @@ def plain_forward(
 def clock(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, the device's queue emptied before and after."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    wait()  # else the work of earlier calls is counted
     started = time.perf_counter()
     work()
-    wait()
+    wait()  # else this work is not
     return time.perf_counter() - started
 
 

@@ -19,8 +19,8 @@ from sipit_lite.policies import Gradient
 from sipit_lite.recovery import Outcome
 from sipit_lite.sipit import invert_many
 
-LONGEST = 48
-WINDOW = 6
+LONGEST = 48  # tokens of a prompt
+WINDOW = 6  # of local attention, shorter than the prompts
 LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
 NEO = [[["global", "local", "global"], 1]]
 # What each has beside the common sizes, by the name of its configuration.
@@ -87,18 +87,18 @@ def families(
     ``Gradient`` and ``Newton`` every tenth.
     """
     names = list(SETTINGS)[: 2 if quick else None]
+    count = 3 if quick else 100
     runs = []
     for name in progress_bar(names, "families", progress):
         tested = small(name, seed=seed, device=model.device)
         for layer in (1, tested.n_layers):
-            for row in _inverted(tested, layer, 3 if quick else 100, seed):
+            for row in _inverted(tested, layer, count, seed):
                 runs.append({"family": name, "layer": layer} | row)
     exact = share(run["exact"] == run["prompts"] for run in runs)
     silent = sum(run["silent errors"] for run in runs)
-    reported = {}
-    for name in names:
-        count = sum(run["exact"] for run in runs if run["family"] == name)
-        reported[f"exact, {name}"] = count
+    reported = {f"exact, {name}": 0 for name in names}
+    for run in runs:
+        reported[f"exact, {run['family']}"] += run["exact"]
     checks = [Check.of("exact, all families", exact), Check.of("silent errors", silent)]
     return checks, {"reported": reported, "runs": runs}
 
@@ -107,6 +107,7 @@ def _inverted(model: LanguageModel, layer: int, count: int, seed: int) -> list[d
     """One row for ``auto`` and one for each policy by itself."""
     prompts = random_prompts(model, count, seed + 1)
     states = [model.states(ids, layer) for ids in prompts]
+    # Without a tokenizer there is no text to fit a lens on.
     text = random_prompts(model, 200, seed + 2)
     lens = Lens.fit(model, layer, prompts=text, tokens=4000, features=64)
     outcomes = invert_many(states, model, layer, lens=lens)

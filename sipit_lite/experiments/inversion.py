@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from statistics import median
 
 import numpy as np
@@ -61,9 +61,9 @@ def inversion(
 ) -> tuple[list[Check], dict]:
     """Exactness, speed, growth, batches and the edge of the margin (chapters 11 to 13).
 
-    ``auto`` with a lens on 1 000 prompts at all layers; seconds of each way to invert,
-    also as forward passes of the same prompt and against the published loop, whose time
-    limit makes a lower bound; Newton's steps from the mean embedding; time by length and
+    ``auto`` with a lens on 1 000 prompts at all layers; seconds of each way, also as
+    forward passes of the same prompt, and against the published loop, whose time limit
+    makes a lower bound; Newton's steps from the mean embedding; time by length and
     layer; many prompts at once; noise at 0.49 and 0.51 of the margin.
     """
     size = QUICK if quick else Size()
@@ -191,11 +191,12 @@ def compare(
         states = model.states(ids, layer)
         forward = partial(model.states, ids, layer)
         plain = partial(_inverted, ids, states, model, layer)
+        # So short that one measurement says little.
         times = [clock(forward, model.device) for _ in range(5)]
         seconds["forward"].append(median(times))
         seconds["auto"].append(clock(partial(plain, lens=lens), model.device))
         seconds["auto without a lens"].append(clock(plain, model.device))
-        if n < size.slow:
+        if n < size.slow:  # seconds for a prompt
             slow["newton"].append(plain(policy=Newton()))
             found = brute_force(states, model, layer, limit=size.limit)
             slow["brute force"].append(found)
@@ -230,6 +231,7 @@ def newton_steps(
             step = OneStepMap.after(model, layer, ids[:t])
             path = Newton().path(step, table.mean(0), states[t])
             count = NEVER
+            # Before any token is tested: how far does the path alone lead?
             for taken, e in enumerate(islice(path, STEPS + 1)):
                 if int(torch.linalg.vector_norm(table - e, dim=1).argmin()) == token:
                     count = taken
@@ -288,10 +290,11 @@ def at_the_edge(
         step = OneStepMap.after(model, layer, prefix)
         states = step.tokens(model.vocabulary).double()
         apart = torch.cdist(states[token, None], states, compute_mode=EXACT)[0]
-        apart[token] = torch.inf
+        apart[token] = torch.inf  # the token is no rival of itself
         margin, rival = apart.min(0)
         distances = []
         for part in (0.49, 0.51):
+            # On the way from the token's state to its rival's.
             noisy = torch.lerp(states[token], states[rival], part)
             distances.append(torch.linalg.vector_norm(states - noisy, dim=1))
         near, beyond = distances
@@ -306,21 +309,18 @@ def _positions(
     model: LanguageModel, layers: Sequence[int], size: Size, seed: int
 ) -> Iterator[tuple[int, Tensor, int]]:
     """Layer, prefix and next token along prompts of all kinds, the layers in turn."""
-    streams = []
-    for kind in KINDS:
-        streams.append(prompts(model.tokenizer, kind, size.tokens, seed=seed + 2))
-    turns = cycle(layers)
-    for group in zip(*streams, strict=False):
-        for ids in group:
-            layer = next(turns)
-            for t in range(len(ids)):
-                yield layer, ids[:t], int(ids[t])
+    options = {"length": size.tokens, "seed": seed + 2}
+    streams = [prompts(model.tokenizer, kind, **options) for kind in KINDS]
+    mixed = chain.from_iterable(zip(*streams, strict=False))
+    for layer, ids in zip(cycle(layers), mixed, strict=False):
+        for t in range(len(ids)):
+            yield layer, ids[:t], int(ids[t])
 
 
 def gpt2_at_initialisation(
     size: Size, seed: int, device: torch.device
 ) -> dict[str, dict]:
-    """The architecture of GPT-2 124M, weights as drawn: ``auto`` and the published loop."""
+    """GPT-2 124M with weights as drawn: ``auto`` and the published loop."""
     model = load("gpt2", random_init=True, seed=seed, device=device)
     layer = model.n_layers
     generator = torch.Generator().manual_seed(seed + 1)

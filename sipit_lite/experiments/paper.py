@@ -1,4 +1,4 @@
-"""What the paper reports, as data, beside a reader's runs of ``reproduce`` (chapter 14)."""
+"""What the paper reports, as data, beside runs of ``reproduce`` (chapter 14)."""
 
 import json
 import re
@@ -153,6 +153,7 @@ def read_runs(place: str | Path) -> list[Run]:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise RunsError(f"got {str(file)!r}, which is not JSON ({error})") from None
+        # A file holds one run or a list of them.
         runs += content if isinstance(content, list) else [content]
     for run in runs:
         known = isinstance(run, dict) and run.get("experiment") in SHOWN
@@ -186,7 +187,7 @@ def side_by_side(runs: Sequence[Run], experiment: str) -> list[Line]:
     for number in PAPER:
         if number.experiment != experiment:
             continue
-        value = (None, None)
+        value = (None, None)  # not run
         for model, weights, row in rows:
             # A folder's name counts as the hub's.
             there = (_last_part(model).lower(), weights, row["condition"])

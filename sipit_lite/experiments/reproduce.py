@@ -89,7 +89,7 @@ def minima(model: LanguageModel, plan: Plan) -> list[Row]:
 
 
 def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Smallest, mean and largest distance by length of the prompts, at the last layer."""
+    """Smallest, mean and largest distance by length of the prompts."""
     layers = _layers(model, plan, ("last",))
     longest = replace(plan, length=max(plan.lengths))
     prompts = torch.stack(different(texts(model, plan.prompts, longest)))
@@ -102,7 +102,7 @@ def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
         for layer in layers:
             row = {"condition": f"{length} tokens", "length": length}
             row |= {"prompts": measured["distinct"], "layer": layer}
-            rows.append(row | measured[str(layer)])
+            rows.append(row | measured[str(layer)])  # keys as in JSON
     return rows
 
 
@@ -137,7 +137,7 @@ def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
     with torch.no_grad():
         for part in ids.split(64):
             last = model.decoder(part).last_hidden_state[:, -1]
-            answers.append((last @ head.T).argmax(1))
+            answers.append((last @ head.T).argmax(1))  # of greedy decoding
     answers = torch.cat(answers)
     answer = answers.mode().values
     alike = list(ids[answers == answer].cpu())
@@ -169,7 +169,7 @@ def shape(model: LanguageModel, plan: Plan) -> list[Row]:
     for layer in checks.progress_bar(layers, "layers", plan.progress):
         maps = [OneStepMap.after(model, layer, ids.to(model.device)) for ids in prompts]
         clouds = [step.tokens(sample) for step in maps]
-        pooled = torch.cat(clouds)
+        pooled = torch.cat(clouds)  # of all prompts, for what has no prefix
         generator = torch.Generator().manual_seed(plan.seed)
         drawn = torch.randperm(len(pooled), generator=generator)[
             : survey.DIMENSION_ROWS
@@ -222,43 +222,38 @@ def times(model: LanguageModel, plan: Plan) -> list[Row]:
 class Experiment:
     """What is run, where the paper has it, with its numbers of prompts, or in seconds.
 
-    ``options`` are parts of the plan that it uses, beside those that all use.
+    ``parts`` are those of the plan that it uses; others may not be changed.
     """
 
     run: Callable[[LanguageModel, Plan], list[Row]]
     where: str
-    options: tuple[str, ...]
+    parts: tuple[str, ...]
     full: Plan
     quick: Plan
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """All parts of the plan that may be changed."""
-        return (*ALWAYS, *self.options)
 
-
-ALWAYS = ("prompts", "layers", "seed", "shards", "progress")
-_TEXT = ("length", "source")
-_WAYS = ("ways", "limit", "lens_tokens", "features", "source")
+_ALL = ("prompts", "layers", "seed", "shards", "progress")
+_TEXT = (*_ALL, "length", "source")
+_WAYS = (*_ALL, "ways", "limit", "lens_tokens", "features", "source")
 _SMOKE = {"source": "bundled", "limit": 0.5, "lens_tokens": 4000, "features": 0}
 _LONG = (20, 50, 100, 150, 200)
 _SHORT = {"lengths": (1, 2, 4, 8, 16, 32), **_SMOKE}
 EXPERIMENTS = {
     "layers": Experiment(minima, "Tables 1, 2, Figures 3, 7, 8", _TEXT,
                          Plan(100_000), Plan(300, 16, **_SMOKE)),
-    "lengths": Experiment(lengths, "Figures 5, 9", ("lengths", "source"),
+    "lengths": Experiment(lengths, "Figures 5, 9", (*_ALL, "lengths", "source"),
                           Plan(2000, lengths=survey.LENGTHS), Plan(60, **_SHORT)),
     "continuations": Experiment(every_continuation, "Figure 4", (*_TEXT, "closest"),
                                 Plan(100_000), Plan(40, 16, closest=1, **_SMOKE)),
-    "inversion": Experiment(inversion, "Tables 4, 6", ("length", *_WAYS),
+    "inversion": Experiment(inversion, "Tables 4, 6", (*_WAYS, "length"),
                             Plan(50, 10), Plan(5, 6, **_SMOKE)),
-    "compared": Experiment(inversion, "Table 5", ("length", *_WAYS),
+    "compared": Experiment(inversion, "Table 5", (*_WAYS, "length"),
                            Plan(100, 20, ways=WAYS), Plan(3, 4, ways=WAYS, **_SMOKE)),
-    "splits": Experiment(splits, "Table 7", ("length", *_WAYS),
+    "splits": Experiment(splits, "Table 7", (*_WAYS, "length"),
                          Plan(50, 100), Plan(3, 12, **_SMOKE)),
-    "times": Experiment(times, "Figure 6", ("lengths", *_WAYS), Plan(10, lengths=_LONG),
+    "times": Experiment(times, "Figure 6", (*_WAYS, "lengths"), Plan(10, lengths=_LONG),
                         Plan(2, lengths=(4, 8), ways=("here",), **_SMOKE)),
-    "same-answer": Experiment(same_answer, "E.3", ("length",),
+    "same-answer": Experiment(same_answer, "E.3", (*_ALL, "length"),
                               Plan(10_000, PREFIX), Plan(200, PREFIX, **_SMOKE)),
     "shape": Experiment(shape, "Table 11", (*_TEXT, "tokens"),
                         Plan(100), Plan(4, 16, tokens=100, **_SMOKE)),
@@ -328,6 +323,7 @@ def planned(
     plan = replace(chosen.quick if quick else chosen.full, **changes)
     least = {"prompts": 2, "length": 1, "closest": 1, "tokens": 2, "limit": 0}
     for name, smallest in least.items():
+        # Not the other way round, so that NaN is refused as well.
         if not getattr(plan, name) >= smallest:
             value = getattr(plan, name)
             raise PlanError(f"got {name}={value}; expected {smallest} or more")
@@ -337,7 +333,7 @@ def planned(
     if unknown or not plan.ways:
         raise PlanError(f"got ways={plan.ways}; expected {WAYS}")
     for layer in plan.layers:
-        model.check_layer(layer)
+        model.check_layer(layer)  # raises ModelError
     return plan
 
 
@@ -364,6 +360,7 @@ def result_path(
 def keep_result(run: dict[str, Any], path: Path) -> None:
     """Write a run beside and rename it, so that a full disk spoils no earlier one."""
     text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # In the same folder, where a rename is atomic.
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -406,20 +403,21 @@ def at_random(model: LanguageModel, count: int, plan: Plan) -> Prompts:
         # Rows of the table may have no token.
         size = min(len(model.tokenizer), size)
     shape = (count, plan.length + (model.begin is not None))
+    # Another seed than that of the text.
     generator = torch.Generator().manual_seed(plan.seed + 1)
     drawn = torch.randint(size, shape, generator=generator)
     return [_with_begin(model, ids) for ids in drawn]
 
 
 def _with_begin(model: LanguageModel, ids: Int[Tensor, " pos"]) -> Tensor:
-    """On the device, with a begin-of-text token for the last one where it is missing."""
+    """With a begin-of-text token in place of the last one, where it is missing."""
     if model.begin is not None and int(ids[0]) != model.begin:
         ids = torch.cat([ids.new_tensor([model.begin]), ids[:-1]])
     return ids.to(model.device)
 
 
 def _before_one_suffix(model: LanguageModel, plan: Plan) -> Int[Tensor, "n pos"]:
-    """Random tokens before the same text, or without a tokenizer before the same ids."""
+    """Random tokens before one text, or without a tokenizer before the same ids."""
     drawn = torch.stack(at_random(model, plan.prompts, plan))
     if model.tokenizer is None:
         suffix = drawn[0].flip(0)
@@ -498,7 +496,9 @@ def ways_to_invert(
             torch.equal(o.tokens, ids.cpu()) for o, ids in pairs
         )
         row["seconds"] = float(np.mean(seconds))
+        # One prompt has no spread.
         row["spread"] = float(np.std(seconds, ddof=1)) if len(seconds) > 1 else None
+        # Hard prompts tests no candidates one by one.
         explored = 100 * float(tested.mean()) / model.vocab_size
         row["explored, %"] = None if way == "hard prompts" else explored
         finished = [getattr(outcome, "finished", True) for outcome in found]
@@ -539,7 +539,7 @@ def _layers(
     model: LanguageModel, plan: Plan, depths: Sequence[str] = DEPTHS
 ) -> list[int]:
     """The plan's layers, or those of the paper's table."""
-    middle = max(1, model.n_layers // 2)
+    middle = max(1, model.n_layers // 2)  # of a model of one layer, that one
     at = {"first": 1, "middle": middle, "last": model.n_layers}
     return list(plan.layers) or sorted({at[depth] for depth in depths})
 
