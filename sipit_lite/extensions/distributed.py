@@ -1,9 +1,8 @@
 """Several processes share states, closest pairs and inversions of many prompts.
 
 Start one process a core or GPU with ``torchrun``, and call these inside ``ranks()``;
-each rank loads the model itself. Gloo carries the messages between CPUs, NCCL between
-GPUs. A rank that dies ends the run with an error, and what was written to ``folder`` by
-then is not computed again.
+each rank loads the model itself. A rank that dies ends the run with an error, and what
+was written to ``folder`` by then is not computed again.
 ``torchrun --nproc-per-node 2 -m sipit_lite.extensions.distributed --help``.
 """
 
@@ -106,7 +105,7 @@ def last_states(
 def closest_pairs(
     rows: Int[Tensor, " n"], states: Float[Tensor, "n d_model"], k: int = 10
 ) -> tuple[Int[Tensor, "k 2"], Float64[Tensor, " k"]]:
-    """The k closest pairs among the states of all ranks, one layer, the same on each.
+    """The k closest pairs of all ranks at one layer: numbers i < j, sorted distances.
 
     The blocks travel around a ring; every two meet on one rank, where
     ``collisions.closest_pairs`` compares all of theirs, so the result is certified as
@@ -115,10 +114,6 @@ def closest_pairs(
     Parameters
     ----------
     rows, states: the numbers of this rank's prompts among all, and their states
-
-    Returns
-    -------
-    Numbers i < j of the closest pairs, and their distances, sorted.
 
     Raises
     ------
@@ -215,10 +210,10 @@ def _passed_on(block: Block, size: int) -> Block:
     received = []
     for part in block:
         sent = part.to(place).contiguous()
-        came = torch.empty(size, *part.shape[1:], dtype=part.dtype, device=place)
+        empty = torch.empty(size, *part.shape[1:], dtype=part.dtype, device=place)
         moves.append(dist.P2POp(dist.isend, sent, (rank - 1) % count))
-        moves.append(dist.P2POp(dist.irecv, came, (rank + 1) % count))
-        received.append(came)
+        moves.append(dist.P2POp(dist.irecv, empty, (rank + 1) % count))
+        received.append(empty)
     for move in dist.batch_isend_irecv(moves):
         move.wait()
     rows, states = received
@@ -250,16 +245,15 @@ def compare(
             ids = from_source(loaded.tokenizer, prompts, length, **options)
         ids = _gathered(ids)[0]
         started = time.perf_counter()
-        rows, states = last_states(
-            loaded, ids, layers, folder=folder, progress=rank == 0
-        )
-        seconds = max(_gathered(time.perf_counter() - started))
-        summary = {"ranks": count, "prompts": len(ids), "seconds": seconds}
-        summary["layers"] = []
+        keep = {"folder": folder, "progress": rank == 0}
+        rows, states = last_states(loaded, ids, layers, **keep)
+        summary = {"ranks": count, "prompts": len(ids), "layers": []}
+        summary["seconds"] = max(_gathered(time.perf_counter() - started))
         for layer, x in zip(layers, states, strict=True):
-            [pair], [minimum] = closest_pairs(rows, x, 1)
-            found = {"layer": layer, "minimum": float(minimum), "pair": pair.tolist()}
-            summary["layers"].append(found | {"compared": _pairs(len(ids))})
+            pairs, distances = closest_pairs(rows, x, 1)
+            row = {"layer": layer, "minimum": float(distances[0])}
+            row |= {"pair": pairs[0].tolist(), "compared": _pairs(len(ids))}
+            summary["layers"].append(row)
         if rank == 0:
             print(json.dumps(summary))
 

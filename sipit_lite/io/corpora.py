@@ -1,9 +1,8 @@
 """Prompts from the corpora of the paper, streamed from the Hugging Face hub.
 
-A corpus is a stream of documents, read as they are needed and never downloaded in full;
-the seed fixes the order of its files and which window of a document becomes a prompt.
-Needs the extra ``sipit-lite[datasets]`` and a network; any other iterables of documents
-go the same way without either.
+Documents are read as they are needed; the seed fixes the order of the files and which
+window becomes a prompt. Needs ``sipit-lite[datasets]`` and a network; any other
+iterables of documents go the same way without either.
 """
 
 import json
@@ -26,8 +25,7 @@ from sipit_lite.io.text import TextError, distinct
 from sipit_lite.model import edge_tokens
 
 Document = Mapping[str, object]  # its text is under "text"
-# Name on the hub, configuration, column of the text: those that the paper names, The
-# Pile in the copy that is public.
+# Name on the hub, configuration, column of the text; The Pile in its public copy.
 CORPORA = {
     "wikipedia": ("wikimedia/wikipedia", "20231101.en", "text"),
     "C4": ("allenai/c4", "en", "text"),
@@ -45,7 +43,7 @@ class CorporaError(TextError):
 
 
 def from_source(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     count: int,
     length: int,
     *,
@@ -63,6 +61,8 @@ def from_source(
     >>> len(from_source(load(device="cpu").tokenizer, 5, 8))
     5
     """
+    if tokenizer is None:
+        raise TextError("got a model without a tokenizer; expected one that has it")
     if source != "corpora":
         options = {"kinds": kinds, "seed": seed, "source": source}
         return distinct(tokenizer, count, length, **options)
@@ -105,14 +105,11 @@ def sampled(
     begin, _ = edge_tokens(tokenizer)
     first = () if begin is None else (begin,)
     if count < 1 or not streams or length <= len(first):
-        raise CorporaError(
-            f"got count={count}, length={length}, {len(streams)} streams; expected one "
-            f"or more of each, and a length beyond the {len(first)} tokens that the "
-            "tokenizer puts first"
-        )
+        got = f"got count={count}, length={length}, {len(streams)} streams"
+        more = f"beyond the {len(first)} tokens that the tokenizer puts first"
+        raise CorporaError(f"{got}; expected one or more of each, and a length {more}")
     words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    settings = [sha256(words).hexdigest(), length, begin, seed, list(streams)]
-    of = json.dumps(settings)
+    of = json.dumps([sha256(words).hexdigest(), length, begin, seed, list(streams)])
     prompts, places = _stored(path, of)
     for name, place in places.items():
         if hasattr(streams[name], "load_state_dict"):
@@ -130,10 +127,8 @@ def sampled(
                 if window and first + window not in prompts:
                     break
             else:
-                raise CorporaError(
-                    f"got {name!r}, a stream that ended after {len(prompts)} prompts of "
-                    f"{length} tokens from all; expected one that holds its share"
-                )
+                got = f"got {name!r}, a stream that ended after {len(prompts)} prompts"
+                raise CorporaError(f"{got} of {length} tokens; expected its share")
             prompts[first + window] = None
             if hasattr(streams[name], "state_dict"):
                 places[name] = streams[name].state_dict()
@@ -148,17 +143,14 @@ def sampled(
 def open_corpora(seed: int = 0) -> dict[str, Iterable[Document]]:
     """The corpora as streams of ``datasets``; the seed shuffles their files.
 
-    Raises
-    ------
-    CorporaError: without that package, or where the hub is out of reach.
+    Raises ``CorporaError`` without that package, or where the hub is out of reach.
     """
     try:
         import datasets
     except ImportError as error:
-        raise CorporaError(
-            "got source='corpora' without the package datasets; expected pip install "
-            f"'sipit-lite[datasets]', {OTHERWISE}"
-        ) from error
+        way = "expected pip install 'sipit-lite[datasets]'"
+        got = "got source='corpora' without the package datasets"
+        raise CorporaError(f"{got}; {way}, {OTHERWISE}") from error
     # It warns that resuming loses the shuffle buffer; one of size 1 is empty.
     datasets.logging.set_verbosity_error()
     streams = {}
@@ -170,10 +162,8 @@ def open_corpora(seed: int = 0) -> dict[str, Iterable[Document]]:
             stream = datasets.load_dataset(name, configuration, **options)
             stream = stream.select_columns([column])
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise CorporaError(
-                f"got source='corpora' and no way to {name} on the Hugging Face hub "
-                f"({_line(error)}); expected a network, {OTHERWISE}"
-            ) from error
+            got = f"got source='corpora' and no way to {name} ({_line(error)})"
+            raise CorporaError(f"{got}; expected a network, {OTHERWISE}") from error
         if column != "text":
             stream = stream.rename_column(column, "text")
         streams[corpus] = stream.shuffle(seed=seed, buffer_size=1)
@@ -196,17 +186,13 @@ def _texts(name: str, stream: Iterable[Document]) -> Iterator[str]:
     """Text after text; whatever goes wrong in the stream is said in one line."""
     try:
         for document in stream:
-            if "text" not in document:
-                got = f"got {name!r} with a document of {list(document)}"
-                raise CorporaError(f"{got}; expected one with 'text'")
             yield str(document["text"])
-    except CorporaError:
-        raise
     # Every library has errors of its own for a network that fails.
     except Exception as error:
+        reason = f"{type(error).__name__}: {_line(error)}"
         raise CorporaError(
-            f"got {name!r}, whose stream broke off ({_line(error)}); expected one that "
-            "can be read on: with a path, the same call goes on from what it kept"
+            f"got {name!r}, whose stream broke off ({reason}); expected documents with "
+            "'text'; with a path, the same call goes on from what it kept"
         ) from error
 
 

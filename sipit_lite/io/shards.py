@@ -57,7 +57,6 @@ def last_states(
         model.check_layer(layer)
     for prompt in prompts:
         model.check_ids(prompt)
-    # Prompts of one length share a batch.
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     starts = list(range(0, len(prompts), SHARD))
     # Processes that share a folder go through it each in its own order, and seldom
@@ -81,8 +80,7 @@ def last_states(
 def replacing(path: Path, kind: type[Exception]) -> Iterator[Path]:
     """A new path to write to, which takes the name of ``path`` if all goes well.
 
-    So an earlier file stays intact until then, and two processes never write into one.
-    Where nothing can be written, an error of ``kind`` says so in one line.
+    Until then an earlier file stays intact. An error of ``kind`` says what failed.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}-{uuid4().hex}.part")
     try:

@@ -1,8 +1,8 @@
 """Prompts to feed a model: windows of text, or random tokens, all offline.
 
-``"bundled"`` text is a small fixed set of held-out passages of the Python standard
-library, so what the book quotes never changes. ``"installed"`` text is every docstring
-and source file of the running Python: millions of tokens, others on every machine.
+``"bundled"`` text is a small fixed set of passages of the Python standard library.
+``"installed"`` text is every docstring and source file of the running Python: millions
+of tokens, others on every machine.
 """
 
 import ast
@@ -67,7 +67,7 @@ def prompts(
         if value not in known:
             raise TextError(f"got {value!r}; expected one of {known}")
     if length < 1:
-        raise TextError(f"got length={length}; a prompt has at least one token")
+        raise TextError(f"got length={length}; expected one token or more")
     generator = torch.Generator().manual_seed(seed)
     while kind == "random":
         yield torch.randint(len(tokenizer), (length,), generator=generator)
@@ -90,15 +90,14 @@ def windows(
     length: int,
     *,
     kinds: Sequence[str] = ("prose", "code"),
-    source: str = "bundled",
-    split: str = "train",
-    seed: int = 0,
+    **options: object,
 ) -> list[Int[Tensor, " pos"]]:
     """``prompts`` of several kinds in turn, until ``count`` differ or the text ends.
 
-    Repeated ones stay in; where one kind ends, the others go on.
+    Repeated ones stay in; where one kind ends, the others go on. ``options`` are those
+    of ``prompts``; of installed text, the training split is the default.
     """
-    options = {"seed": seed, "source": source, "split": split}
+    options = {"split": "train"} | options
     streams = [prompts(tokenizer, kind, length, **options) for kind in kinds]
     taken = []
     seen = set()
@@ -125,10 +124,8 @@ def distinct(
     """
     chosen = different(windows(tokenizer, count, length, **options))
     if len(chosen) < count:
-        held = (
-            f"the text {options or ''} holds {len(chosen)} prompts of {length} tokens"
-        )
-        raise TextError(f"got count={count}; {held}")
+        held = f"the text holds {len(chosen)} prompts of {length} tokens"
+        raise TextError(f"got count={count}; {held} ({options})")
     return chosen
 
 
@@ -205,16 +202,12 @@ def is_prose(paragraph: str) -> bool:
 
     >>> is_prose("Return how many times the value occurs in the list, as an integer.")
     True
-    >>> is_prose("x : array_like, shape (n,)")
-    False
     """
     letters = sum(c.isalpha() or c.isspace() for c in paragraph)
-    return (
-        len(paragraph) >= 60
-        and letters >= 0.88 * len(paragraph)
-        and _SENTENCES.fullmatch(" ".join(paragraph.split())) is not None
-        and _NOT_PROSE.search(paragraph) is None
-    )
+    if len(paragraph) < 60 or letters < 0.88 * len(paragraph):
+        return False
+    line = " ".join(paragraph.split())
+    return bool(_SENTENCES.fullmatch(line)) and not _NOT_PROSE.search(paragraph)
 
 
 @cache

@@ -1,9 +1,8 @@
 """Train pocket-gpt2 again: ``python -m sipit_lite.pocket_gpt2.train FOLDER``.
 
-A GPT-2 of six layers, width 256 and 4096 tokens, trained on what every Python install
-carries: the English of its docstrings and the code of its libraries. Seeded, and no
-network is used; interrupted, it resumes from its last checkpoint. It writes what the
-package ships: weights (float16), configuration, tokenizer, card, held-out passages.
+A small GPT-2, trained on what every Python install carries: the English of its
+docstrings and the code of its libraries. Seeded, and without a network; interrupted, it
+resumes from its last checkpoint. It writes what the package ships.
 """
 
 import json

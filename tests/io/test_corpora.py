@@ -14,10 +14,10 @@ from test_capture import with_begin
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
-from sipit_lite import LanguageModel, cli
+from sipit_lite import LanguageModel, cli, load
 from sipit_lite.io import corpora
 from sipit_lite.io.corpora import CORPORA, CorporaError, open_corpora, sampled
-from sipit_lite.io.text import bundled
+from sipit_lite.io.text import TextError, bundled
 
 PAGES = [
     {"text": text} for text in (*bundled("prose")[:40], *bundled("prose")[:5])
@@ -137,7 +137,7 @@ def test_an_interrupted_run_goes_on_exactly(
     )
     with pytest.raises(
         CorporaError,
-        match=r"got 'pages', whose stream broke off \(the line is dead",
+        match=r"got 'pages', whose stream broke off \(ConnectionError: the line is dead",
     ):
         sampled(
             pocket.tokenizer, 60, 9, streams() | {"pages": Broken(PAGES)}, path=path
@@ -217,7 +217,7 @@ def test_streams_that_hold_too_little(pocket: LanguageModel) -> None:
         )
     with pytest.raises(
         CorporaError,
-        match=r"got 'a' with a document of \['content'\]; expected one with 'text'",
+        match=r"got 'a', whose stream broke off \(KeyError: 'text'\)",
     ):
         sampled(pocket.tokenizer, 1, 9, {"a": [{"content": "x"}]})
     for count, of in ((0, streams()), (1, {})):
@@ -361,10 +361,14 @@ def test_a_refusal_of_the_hub_is_one_line(
         open_corpora()
 
 
+def test_a_model_without_a_tokenizer_is_named() -> None:
+    """Text without a tokenizer is no prompt."""
+    with pytest.raises(TextError, match="got a model without a tokenizer"):
+        corpora.from_source(None, 5, 8)
+
+
 def test_only_who_asks_imports_the_package() -> None:
     """Bundled and installed text need neither the package nor the network."""
     assert "datasets" not in sys.modules
-    assert torch.is_tensor(
-        corpora.from_source(cli.load(device="cpu").tokenizer, 1, 8)[0]
-    )
+    assert torch.is_tensor(corpora.from_source(load(device="cpu").tokenizer, 1, 8)[0])
     assert "datasets" not in sys.modules
