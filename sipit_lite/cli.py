@@ -23,9 +23,8 @@ from sipit_lite.experiments import checks, paper
 from sipit_lite.experiments.collision_speed import collisions as detector
 from sipit_lite.experiments.families import families
 from sipit_lite.experiments.inversion import inversion
-from sipit_lite.experiments.last_states import curves, laststate
+from sipit_lite.experiments.last_states import curves, laststate, reach
 from sipit_lite.experiments.perturb import quantised
-from sipit_lite.experiments.reach import reach
 from sipit_lite.experiments.reproduce import EXPERIMENTS, keep_result, result_path
 from sipit_lite.experiments.reproduce import reproduce as run_experiment
 from sipit_lite.experiments.scale import scale

@@ -1,25 +1,27 @@
-"""How often the last state alone gives the prompt back: by length and kind of text, and beside two other searches."""
+"""How often the last state alone gives the prompt back, and what limits it (chapter 17).
 
+``laststate`` counts by length and kind of text, beside two other searches; ``reach``
+changes one thing at a time: layer, kind of text, frequency of tokens, noise, width.
+"""
+
+import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
+from transformers import AutoModel
 
-from sipit_lite.experiments.baselines import (
-    Attempt,
-    greedy_coordinate,
-    hard_prompts,
-)
-from sipit_lite.experiments.checks import Check
+from sipit_lite.experiments.baselines import greedy_coordinate, hard_prompts
+from sipit_lite.experiments.checks import Check, progress_bar
 from sipit_lite.experiments.defences import wilson
 from sipit_lite.experiments.inversion import sample
 from sipit_lite.experiments.perturb import noisy
 from sipit_lite.extensions.laststate import (
+    NEIGHBOURS,
     Collision,
     Ends,
     Law,
@@ -27,181 +29,131 @@ from sipit_lite.extensions.laststate import (
     fitted_ends,
     invert_last,
 )
+from sipit_lite.io.text import prompts
 from sipit_lite.model import LanguageModel
 
 KINDS = ("prose", "random")
-SECONDS = {
-    1: 10.0,
-    2: 30.0,
-    3: 60.0,
-    4: 60.0,
-    6: 60.0,
-    8: 60.0,
-}  # the budget of one prompt, by its length
-ASKED = {1: 60, 2: 60, 3: 60, 4: 60, 6: 60, 8: 12}  # prompts of each length and kind
-BESIDE, TRIED = (
-    {2: 20.0, 3: 20.0, 6: 30.0},
-    5,
-)  # seconds by length, and prompts of each kind, for the comparison
+PROMPTS = {1: 60, 2: 60, 3: 60, 4: 60, 6: 60, 8: 12}  # of each length, for each kind
+SECONDS = {1: 10.0, 2: 30.0}  # the budget of a prompt by its length; of longer ones 60
+BESIDE = {2: 20.0, 3: 20.0, 6: 30.0}  # for the comparison, of five prompts of each kind
+WIDTHS = (64, 128, 256)  # of models with random weights
+NOISES = (0.1, 1.0, 3.0)
+FEW = 512  # tokens that are called frequent in the bundled text, and as many rare
 
 
 def laststate(
     model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
 ) -> tuple[list[Check], dict]:
-    """``invert_last`` at the last layer, last token and length not given, on held-out prose and random tokens.
+    """``invert_last`` at the last layer on held-out prose and random tokens.
 
-    The other searches get the same states, the same seconds, and the true length.
+    Last token and length are not given. Two other searches get the same states and
+    seconds, and the true length.
+
+    Returns
+    -------
+    checks, data
+        The worse of the two kinds for each length; ``cells`` and ``beside``, see
+        ``summary`` and ``compared``.
     """
-    asked = {1: 2, 2: 1} if quick else ASKED
-    ends = (
-        Ends.fit(model, model.n_layers, tokens=4000, features=64)
-        if quick
-        else fitted_ends(model, model.n_layers, 16)
-    )
-    cells = [
-        cell(
-            model,
-            ends,
-            kind,
-            length,
-            count,
-            5.0 if quick else SECONDS[length],
-            seed,
-            progress,
-        )
-        for length, count in asked.items()
-        for kind in KINDS
-    ]
-    beside = [
-        compared(
-            model,
-            ends,
-            kind,
-            length,
-            1 if quick else TRIED,
-            2.0 if quick else BESIDE[length],
-            seed,
-            progress,
-        )
-        for length in ((2,) if quick else BESIDE)
-        for kind in KINDS
-    ]
-    return checks(cells), {
-        "reported": reported(cells, beside),
-        "cells": cells,
-        "beside": beside,
-    }
+    ends = _ends(model, model.n_layers, 16, quick)
+    cells = []
+    for length, count in ({1: 2, 2: 1} if quick else PROMPTS).items():
+        seconds = 5.0 if quick else SECONDS.get(length, 60.0)
+        for kind in KINDS:
+            drawn = sample(model, kind, count, length, seed)
+            bar = progress_bar(drawn, f"{kind}, T = {length}", progress)
+            runs = [one(model, ends, ids, seconds) for ids in bar]
+            cells.append({"kind": kind} | summary(runs))
+    beside = []
+    for length, seconds in ({2: 2.0} if quick else BESIDE).items():
+        for kind in KINDS:
+            drawn = sample(model, kind, 1 if quick else 5, length, seed)
+            bar = progress_bar(drawn, f"beside, {kind}, T = {length}", progress)
+            row = {"kind": kind, "length": length, "prompts": len(drawn)}
+            beside.append(row | compared(model, ends, bar, seconds))
+    data = {"reported": reported(cells, beside), "cells": cells, "beside": beside}
+    return checks(cells), data
 
 
 def checks(cells: list[dict]) -> list[Check]:
     """The lines of the closing table: the worse of the two kinds for each length."""
-    found = {}
+    lines = []
+    by_length: dict[int, list[dict]] = {}
     for row in cells:
-        found.setdefault(row["length"], []).append(row)
-    lines = [
-        Check.of(
-            f"exact, T = {length}", min(row["exact"] / row["prompts"] for row in rows)
-        )
-        for length, rows in found.items()
-    ]
-    lines += [Check.of("false successes", sum(row["false successes"] for row in cells))]
-    return lines + [
-        Check.of(
-            f"seconds, last state, T = {length}",
-            max(row["seconds"] for row in found[length]),
-        )
-        for length in (3, 4, 6)
-        if length in found
-    ]
+        by_length.setdefault(row["length"], []).append(row)
+    for length, rows in by_length.items():
+        worse = min(row["exact"] / row["prompts"] for row in rows)
+        lines.append(Check.of(f"exact, T = {length}", worse))
+    wrong = sum(row["false successes"] for row in cells)
+    lines.append(Check.of("false successes", wrong))
+    for length in sorted({3, 4, 6} & by_length.keys()):
+        slower = max(row["seconds"] for row in by_length[length])
+        lines.append(Check.of(f"seconds, last state, T = {length}", slower))
+    return lines
 
 
 def reported(cells: list[dict], beside: list[dict]) -> dict[str, float]:
-    """Shares with both ends of their 95 % intervals, and median seconds, by kind and length; then the comparison."""
-    told = {}
+    """Shares, the ends of their 95 % intervals and median seconds; the comparison."""
+    values = {}
     for row in cells:
         name = f"{row['kind']}, T = {row['length']}"
-        told |= {
-            f"exact, {name}": row["exact"] / row["prompts"],
-            f"seconds, {name}": row["seconds"],
-        }
-        told |= {
-            f"exact, {name}: {end} of the interval": row[end] for end in ("low", "high")
-        }
+        values[f"exact, {name}"] = row["exact"] / row["prompts"]
+        values[f"seconds, {name}"] = row["seconds"]
+        for end in ("low", "high"):
+            values[f"exact, {name}: {end} of the interval"] = row[end]
     for row in beside:
-        name = f"{row['kind']}, T = {row['length']}, length told"
-        told |= {
-            f"exact, {name}: {way}": found / row["prompts"]
-            for way, found in row["exact"].items()
-        }
-    return told
+        name = f"{row['kind']}, T = {row['length']}, length known"
+        for way, exact in row["exact"].items():
+            values[f"exact, {name}: {way}"] = exact / row["prompts"]
+    return values
 
 
 def curves(rows: list[dict]) -> dict[str, list[list[float | int]]]:
-    """For each kind of prompt: lengths, shares that came back exactly, and both ends of their intervals.
+    """For each kind of prompt: lengths, exact shares, and both ends of their intervals.
 
-    >>> row = {"kind": "prose", "length": 2, "prompts": 4, "exact": 3, "low": 0.3, "high": 0.95}
-    >>> curves([row, row | {"length": 1, "exact": 4}])
-    {'prose': [[1, 2], [1.0, 0.75], [0.3, 0.3], [0.95, 0.95]]}
+    >>> row = {"kind": "prose", "length": 2, "prompts": 4, "exact": 3, "low": 0.3}
+    >>> curves([row | {"high": 0.95}, row | {"length": 1, "high": 0.96}])
+    {'prose': [[1, 2], [0.75, 0.75], [0.3, 0.3], [0.96, 0.95]]}
     """
-    told = {}
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        ordered = sorted(
-            (row for row in rows if row["kind"] == kind), key=lambda row: row["length"]
-        )
-        shares = [row["exact"] / row["prompts"] for row in ordered]
-        told[kind] = [[row["length"] for row in ordered], shares] + [
-            [row[end] for row in ordered] for end in ("low", "high")
-        ]
-    return told
+    lines: dict[str, list[list[float | int]]] = {}
+    for row in sorted(rows, key=lambda row: row["length"]):
+        point = (row["length"], row["exact"] / row["prompts"], row["low"], row["high"])
+        line = lines.setdefault(row["kind"], [[], [], [], []])
+        for column, value in zip(line, point, strict=True):
+            column.append(value)
+    return lines
 
 
-def cell(
-    model: LanguageModel,
-    ends: Ends,
-    kind: str,
-    length: int,
-    count: int,
-    seconds: float,
-    seed: int,
-    progress: bool = False,
-) -> dict:
-    """Prompts of one kind and length: how many came back exactly, and what became of the others, see ``summary``."""
-    asked = sample(model, kind, count, length, seed)
-    bar = tqdm(asked, f"{kind}, T = {length}", disable=None if progress else True)
-    return summary(kind, length, [one(model, ends, ids, seconds) for ids in bar])
+def summary(runs: list[dict]) -> dict:
+    """Counts over runs of ``one``, with Wilson's 95 % interval of the exact share.
 
+    The true prompt explains its state exactly, so a search without result ended in a
+    local minimum: ``other length`` counts those whose closest prompt had another
+    length, ``local minimum`` those of the right one, and ``wrong prior`` those of the
+    latter where the law of prompts alone prefers the closest to the true one.
 
-def summary(kind: str, length: int, runs: list[dict]) -> dict:
-    """Counts over the runs of ``one``, with Wilson's 95 % interval of the share that is exact.
-
-    The true prompt explains its state exactly, so a search that finds nothing ended in a local minimum: ``other
-    length`` counts those where the closest prompt had another length, ``local minimum`` those where it had the right
-    one, and ``wrong prior`` those of the latter where the law of prompts alone prefers the closest to the true one.
-
-    >>> run = {"exact": True, "false success": False, "collision": False, "right length": True, "seconds": 1.0}
-    >>> told = summary("prose", 3, [run, run | {"exact": False, "likelier": True}])
-    >>> told["exact"], told["local minimum"], told["wrong prior"], round(told["low"], 3), round(told["high"], 3)
-    (1, 1, 1, 0.095, 0.905)
+    >>> run = {"exact": True, "false success": False, "collision": False, "length": 3}
+    >>> run |= {"right length": True, "likelier": True, "seconds": 1.0}
+    >>> counts = summary([run, run | {"exact": False}])
+    >>> counts["exact"], counts["local minimum"], counts["wrong prior"]
+    (1, 1, 1)
     """
     exact = sum(run["exact"] for run in runs)
     low, high = wilson(exact, len(runs))
-    missed = [
-        run
-        for run in runs
-        if not (run["exact"] or run["collision"] or run["false success"])
-    ]
+    answered = ("exact", "collision", "false success")
+    missed = [run for run in runs if not any(run[name] for name in answered)]
+    local = [run for run in missed if run["right length"]]
     return {
-        "kind": kind,
-        "length": length,
+        "length": runs[0]["length"],
         "prompts": len(runs),
         "exact": exact,
         "low": low,
         "high": high,
         "false successes": sum(run["false success"] for run in runs),
         "collisions": sum(run["collision"] for run in runs),
-        "other length": sum(not run["right length"] for run in missed),
-        "local minimum": sum(run["right length"] for run in missed),
-        "wrong prior": sum(run["right length"] and run["likelier"] for run in missed),
+        "other length": len(missed) - len(local),
+        "local minimum": len(local),
+        "wrong prior": sum(run["likelier"] for run in local),
         "seconds": statistics.median(run["seconds"] for run in runs),
         "runs": runs,
     }
@@ -215,80 +167,170 @@ def one(
     length: int | None = None,
     noise: float = 0.0,
 ) -> dict:
-    """One prompt through ``invert_last``: what came of it, in how many seconds; ``length`` where it is told.
+    """One prompt through ``invert_last``: what came of it, in how many seconds.
 
-    ``noise`` is the ℓ2 norm of what is added to the state; ``invert_last`` is told as much.
+    ``noise`` is the ℓ2 norm of what is added to the state, and its ``epsilon``.
     """
-    state, begun, collision = (
-        model.states(ids, ends.layer)[-1],
-        time.perf_counter(),
-        False,
-    )
-    state = noisy(state[None], noise)[0] if noise else state
+    state = model.states(ids, ends.layer)[-1]
+    if noise:
+        state = noisy(state[None], noise)[0]
+    options = {"ends": ends, "seconds": seconds, "epsilon": noise or None}
+    started = time.perf_counter()
+    error = None
     try:
-        found = best = invert_last(
-            state,
-            model,
-            ends.layer,
-            length,
-            ends=ends,
-            seconds=seconds,
-            epsilon=noise or None,
-        )
-    except NotRecovered as error:
-        found, best, collision = None, error.best, isinstance(error, Collision)
-    spent, law = time.perf_counter() - begun, Law.of(model, ends)
-    exact = found is not None and torch.equal(found.tokens, ids.cpu())
+        recovered = invert_last(state, model, ends.layer, length, **options)
+    except NotRecovered as refusal:
+        error = refusal
+        recovered = refusal.recovered
+    spent = time.perf_counter() - started
+    same = torch.equal(recovered.tokens, ids.cpu())
+    law = Law.of(model, ends)
+    likelihood = log_probability(law, recovered.tokens.to(ids))
     return {
-        "exact": exact,
-        "false success": found is not None and not exact,
-        "collision": collision,
-        "right length": len(best.tokens) == len(ids),
-        "likelier": law.log_probability(best.tokens.to(ids)) > law.log_probability(ids),
+        "length": len(ids),
+        "exact": error is None and same,
+        "false success": error is None and not same,
+        "collision": isinstance(error, Collision),
+        "right length": len(recovered.tokens) == len(ids),
+        "likelier": likelihood > log_probability(law, ids),
         "seconds": round(spent, 3),
     }
 
 
+def log_probability(law: Law, ids: Int[Tensor, " pos"]) -> float:
+    """The logarithm of the prior probability of a prompt.
+
+    >>> law = Law(torch.tensor([0.5, 0.5]))
+    >>> round(log_probability(law, torch.tensor([0, 1, 0])) / law.anywhere[0].log().item(), 4)
+    3.0
+    """
+    each = law.anywhere[ids]
+    if law.after is not None:
+        follow = law.after[ids[:-1], ids[1:]]
+        each[1:] = NEIGHBOURS * follow + (1 - NEIGHBOURS) * each[1:]
+    return float(each.log().sum())
+
+
 def compared(
-    model: LanguageModel,
-    ends: Ends,
-    kind: str,
-    length: int,
-    count: int,
-    seconds: float,
-    seed: int,
-    progress: bool = False,
+    model: LanguageModel, ends: Ends, drawn: Iterator[Tensor], seconds: float
 ) -> dict:
-    """The same states, seconds and length for ``invert_last``, a greedy coordinate search, and HardPrompts."""
-    ways: dict[str, Callable[[Tensor], bool]] = {
-        "invert_last": lambda ids: one(model, ends, ids, seconds, len(ids))["exact"],
-        "greedy coordinate": partial(
-            _by_other, greedy_coordinate, model, ends.layer, seconds
-        ),
-        "HardPrompts": partial(_by_other, hard_prompts, model, ends.layer, seconds),
-    }
-    asked = sample(model, kind, count, length, seed)
-    bar: Iterable = tqdm(
-        ways.items(),
-        f"beside, {kind}, T = {length}",
-        disable=None if progress else True,
-    )
-    exact = {name: sum(way(ids) for ids in asked) for name, way in bar}
-    return {
-        "kind": kind,
-        "length": length,
-        "prompts": len(asked),
-        "seconds": seconds,
-        "exact": exact,
-    }
+    """How many prompts of known length come back by three searches, in equal time."""
+
+    def ours(ids: Tensor) -> bool:
+        return one(model, ends, ids, seconds, len(ids))["exact"]
+
+    def by(search: Callable) -> Callable[[Tensor], bool]:
+        def exact(ids: Tensor) -> bool:
+            state = model.states(ids, ends.layer)[-1]
+            attempt = search(state, model, ends.layer, len(ids), limit=seconds)
+            return attempt.finished and torch.equal(attempt.tokens, ids.cpu())
+
+        return exact
+
+    ways = {"invert_last": ours, "greedy coordinate": by(greedy_coordinate)}
+    ways["HardPrompts"] = by(hard_prompts)
+    exact = dict.fromkeys(ways, 0)
+    for ids in drawn:
+        for name, way in ways.items():
+            exact[name] += way(ids)
+    return {"seconds": seconds, "exact": exact}
 
 
-def _by_other(
-    search: Callable[..., Attempt],
-    model: LanguageModel,
-    layer: int,
-    seconds: float,
-    ids: Tensor,
-) -> bool:
-    found = search(model.states(ids, layer)[-1], model, layer, len(ids), limit=seconds)
-    return found.finished and torch.equal(found.tokens, ids.cpu())
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What is changed, to what, and the prompts that are looked for."""
+
+    what: str
+    value: str | float
+    model: LanguageModel
+    layer: int
+    prompts: list[Int[Tensor, " pos"]]
+    noise: float = 0.0
+
+
+def reach(
+    model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
+) -> tuple[list[Check], dict]:
+    """``invert_last`` under one changed condition after another; lengths are known.
+
+    Returns
+    -------
+    checks, data
+        ``rows`` has a ``summary`` for each condition.
+    """
+    length, count, seconds = (2, 1, 2.0) if quick else (5, 12, 15.0)
+    rows = []
+    values = {}
+    changes = list(conditions(model, length, count, seed))[:: 5 if quick else 1]
+    for change in progress_bar(changes, "reach", progress):
+        ends = _ends(change.model, change.layer, 16, quick)
+        runs = []
+        for ids in change.prompts:
+            run = one(change.model, ends, ids, seconds, len(ids), change.noise)
+            runs.append(run)
+        row = {"what": change.what, "value": change.value} | summary(runs)
+        for name in ("runs", "other length", "local minimum", "wrong prior"):
+            del row[name]
+        rows.append(row)
+        name = f"exact, T = {row['length']}, {row['what']} {row['value']}"
+        values[name] = row["exact"] / row["prompts"]
+    wrong = Check.of("false successes", sum(row["false successes"] for row in rows))
+    return [wrong], {"reported": values, "rows": rows}
+
+
+def conditions(
+    model: LanguageModel, length: int, count: int, seed: int = 0
+) -> Iterator[Condition]:
+    """The plain case, random tokens at the last layer, and what is changed in it.
+
+    >>> from sipit_lite import load
+    >>> changes = conditions(load(device="cpu"), 2, 1)
+    >>> list(dict.fromkeys(change.what for change in changes))
+    ['plain', 'layer', 'kind', 'tokens', 'noise', 'width']
+    """
+    plain = sample(model, "random", count, length, seed)
+    last = model.n_layers
+    yield Condition("plain", "random tokens", model, last, plain)
+    for layer in range(1, last):
+        yield Condition("layer", layer, model, layer, plain)
+    text = []
+    for kind in ("prose", "code"):
+        text += prompts(model.tokenizer, kind, 32)
+        drawn = sample(model, kind, count, length, seed)
+        yield Condition("kind", kind, model, last, drawn)
+    counts = torch.bincount(torch.cat(text), minlength=model.vocab_size)
+    ranked = counts.argsort(descending=True, stable=True)
+    for name, few in {"frequent": ranked[:FEW], "rare": ranked[-FEW:]}.items():
+        generator = torch.Generator().manual_seed(seed)
+        which = torch.randint(len(few), (count, length), generator=generator)
+        drawn = list(few[which].to(model.device))
+        yield Condition("tokens", name, model, last, drawn)
+    for noise in NOISES:
+        yield Condition("noise", noise, model, last, plain, noise)
+    # Longer prompts too: at the plain length no width is too small.
+    for drawn in (plain, sample(model, "random", count, 8, seed)):
+        for width in WIDTHS:
+            yield Condition("width", width, untrained(model, width, seed), last, drawn)
+
+
+def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
+    """A model of another width with the weights that training would have started with.
+
+    >>> from sipit_lite import load
+    >>> untrained(load(device="cpu"), 64).d_model
+    64
+    """
+    config = copy.deepcopy(model.decoder.config)
+    config.hidden_size = width
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        decoder = AutoModel.from_config(config).eval().requires_grad_(False)
+    name = f"untrained, width {width}"
+    return LanguageModel(decoder.to(model.device), model.tokenizer, name=name)
+
+
+def _ends(model: LanguageModel, layer: int, longest: int, quick: bool) -> Ends:
+    """The regression of the package, or one of a second for a quick run."""
+    if quick:
+        return Ends.fit(model, layer, longest, tokens=2000, features=0)
+    return fitted_ends(model, layer, longest)

@@ -1,18 +1,20 @@
-"""The prompt from one vector: the state of its last token at one layer, all others withheld (chapter 17).
+"""The prompt from one vector: the state of its last token at one layer (chapter 17).
 
-The paper proves that the last-token state determines the prompt and leaves an algorithm open. This one keeps a belief,
-a probability for every token at every position, and sharpens it: draw prompts from the belief, linearise the model at
-one of them, measure on all how wrong the linear model is, and score every token against what is left of the state.
-Then blocks of positions are forgotten and found again while the rest stays fixed. Whatever is returned was read by the
-model once more and agrees with the state within the noise floor; else the search ends in an error.
+The paper proves that the last-token state determines the prompt and leaves an algorithm
+open. This one holds a belief, a probability for every token at every position, and
+sharpens it: draw prompts from the belief, linearise the model at one of them, measure
+on all how wrong the linear model is, and score every token against what is left of the
+state. Then blocks of positions are forgotten and recovered while the rest stays fixed.
+What is returned was read by the model once more and agrees with the state within the
+noise floor; else the search ends in an error.
 """
 
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -21,69 +23,67 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from sipit_lite.acceptance import Observation
-from sipit_lite.extensions.lens import Moments, regressors
-from sipit_lite.model import LanguageModel, StatesError
+from sipit_lite.extensions.lens import Regression, ridge
+from sipit_lite.model import LanguageModel, SipItError, StatesError
 from sipit_lite.onestep import ROWS
-from sipit_lite.recovery import Recovery
+from sipit_lite.recovery import Interrupted, Recovery
 from sipit_lite.sipit import SALT
 
 LONGEST = 16  # tokens of the longest prompt looked for, where no length is given
-FEATURES, TOKENS = 512, 20_000  # of the regression that reads last token and length
-DRAWN = 96  # prompts drawn from the belief in a round; the error of the linear model is measured on them
+FEATURES = 512  # random features of the regression that reads last token and length
+TOKENS = 20_000  # that it is fitted on
+DRAWN = 96  # prompts of a round; the error of the linear model is measured on them
 DAMPING = 0.5  # share of the log-belief that a round replaces
-WHOLE, BLOCK = 6, 5  # rounds over all positions, and over a block that was forgotten
-SURE = 0.9  # a belief that keeps its likeliest tokens, all of at least this probability, is not sharpened any further
+ALL = 6  # rounds over all positions
+BLOCK = 5  # rounds over a block that was forgotten
+SURE = 0.9  # a belief that repeats tokens of this probability is not sharpened further
 BLOCKS = 3  # blocks tried in a row before a search gives way to the next restart
 RESTARTS = 16  # how often a search may begin
-NEIGHBOURS = 0.5  # share of the law of a token that the token before it has; the rest is the law anywhere
-LARGEST = 16_384  # tokens of the largest vocabulary whose table of neighbours, a gigabyte then, is made
-TRUST = 0.5  # share of the log-likelihood of the regression that is believed: its residuals are not normal
-CALM = 0.16  # and of that, the share believed of the last token: where held-out last tokens are likeliest
+NEIGHBOURS = 0.5  # share of a token's law that the token before has; the rest is prior
+LARGEST = 16_384  # vocabulary whose table of neighbours, a gigabyte then, is made
+TRUST = 0.5  # share of a regression's log-likelihood: its residuals are not normal
+CALM = 0.16  # of that for the last token: where held-out last tokens are likeliest
+HOPE = 1e-3  # least share of the prior in any belief about the last token
 TILT = 1.0  # standard deviation by which a restart tilts the logarithm of its prior
 FAR = 8.0  # distance that a length is taken to have before its first step
-RIVALS = 8  # tokens with the nearest embeddings that are put in the place of each token found
-HOPE = 1e-3  # least share of the prior in any belief about the last token
-_FITTED: WeakKeyDictionary[LanguageModel, dict[tuple[int, int], "Ends"]] = (
-    WeakKeyDictionary()
-)
-_FOLLOWERS: WeakKeyDictionary[LanguageModel, Tensor | None] = WeakKeyDictionary()
+RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's place
+
+Prompt = Int[Tensor, " pos"]
+Prompts = Int[Tensor, "row pos"]
+State = Float[Tensor, " d_model"]
+OverVocab = Float[Tensor, " vocab"]
 
 
-class LastStateError(ValueError):
-    """A question about a last state that has no answer: a length beyond the context, no budget, a prior of no law."""
+class LastStateError(SipItError):
+    """A question without an answer: a bad length, budget or regression."""
 
 
 class NotRecovered(LastStateError):
-    """The budget is spent and no prompt re-encodes to the state; ``best`` is the closest one, not verified."""
+    """No prompt read agrees; ``recovered`` is the closest one, not verified."""
 
-    def __init__(self, message: str, best: Recovery):
+    # Defaults, since pickle makes an error from its message before it knows the rest.
+    def __init__(
+        self,
+        message: str,
+        recovered: Recovery | None = None,
+        other: Prompt | None = None,
+    ):
         super().__init__(message)
-        self.best = best
-
-    def __reduce__(self) -> tuple:
-        # Errors with two arguments cannot be pickled as they come, and outcomes have to travel between processes.
-        return type(self), (str(self), self.best)
+        self.recovered = recovered
+        self.other = other
 
 
 class Collision(NotRecovered):
-    """Several prompts re-encode to the state within the radius; ``best`` is one of them, ``other`` another."""
-
-    def __init__(self, message: str, best: Recovery, other: Int[Tensor, " pos"]):
-        super().__init__(message, best)
-        self.other = other
-
-    def __reduce__(self) -> tuple:
-        return type(self), (str(self), self.best, self.other)
+    """Several prompts agree; ``recovered`` is one of them, ``other`` another."""
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C during the search; ``best`` is the closest prompt so far, not verified."""
+class Stopped(Interrupted):
+    """Ctrl-C during the search; ``recovered`` is the closest prompt, not verified."""
 
-    def __init__(self, best: Recovery):
-        super().__init__(
-            f"stopped with {best.text!r} at distance {float(best.distance[-1]):.3g}, not verified"
-        )
-        self.best = best
+    def __str__(self) -> str:
+        distance = float(self.recovered.distance[-1])
+        text = self.recovered.text
+        return f"stopped with {text!r} at distance {distance:.3g}, not verified"
 
 
 def invert_last(
@@ -92,182 +92,156 @@ def invert_last(
     layer: int | None = None,
     length: int | None = None,
     *,
-    prior: Tensor | None = None,
     epsilon: float | None = None,
     ends: "Ends | None" = None,
     longest: int | None = None,
-    chains: int = 1,
     restarts: int = RESTARTS,
     seconds: float = 300.0,
     seed: int = 0,
     progress: bool = False,
 ) -> Recovery:
-    """Recover the exact prompt from its last-token state alone, shape (d_model,), at one layer (the last by default).
+    """Recover the exact prompt from its last-token state alone, or refuse (chapter 17).
 
-    ``length`` is T where it is known; else up to ``longest`` (16, or the context), and it is found too, as the last
-    token is. ``prior`` is the probability of each token anywhere in the prompt; the default is half the ``followers``
-    of the token before, a quarter uniform, a quarter how often the model itself writes the token. ``epsilon`` bounds
-    noise that was added to the state on purpose. ``ends`` was fitted before for this model and layer; without it, it is
-    fitted now and kept. ``chains`` searches of a length run as one batch, each begun ``restarts`` times at most, for
-    ``seconds`` in all.
+    Parameters
+    ----------
+    state, layer
+        Shape (d_model,), before the final norm; by default of the last layer.
+    length
+        T where it is known, else all lengths up to ``longest`` (16) are tried.
+    epsilon
+        A bound on noise that was added to the state on purpose, ℓ2. Half the distance
+        to a prompt that was not read may hide that one.
+    ends
+        A regression for this model and layer; by default it is fitted, once.
+    restarts, seconds
+        When to give up: searches of each length, wall-clock time in all.
 
-    The prompt returned was read by the model once more, alone: its ``distance`` is inside the ``radius`` at the last
-    position, the only one that was observed (NaN at the others); ``runner_up`` is the distance of the closest prompt
-    that has one other token in it, of those with near embeddings, or, where the length was not given, its first token
-    once less or once more; ``tested`` counts the prompts read. Nothing is known of prompts that were not read: an
-    ``epsilon`` as large as half the distance to one of them may hide it.
+    Returns
+    -------
+    Recovery
+        Read by the model once more, alone; what was not observed, all but the last
+        position, is NaN. ``runner_up`` is the distance of the closest of its ``rivals``.
 
-    Raises ``StatesError`` for a state that no prompt has by its shape, format or numbers, ``ModelError`` for a bad
-    layer, ``LastStateError`` for a bad length, prior or budget, ``NotRecovered`` where no prompt is found that
-    re-encodes to the state, ``Collision`` where more than one is, ``Stopped`` on Ctrl-C; the last three carry the
-    closest prompt. There is no guarantee that a prompt is found, and nothing returned is a guess (chapter 17).
+    Raises
+    ------
+    StatesError, ModelError, LastStateError
+        For a state that no prompt has; a bad layer; a bad length or budget.
+    NotRecovered, Collision, Stopped
+        Where no prompt read agrees with the state; where several do; on Ctrl-C. All
+        three carry the closest prompt as ``recovered``.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> invert_last(model.states("hidden states", 6)[-1], model, 6, length=2).text
+    >>> ends = Ends.fit(model, 6, longest=2, tokens=2000, features=0)
+    >>> state = model.states("hidden states", 6)[-1]
+    >>> invert_last(state, model, length=2, ends=ends).text
     'hidden states'
     """
-    begun, layer = time.perf_counter(), model.n_layers if layer is None else layer
+    started = time.perf_counter()
+    layer = model.n_layers if layer is None else layer
     if isinstance(state, Tensor) and state.ndim != 1:
         raise StatesError(
-            f"got a state of shape {tuple(state.shape)}; expected one position's, ({model.d_model},)"
+            f"got a state of shape {tuple(state.shape)}; expected one position's, "
+            f"({model.d_model},)"
         )
-    observed = Observation.of(
-        state[None] if isinstance(state, Tensor) else state, model, layer, epsilon
-    )
+    rows = state[None] if isinstance(state, Tensor) else state
+    observed = Observation.of(rows, model, layer, epsilon)
     longest = min(LONGEST, model.n_positions) if longest is None else longest
-    check_asked(model, layer, length, prior, longest, chains, restarts, seconds)
+    lengths = {"length": length, "longest": longest}
+    _check(model, layer, lengths, {"restarts": restarts, "seconds": seconds})
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
     ends.check(model, layer, length or longest)
-    law = (
-        Law.of(model, ends)
-        if prior is None
-        else Law((prior / prior.sum()).to(model.embeddings))
-    )
-    problem = Problem(
-        LastMap.of(model, layer),
-        observed,
-        law,
-        torch.Generator().manual_seed(seed + SALT),
-    )
-    joint = ends.read(observed.states[0])[:, : length or longest].to(model.dtype)
-    told = joint.logsumexp(0)
-    lengths = [length] if length else list(range(1, longest + 1))
-    likely = {n: max(float(told[n - 1].exp()), 1e-9) for n in lengths}
-    laws = {n: law.ending(joint[:, n - 1]) for n in lengths}
-    best = Closest(torch.zeros(1, dtype=torch.long), torch.inf)
+    said = ends.read(observed.states[0]).to(model.dtype)[:, : length or longest]
+    law = Law.of(model, ends)
+    last = LastMap(model, layer)
+    generator = torch.Generator().manual_seed(seed + SALT)
+    searches = {}
+    for n in [length] if length else range(1, longest + 1):
+        search = Search(last, observed, law.ending(said[:, n - 1]), generator)
+        searches[n] = search.steps(n, restarts)
+    best = Guess(torch.zeros(1, dtype=torch.long), torch.inf, 0)
     try:
-        with tqdm(
-            desc="inverting", total=None, disable=None if progress else True
-        ) as bar:
-            for best in problem.closest(laws, likely, chains, restarts):
-                bar.set_postfix_str(
-                    f"distance {best.distance:.3g}, {len(best.ids)} tokens"
-                )
+        with tqdm(desc="inverting", disable=None if progress else True) as bar:
+            for step in _by_promise(searches, said.logsumexp(0)):
+                best = best.or_closer(step)
+                bar.set_postfix_str(f"distance {best.distance:.3g}")
                 bar.update()
-                if (
-                    best.distance <= float(observed.radius)
-                    or time.perf_counter() - begun > seconds
-                ):
+                spent = time.perf_counter() - started
+                if search.agrees(best) or spent > seconds:
                     break
-        return checked(
-            problem, recovery(problem, best, begun), None if length else longest
-        )
+        return checked(search, best, started, None if length else longest)
     except KeyboardInterrupt:
-        raise Stopped(recovery(problem, best, begun)) from None
+        raise Stopped(_recovery(search, best, started)) from None
 
 
 @dataclass(frozen=True, eq=False)
 class LastMap:
-    """F(e_1, …, e_T) = h_T: the last-token state of one layer as a function of all input embeddings.
+    """F(e_1, …, e_T) = h_T: the last-token state of a layer as a map of embeddings.
 
     >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> last = LastMap.of(model, 6)
-    >>> torch.allclose(last.tokens(torch.tensor([[5, 6, 7]]))[0], model.states(torch.tensor([5, 6, 7]), 6)[-1])
+    >>> model, ids = load(device="cpu"), torch.tensor([5, 6, 7])
+    >>> state = LastMap(model, 6).tokens(ids[None])[0]
+    >>> torch.allclose(state, model.states(ids, 6)[-1])
     True
     """
 
     model: LanguageModel
     layer: int
-    cut: nn.Module
 
-    @classmethod
-    def of(cls, model: LanguageModel, layer: int) -> "LastMap":
-        """The map of one layer. Raises ``ModelError`` for a layer outside 0..L."""
-        return cls(model, layer, model.cut(layer))
+    @cached_property
+    def cut(self) -> nn.Module:
+        """The blocks up to the layer. Raises ``ModelError`` for one outside 0..L."""
+        return self.model.cut(self.layer)
 
     def embeddings(
         self, e: Float[Tensor, "row pos d_model"]
     ) -> Float[Tensor, "row d_model"]:
         """The state of each row of embeddings; differentiable in e."""
-        return (
-            self.cut(inputs_embeds=e, use_cache=False)
-            .last_hidden_state[:, -1]
-            .to(self.model.device)
-        )
+        states = self.cut(inputs_embeds=e, use_cache=False).last_hidden_state
+        return states[:, -1].to(self.model.device)
 
-    def tokens(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row d_model"]:
+    def tokens(self, prompts: Prompts) -> Float[Tensor, "row d_model"]:
         """The state of each row of token ids."""
+        table = self.model.embeddings
         with torch.no_grad():
-            return torch.cat(
-                [
-                    self.embeddings(self.model.embeddings[rows])
-                    for rows in ids.split(ROWS)
-                ]
-            )
+            parts = [self.embeddings(table[rows]) for rows in prompts.split(ROWS)]
+        return torch.cat(parts)
 
-    def linear(
-        self, e: Float[Tensor, "chain pos d_model"], blocks: Int[Tensor, "chain block"]
-    ) -> tuple[
-        Float[Tensor, "chain d_model"], Float[Tensor, "chain block d_model d_model"]
-    ]:
-        """F(e), and ∂F/∂e_t for the positions t of each row's block: one batched reverse pass for all rows.
-
-        >>> from sipit_lite import load
-        >>> model = load(device="cpu")
-        >>> state, slope = LastMap.of(model, 0).linear(model.embeddings[None, 5:7], torch.tensor([[0, 1]]))
-        >>> bool(slope[0, 0].any()), slope[0, 1].equal(torch.eye(256))  # layer 0 sees the last token alone
-        (False, True)
-        """
-        rows = torch.arange(len(e), device=e.device)[:, None]
+    def jacobians(
+        self, e: Float[Tensor, "pos d_model"], block: slice
+    ) -> Float[Tensor, "block d_model d_model"]:
+        """∂F/∂e_t for the positions t of a block, by one batched reverse pass."""
         with torch.enable_grad():
-            free = e[rows, blocks].detach().clone().requires_grad_()
-            states = self.embeddings(e.detach().index_put((rows, blocks), free))
-            each = torch.eye(e.shape[-1]).to(states)[:, None].expand(-1, len(e), -1)
+            free = e[block].detach().clone().requires_grad_()
+            row = torch.cat([e[: block.start], free, e[block.stop :]])
+            state = self.embeddings(row[None])[0]
+            each = torch.eye(len(state)).to(state)
+            # Layer 0 does not depend on earlier positions: zeros, not an error.
             (slopes,) = torch.autograd.grad(
-                states, free, each, is_grads_batched=True, materialize_grads=True
+                state, free, each, is_grads_batched=True, materialize_grads=True
             )
-        return states.detach(), slopes.permute(1, 2, 0, 3)
+        return slopes.transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
-class Ends:
-    """What a last-token state says of the last token and of the length T, by one regression for both.
+class Ends(Regression):
+    """What a last-token state says of the last token and of T, by one regression.
 
-    Fitted once for a model and a layer, on random prompts and on prompts that the model wrote itself; ``frequency``
+    Fitted on random prompts and on prompts that the model wrote itself; ``frequency``
     holds how often it wrote each token. Like a lens, it only proposes.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> ends = Ends.fit(model, 6, longest=4, tokens=4000, features=0)
+    >>> ends = Ends.fit(model, 6, longest=4, tokens=2000, features=0)
     >>> likely = ends.read(model.states("hidden states", 6)[-1])
     >>> tuple(likely.shape), model.decode(likely.logsumexp(1).argmax()[None])
     ((4096, 4), ' states')
     """
 
+    model: LanguageModel
     layer: int
-    directions: Float[Tensor, "d_model features"]
-    slope: Float[Tensor, "inputs outputs"]
-    intercept: Float[Tensor, " outputs"]
-    whiten: Float[Tensor, "outputs outputs"]
-    table: Float[Tensor, "vocab d_model"]
-    frequency: Float[Tensor, " vocab"]
-
-    @property
-    def longest(self) -> int:
-        """The length of the longest prompt that it knows."""
-        return len(self.intercept) - self.table.shape[1]
+    longest: int
+    frequency: OverVocab
 
     @classmethod
     def fit(
@@ -280,607 +254,482 @@ class Ends:
         features: int = FEATURES,
         seed: int = 0,
     ) -> "Ends":
-        """Fit on so many tokens in prompts of up to ``longest``. Raises ``ModelError`` for a bad layer."""
+        """Fit on so many tokens, in prompts of ``longest`` and all their beginnings.
+
+        Raises
+        ------
+        ModelError
+            For a bad layer.
+        """
         generator = torch.Generator().manual_seed(seed)
-        rows = max(1, tokens // longest // 2)
-        drawn = torch.randint(
-            model.vocab_size, (rows, longest), generator=generator
-        ).to(model.device)
-        own = written(model, rows, longest, generator)
-        directions = (
-            torch.randn(model.d_model, features, generator=generator)
-            / model.d_model**0.5
-        ).to(model.device)
-        moments = Moments.zero(
-            2 * model.d_model + features + 1, model.d_model + longest, model.device
-        )
-        for ids in torch.cat([drawn, own]).split(ROWS):
-            length = torch.eye(longest, device=model.device).repeat(len(ids), 1)
-            goal = torch.cat([model.embeddings[ids.flatten()].float(), length], 1)
-            moments.add(
-                regressors(model.states(ids, layer).flatten(0, 1), directions), goal
-            )
-        seen = torch.bincount(own.flatten(), minlength=model.vocab_size).float() + 0.5
-        return cls(
-            layer, directions, *moments.solve(), model.embeddings, seen / seen.sum()
-        )
+        shape = (max(1, tokens // longest // 2), longest)
+        drawn = torch.randint(model.vocab_size, shape, generator=generator)
+        written = _written(model, *shape, generator)
+        prompts = torch.cat([drawn.to(model.device), written])
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for ids in prompts.split(ROWS):
+                length = torch.eye(longest, device=model.device).repeat(len(ids), 1)
+                goals = torch.cat([model.embeddings[ids.flatten()], length], 1)
+                yield model.states(ids, layer).flatten(0, 1), goals
+
+        regression = vars(ridge(pairs(), features, generator))
+        counts = torch.bincount(written.flatten(), minlength=model.vocab_size) + 0.5
+        return cls(**regression, model=model, layer=layer, longest=longest,
+                   frequency=counts / counts.sum())  # fmt: skip
 
     def check(self, model: LanguageModel, layer: int, length: int) -> None:
-        """Raise ``LastStateError`` unless it was fitted on this model and layer, for prompts of that length."""
-        if (
-            self.table is not model.embeddings
-            or self.layer != layer
-            or self.longest < length
-        ):
+        """Raise ``LastStateError`` unless it fits this model, layer and length."""
+        same = self.model is model
+        if not same or self.layer != layer or self.longest < length:
             raise LastStateError(
                 f"got a fit for layer {self.layer} and up to {self.longest} tokens of "
-                f"{'this' if self.table is model.embeddings else 'another'} model; expected one for layer {layer} of "
-                f"{model.name} and {length} tokens"
+                f"{'this' if same else 'another'} model; expected one for layer "
+                f"{layer} of {model.name} and {length} tokens"
             )
 
-    def read(self, state: Float[Tensor, " d_model"]) -> Float[Tensor, "vocab longest"]:
-        """The logarithm of the probability of each last token and length, together, shape (|V|, longest)."""
-        # The lengths sum to one, so one direction has hardly any residual: its huge terms cancel, but not in float32.
-        table, lengths = self.whiten.double().split([self.table.shape[1], self.longest])
-        left = (
-            regressors(state, self.directions) @ self.slope + self.intercept
-        ).double() @ self.whiten.double()
-        rows = self.table.double() @ table - left
-        far = (
-            rows.square().sum(1)[:, None]
-            + 2 * rows @ lengths.T
-            + lengths.square().sum(1)
-        )
-        return (-TRUST / 2 * far).flatten().log_softmax(0).view(far.shape).float()
+    def read(self, state: State) -> Float[Tensor, "vocab longest"]:
+        """Log-probabilities of each last token and length together."""
+        # The lengths sum to one, so one direction has hardly any residual: its huge
+        # terms cancel, but not in float32.
+        whiten = self.whiten.double()
+        tokens, lengths = whiten.split([self.model.d_model, self.longest])
+        predicted = self.predict(state).double() @ whiten
+        away = self.model.embeddings.double() @ tokens - predicted
+        # ‖away + length‖², multiplied out for all pairs of a token and a length
+        squares = away.square().sum(1)[:, None] + 2 * away @ lengths.T
+        squares = squares + lengths.square().sum(1)
+        likely = (-TRUST / 2 * squares).flatten().log_softmax(0)
+        return likely.view(squares.shape).float()
 
 
 def fitted_ends(model: LanguageModel, layer: int, longest: int) -> Ends:
     """``Ends.fit`` with its defaults, once for a model, a layer and a length."""
-    known = _FITTED.setdefault(model, {})
-    if (layer, longest) not in known:
-        known[layer, longest] = Ends.fit(model, layer, longest)
-    return known[layer, longest]
+    key = ("ends", layer, longest)
+    if key not in model.measured:
+        model.measured[key] = Ends.fit(model, layer, longest)
+    return model.measured[key]
 
 
-def written(
+def _next_law(model: LanguageModel, e: Tensor, cache: DynamicCache | None) -> Tensor:
+    """The model's own law of the next token after rows of embeddings, (row, vocab)."""
+    use = cache is not None
+    table = model.decoder.get_input_embeddings().weight
+    with torch.no_grad():
+        read = model.decoder(inputs_embeds=e, past_key_values=cache, use_cache=use)
+        return (read.last_hidden_state[:, -1] @ table.T).softmax(-1)
+
+
+def _written(
     model: LanguageModel, count: int, length: int, generator: torch.Generator
 ) -> Int[Tensor, "{count} {length}"]:
-    """Prompts that the model writes itself: a first token at random, the others drawn from its next-token law.
-
-    A model whose unembedding is not its table of embeddings, and so not kept, gives random tokens.
-
-    >>> from sipit_lite import load
-    >>> written(load(device="cpu"), 2, 5, torch.Generator().manual_seed(0)).shape
-    torch.Size([2, 5])
-    """
-    first = torch.randint(model.vocab_size, (count, length), generator=generator).to(
-        model.device
-    )
-    if not model.decoder.config.tie_word_embeddings:
-        return first
-    ids, cache, table = (
-        first[:, :1],
-        DynamicCache(),
-        model.decoder.get_input_embeddings().weight,
-    )
-    with torch.no_grad():
-        for _ in range(length - 1):
-            out = model.decoder(
-                inputs_embeds=model.embeddings[ids[:, -1:]],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            law = (out.last_hidden_state[:, -1] @ table.T).float().softmax(-1).cpu()
-            ids = torch.cat(
-                [ids, torch.multinomial(law, 1, generator=generator).to(ids)], 1
-            )
+    """Prompts that the model writes itself after a random token; else random ones."""
+    ids = torch.randint(model.vocab_size, (count, length), generator=generator)
+    ids = ids.to(model.device)
+    cache = DynamicCache()
+    tied = model.decoder.config.tie_word_embeddings
+    for t in range(1, length if tied else 1):
+        law = _next_law(model, model.embeddings[ids[:, t - 1 : t]], cache)
+        drawn = torch.multinomial(law.float().cpu(), 1, generator=generator)
+        ids[:, t] = drawn[:, 0]
     return ids
 
 
 def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
-    """How likely the model thinks each token after each single token, a row for the one before; made once for a model.
+    """P(v | u): how likely the model thinks each token v after the prompt ⟨u⟩ alone.
 
-    None for a vocabulary beyond ``LARGEST``, or an unembedding that is not the table of embeddings, and so not kept.
+    Made once. None beyond ``LARGEST`` tokens, or where the unembedding, which is not
+    kept, is not the table of embeddings.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
     >>> model.decode(followers(model)[model.encode(" such")[0]].argmax()[None])
     ' as'
     """
-    if model not in _FOLLOWERS:
-        kept = model.decoder.config.tie_word_embeddings and model.vocab_size <= LARGEST
-        _FOLLOWERS[model] = torch.cat(list(_read_followers(model))) if kept else None
-    return _FOLLOWERS[model]
-
-
-def _read_followers(model: LanguageModel) -> Iterator[Float[Tensor, "row vocab"]]:
-    table = model.decoder.get_input_embeddings().weight
-    for rows in model.embeddings[:, None].split(ROWS):
-        with torch.no_grad():
-            out = model.decoder(inputs_embeds=rows, use_cache=False).last_hidden_state[
-                :, -1
-            ]
-            yield (out @ table.T).softmax(-1)
+    tied = model.decoder.config.tie_word_embeddings
+    if not tied or model.vocab_size > LARGEST:
+        return None
+    key = ("followers",)
+    if key not in model.measured:
+        rows = model.embeddings[:, None].split(ROWS)
+        model.measured[key] = torch.cat([_next_law(model, e, None) for e in rows])
+    return model.measured[key]
 
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """What is expected of a prompt before its state is looked at: a chain, each token given the one before it.
+    """What is expected of a prompt before its state is looked at: a Markov chain.
 
-    ``anywhere`` holds the probability of each token; ``after`` is None where tokens are independent, or the law of a
-    token by the one before it, of which ``NEIGHBOURS`` is believed; ``last`` is log-evidence about the last token.
+    ``anywhere`` holds the probability of each token; ``after`` the law of a token by
+    the one before it, of which ``NEIGHBOURS`` is believed, or None where tokens are
+    independent; ``last`` is log-evidence about the last token.
     """
 
-    anywhere: Float[Tensor, " vocab"]
+    anywhere: OverVocab
     after: Float[Tensor, "vocab vocab"] | None = None
-    last: Float[Tensor, " vocab"] | None = None
+    last: OverVocab | None = None
 
     @classmethod
     def of(cls, model: LanguageModel, ends: Ends) -> "Law":
-        """The ``followers`` of tokens, and anywhere half uniform, half how often the model itself writes a token."""
-        return cls(
-            (ends.frequency / 2 + 1 / (2 * model.vocab_size)).to(model.embeddings),
-            followers(model),
-        )
+        """``followers``; anywhere half uniform, half how often the model writes it."""
+        anywhere = ends.frequency / 2 + 1 / (2 * model.vocab_size)
+        return cls(anywhere.to(model.embeddings), followers(model))
 
-    def log_probability(self, ids: Int[Tensor, " pos"]) -> float:
-        """The logarithm of the probability of a prompt, without what is known of its last token.
+    def ending(self, last_token: OverVocab) -> "Law":
+        """With what ``Ends`` says of the last token: ``CALM`` of it, and a floor."""
+        said = (CALM * last_token).log_softmax(0) + math.log1p(-HOPE)
+        floor = self.anywhere.log() + math.log(HOPE)
+        return replace(self, last=torch.logaddexp(said, floor))
 
-        >>> round(Law(torch.tensor([0.5, 0.5])).log_probability(torch.tensor([0, 1, 0])) / math.log(0.5), 4)
-        3.0
-        """
+    def next(self, law: OverVocab) -> OverVocab:
+        """The law of a token, if this is the law of the one before, up to a factor."""
         if self.after is None:
-            return float(self.anywhere[ids].log().sum())
-        later = (
-            NEIGHBOURS * self.after[ids[:-1], ids[1:]]
-            + (1 - NEIGHBOURS) * self.anywhere[ids[1:]]
-        )
-        return float(self.anywhere[ids[0]].log() + later.log().sum())
+            return self.anywhere
+        follow = law / law.sum() @ self.after
+        return NEIGHBOURS * follow + (1 - NEIGHBOURS) * self.anywhere
 
-    def ending(self, last_token: Float[Tensor, " vocab"]) -> "Law":
-        """The same with the log-probabilities that ``Ends`` gives the last token: ``CALM`` of them, and a floor."""
-        told = (CALM * last_token).log_softmax(0) + math.log1p(-HOPE)
-        return replace(
-            self, last=torch.logaddexp(told, self.anywhere.log() + math.log(HOPE))
-        )
-
-    def step(
-        self, law: Float[Tensor, "chain vocab"], back: bool = False
-    ) -> Float[Tensor, "chain vocab"]:
-        """The law of the next token if this is the law of one; backward, the likelihood of the one before."""
-        law = law / law.sum(-1, keepdim=True)
+    def back(self, likelihood: OverVocab) -> OverVocab:
+        """The likelihood of a token, if this is that of the one behind it."""
         if self.after is None:
-            return torch.ones_like(law) if back else self.anywhere.expand_as(law)
-        flat = law @ self.anywhere[:, None] if back else self.anywhere
-        return (
-            NEIGHBOURS * (law @ (self.after.T if back else self.after))
-            + (1 - NEIGHBOURS) * flat
-        )
+            return torch.ones_like(likelihood)
+        likelihood = likelihood / likelihood.sum()
+        lead = self.after @ likelihood
+        return NEIGHBOURS * lead + (1 - NEIGHBOURS) * (likelihood @ self.anywhere)
 
     def given(
-        self,
-        ids: Int[Tensor, "chain pos"],
-        blocks: Int[Tensor, "chain block"],
-        evidence: Float[Tensor, "chain block vocab"],
-    ) -> Float[Tensor, "chain block vocab"]:
-        """Log-probabilities of the tokens of a block of neighbours, given log-evidence on each, and all other tokens.
+        self, ids: Prompt, block: slice, evidence: Float[Tensor, "block vocab"]
+    ) -> Float[Tensor, "block vocab"]:
+        """Log-probabilities of the tokens of a block, given evidence and all others.
 
-        Evidence is multiplied along the chain, forward and backward.
+        The log-evidence is multiplied along the chain, forward and backward.
 
         >>> law = Law(torch.tensor([0.5, 0.5]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-        >>> blocks = torch.tensor([[1]])
-        >>> law.given(torch.tensor([[0, 1, 0]]), blocks, torch.zeros(1, 1, 2)).exp().mul(10).round().tolist()
-        [[[1.0, 9.0]]]
+        >>> ids = torch.tensor([0, 1, 0])
+        >>> likely = law.given(ids, slice(1, 2), torch.zeros(1, 2)).exp()
+        >>> likely.mul(10).round().tolist()
+        [[1.0, 9.0]]
         """
-        before, behind = blocks[:, 0] - 1, blocks[:, -1] + 1
-        if self.last is not None:
-            evidence = evidence + torch.where(
-                (blocks == ids.shape[1] - 1)[..., None], self.last, 0.0
-            )
-        weight = (evidence - evidence.amax(-1, keepdim=True)).exp()
         known = nn.functional.one_hot(ids, len(self.anywhere)).to(self.anywhere)
-        rows = torch.arange(len(ids), device=ids.device)
-        start = self.step(known[rows, before.clamp_min(0)])
-        end = self.step(known[rows, behind.clamp_max(ids.shape[1] - 1)], back=True)
-        forward = [torch.where(before[:, None] < 0, self.anywhere, start)]
-        backward = [torch.where(behind[:, None] == ids.shape[1], 1.0, end)]
-        for k in range(blocks.shape[1] - 1):
-            forward.append(self.step(forward[-1] * weight[:, k]))
-            backward.append(self.step(backward[-1] * weight[:, -1 - k], back=True))
-        both = torch.stack(forward, 1).log() + torch.stack(backward[::-1], 1).log()
+        forward = [self.anywhere]
+        if block.start > 0:
+            forward = [self.next(known[block.start - 1])]
+        backward = [torch.ones_like(self.anywhere)]
+        if block.stop < len(ids):
+            backward = [self.back(known[block.stop])]
+        elif self.last is not None:
+            evidence = torch.cat([evidence[:-1], evidence[-1:] + self.last])
+        weight = (evidence - evidence.amax(-1, keepdim=True)).exp()
+        for k in range(len(evidence) - 1):
+            forward.append(self.next(forward[-1] * weight[k]))
+            backward.append(self.back(backward[-1] * weight[-1 - k]))
+        both = torch.stack(forward).log() + torch.stack(backward[::-1]).log()
         return (evidence + both).log_softmax(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Belief:
-    """What is believed of a block of positions of each chain: log-probabilities of every token, (chain, block, vocab).
+    """Log-probabilities of every token at each position of a ``block`` of a prompt.
 
-    ``blocks`` says which positions; the others are those of ``ids``, shape (chain, pos).
+    The other positions are those of ``ids``.
     """
 
-    log: Float[Tensor, "chain block vocab"]
-    ids: Int[Tensor, "chain pos"]
-    blocks: Int[Tensor, "chain block"]
+    log: Float[Tensor, "block vocab"]
+    ids: Prompt
+    block: slice
 
-    def draw(
-        self, count: int, generator: torch.Generator
-    ) -> Int[Tensor, "chain {count} pos"]:
-        """Prompts drawn from the belief, position by position; the first takes the likeliest token everywhere.
+    def draw(self, count: int, generator: torch.Generator) -> Prompts:
+        """Prompts drawn from it; the first takes the likeliest token everywhere.
 
         For a block of one position they are the likeliest tokens, each once.
         """
-        chains, block, vocab = self.log.shape
-        if block == 1 and count <= vocab:
+        size, vocab = self.log.shape
+        if size == 1 and count <= vocab:
             drawn = self.log.topk(count).indices
         else:
-            law = self.log.exp().flatten(0, 1).cpu()
+            law = self.log.exp().cpu()
             drawn = torch.multinomial(law, count, replacement=True, generator=generator)
-            drawn = drawn.to(self.ids).view(chains, block, count)
-            drawn[..., 0] = self.log.argmax(-1)
-        prompts = self.ids[:, None].repeat(1, count, 1)
-        return prompts.scatter(
-            2, self.blocks[:, None].expand(-1, count, -1), drawn.transpose(1, 2)
-        )
+            drawn[:, 0] = self.log.argmax(-1)
+        prompts = self.ids.repeat(count, 1)
+        prompts[:, self.block] = drawn.T.to(self.ids)
+        return prompts
 
     def moments(
         self, table: Float[Tensor, "vocab d_model"]
-    ) -> tuple[
-        Float[Tensor, "chain block d_model"],
-        Float[Tensor, "chain block d_model d_model"],
-    ]:
+    ) -> tuple[Float[Tensor, "block d_model"], Float[Tensor, "block d_model d_model"]]:
         """Mean and covariance of the embedding at each position."""
         law = self.log.exp()
         mean = law @ table
-        square = torch.stack(
-            [
-                torch.stack([(table * q[:, None]).T @ table for q in chain])
-                for chain in law
-            ]
-        )
-        return mean, square - mean[..., :, None] * mean[..., None, :]
+        square = torch.stack([(table * q[:, None]).T @ table for q in law])
+        return mean, square - mean[:, :, None] * mean[:, None, :]
 
 
 def sharpened(
     belief: Belief,
     law: Law,
-    observed: Float[Tensor, " d_model"],
+    observed: State,
     last: LastMap,
-    drawn: Int[Tensor, "chain draw pos"],
-    states: Float[Tensor, "chain draw d_model"],
+    drawn: Prompts,
+    states: Float[Tensor, "row d_model"],
 ) -> Belief:
     """One round: the belief after the state is compared with a linear model of the map.
 
-    With J_t the Jacobian at position t, taken at the second of the drawn prompts, m_t and C_t mean and covariance of
-    the embedding there, c + Σ J_t (e_t − m_t) the linear model that is right on average on the drawn prompts, and R the
-    covariance of its error on them, what the state says of position t is a normal law whose covariance is
-    R + Σ J_u C_u J_uᵀ over the other positions u. The logarithm of its density at each token is evidence; what it makes
-    of the law of prompts is the new belief, of which ``DAMPING`` is taken. J is not taken at the means: no prompt comes
-    near them, and the linear model there is worse than a constant (chapter 17).
+    The model is c + Σ J_t (e_t − m_t), right on average on the ``drawn`` prompts, whose
+    last-token ``states`` are known; R is the covariance of its error there, J_t the
+    Jacobian at position t, m_t and C_t mean and covariance of the embedding. What the
+    ``observed`` state says of a token at t is the logarithm of a normal density with
+    covariance R + Σ J_u C_u J_uᵀ over the other positions u (chapter 17). What that
+    makes of the law of prompts is the new belief, of which ``DAMPING`` is taken.
     """
     table = last.model.embeddings
     mean, spread = belief.moments(table)
-    _, slopes = last.linear(table[drawn[:, 1]], belief.blocks)
-    away = (
-        table[drawn.gather(2, belief.blocks[:, None].expand(-1, drawn.shape[1], -1))]
-        - mean[:, None]
-    )
-    error = states - torch.einsum("cnij,csnj->csi", slopes, away)
-    centre = error.mean(1)
-    parts, residual = slopes @ spread @ slopes.mT, observed - centre
-    noise = error_covariance(error - centre[:, None], residual, parts.sum(1))
-    others = noise[:, None] + parts.sum(1, keepdim=True) - parts
-    left = residual[:, None] + (slopes @ mean[..., None])[..., 0]
-    solved = torch.cholesky_solve(
-        torch.cat([slopes, left[..., None]], -1), torch.linalg.cholesky(others)
-    )
-    projected = slopes.mT @ solved  # J_tᵀ S⁻¹ [J_t, y]
-    linear, quadratic = (
-        table @ projected[..., -1:],
-        (table @ projected[..., :-1] * table).sum(-1),
-    )
-    new = law.given(belief.ids, belief.blocks, linear[..., 0] - quadratic / 2)
-    return replace(
-        belief, log=((1 - DAMPING) * belief.log + DAMPING * new).log_softmax(-1)
-    )
+    # At a drawn prompt, not at the means: no prompt comes near them, and the linear
+    # model there is worse than a constant (chapter 17).
+    slopes = last.jacobians(table[drawn[1]], belief.block)
+    away = table[drawn[:, belief.block]] - mean
+    error = states - torch.einsum("nij,snj->si", slopes, away)
+    centre = error.mean(0)
+    residual = observed - centre
+    parts = slopes @ spread @ slopes.mT
+    explained = parts.sum(0)
+    noise = error_covariance(error - centre, residual, explained)
+    left = residual + (slopes @ mean[..., None])[..., 0]
+    factor = torch.linalg.cholesky(noise + explained - parts)
+    solved = torch.cholesky_solve(torch.cat([slopes, left[..., None]], -1), factor)
+    # −½ (y − J E_v)ᵀ S⁻¹ (y − J E_v) multiplied out: the table meets d × d matrices.
+    projected = slopes.mT @ solved  # Jᵀ S⁻¹ [J, y]
+    linear = (table @ projected[..., -1:])[..., 0]
+    quadratic = (table @ projected[..., :-1] * table).sum(-1)
+    new = law.given(belief.ids, belief.block, linear - quadratic / 2)
+    mixed = (1 - DAMPING) * belief.log + DAMPING * new
+    return replace(belief, log=mixed.log_softmax(-1))
 
 
 def error_covariance(
-    error: Float[Tensor, "chain draw d_model"],
-    residual: Float[Tensor, "chain d_model"],
-    explained: Float[Tensor, "chain d_model d_model"],
-) -> Float[Tensor, "chain d_model d_model"]:
-    """Covariance of the error of a linear model, from fewer samples than dimensions: half way to a multiple of I.
+    error: Float[Tensor, "row d_model"],
+    residual: State,
+    explained: Float[Tensor, "d_model d_model"],
+) -> Float[Tensor, "d_model d_model"]:
+    """Covariance of the error of a linear model, half way to a multiple of I.
 
-    Where the state is further from the mean than error and spread explain, all directions get what is missing: a belief
-    that has settled on the wrong tokens is not certain any more.
+    There are fewer samples than dimensions. What neither error nor spread explains of
+    the residual goes to all directions: a belief that has settled on wrong tokens is
+    not certain any more.
 
-    >>> found = error_covariance(torch.zeros(1, 3, 2), torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2, 2))
-    >>> found.diagonal(dim1=1, dim2=2).tolist()
-    [[12.5, 12.5]]
+    >>> zero, residual = torch.zeros(2, 2), torch.tensor([3.0, 4.0])
+    >>> error_covariance(zero, residual, zero).diagonal().tolist()
+    [12.5, 12.5]
     """
-    width = error.shape[-1]
-    sample = error.mT @ error / error.shape[1]
-    size = sample.diagonal(dim1=1, dim2=2).mean(-1) / 2
-    told = 2 * size * width + explained.diagonal(dim1=1, dim2=2).sum(-1)
-    missing = (residual.square().sum(-1) - told) / width
-    least = residual.square().sum(-1).clamp_min(torch.finfo(residual.dtype).tiny) * 1e-6
+    width = len(residual)
+    sample = error.T @ error / len(error)
+    size = sample.diagonal().mean() / 2
+    square = residual.square().sum()
+    missing = (square - (2 * size * width + explained.diagonal().sum())) / width
+    least = square.clamp_min(torch.finfo(residual.dtype).tiny) * 1e-6
     extra = size + torch.maximum(missing, least)
-    return sample / 2 + extra[:, None, None] * torch.eye(width).to(error)
+    return sample / 2 + extra * torch.eye(width).to(error)
 
 
-class Step(NamedTuple):
-    """What one step of a search gives: the current prompt of each chain, its distance, how many prompts were read."""
+class Guess(NamedTuple):
+    """A prompt, the distance of its last state, and how many prompts were read."""
 
-    ids: Int[Tensor, "chain pos"]
-    distances: Float[Tensor, " chain"]
+    ids: Prompt
+    distance: float
     tested: int
 
-
-class Closest(NamedTuple):
-    """A prompt, the distance of its last state from the observed one, and how many prompts were read so far."""
-
-    ids: Int[Tensor, " pos"]
-    distance: float
-    tested: int = 0
+    def or_closer(self, other: "Guess") -> "Guess":
+        """The closer of two; what was read adds up."""
+        closer = other if other.distance < self.distance else self
+        return closer._replace(tested=self.tested + other.tested)
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """What is to be explained, and what is expected: an observed last state, and a law of prompts."""
+class Search:
+    """The search for one observed last state, under a law of prompts."""
 
     last: LastMap
     observed: Observation
     law: Law
     generator: torch.Generator
 
-    def closest(
-        self, laws: dict[int, Law], likely: dict[int, float], chains: int, restarts: int
-    ) -> Iterator[Closest]:
-        """The closest prompt so far, after each step of the search of some length.
+    def agrees(self, guess: Guess) -> bool:
+        """Whether the state of a prompt lies inside the radius."""
+        return guess.distance <= float(self.observed.radius)
 
-        Time is shared out over the lengths in proportion to √(probability of the length) / distance, so that what comes
-        close is followed up; a step of a length is taken to cost as much as it has tokens.
-        """
-        best = Closest(torch.zeros(1, dtype=torch.long), torch.inf)
-        searches = {
-            n: self.search(law, n, chains, restarts) if n > 1 else self.single()
-            for n, law in laws.items()
-        }
-        spent, nearest = dict.fromkeys(searches, 0), dict.fromkeys(searches, FAR)
-        while searches:
-            n = min(
-                searches,
-                key=lambda n: n * (spent[n] + 1) * nearest[n] / likely[n] ** 0.5,
-            )
-            step = next(searches[n], None)
-            if step is None:
-                del searches[n]
-                continue
-            ids, distances, tested = step
-            far, chain = distances.min(0)
-            nearest[n] = min(float(far), nearest[n]) if spent[n] else float(far)
-            spent[n] += 1
-            closer = (
-                Closest(ids[chain], float(far)) if float(far) < best.distance else best
-            )
-            best = closer._replace(tested=best.tested + tested)
-            yield best
+    def read(self, prompts: Prompts, states: Float[Tensor, "row d_model"]) -> Guess:
+        """The closest of prompts whose last states are known."""
+        distance, which = self.observed.distance(0, states).min(0)
+        return Guess(prompts[which], float(distance), len(prompts))
 
-    def rounds(self, belief: Belief, law: Law, count: int) -> Step:
-        """Sharpen a belief so often, or until it is sure; the closest prompt that each chain has read."""
-        chains, settled = len(belief.ids), None
-        ids, nearest = (
-            belief.ids,
-            torch.full((chains,), torch.inf, device=belief.ids.device),
-        )
-        for k in range(count + 1):
-            drawn = belief.draw(DRAWN, self.generator)
-            states = self.last.tokens(drawn.flatten(0, 1))
-            far, which = self.observed.distance(0, states).view(chains, -1).min(1)
-            closer = drawn[torch.arange(chains, device=drawn.device), which]
-            ids = torch.where((far < nearest)[:, None], closer, ids)
-            nearest = torch.minimum(far, nearest)
-            sure, likeliest = belief.log.max(-1)
-            stuck = (
-                settled is not None
-                and likeliest.equal(settled)
-                and bool((sure.exp() > SURE).all())
-            )
-            if k == count or stuck or bool((nearest <= self.observed.radius).any()):
-                break
-            settled, states = likeliest, states.view(chains, DRAWN, -1)
-            belief = sharpened(
-                belief, law, self.observed.states[0], self.last, drawn, states
-            )
-        return Step(ids, nearest, (k + 1) * chains * DRAWN)
-
-    def single(self) -> Iterator[Step]:
-        """All |V| prompts of one token."""
-        states = self.last.tokens(
-            torch.arange(len(self.law.anywhere), device=self.law.anywhere.device)[
-                :, None
-            ]
-        )
-        far, token = self.observed.distance(0, states).min(0)
-        yield Step(token[None, None], far[None], len(states))
-
-    def search(
-        self, law: Law, length: int, chains: int, restarts: int
-    ) -> Iterator[Step]:
-        """Prompts of one length: all positions at once, then blocks forgotten and found again; then anew.
-
-        Yields the current prompts of all chains, and their distances, after each step; ends after the restarts.
-        """
-        device = law.anywhere.device
-        everywhere = torch.arange(length, device=device).expand(chains, -1)
+    def steps(self, length: int, restarts: int) -> Iterator[Guess]:
+        """Yield the closest prompt of each step: all positions, then blocks; then anew."""
+        if length == 1:
+            prompts = self.last.model.vocabulary[:, None]
+            yield self.read(prompts, self.last.tokens(prompts))
+            return
+        nothing = torch.zeros(length, dtype=torch.long, device=self.last.model.device)
         for restart in range(restarts):
-            nothing = torch.zeros_like(everywhere)
-            current = self.rounds(
-                self.tilted(law, nothing, everywhere, TILT * (restart > 0)), law, WHOLE
-            )
+            current = self.rounds(nothing, slice(0, length), ALL, TILT * (restart > 0))
             yield current
             for k in range(BLOCKS):
-                size = int(
-                    torch.randint(
-                        min(2, length - 1), length, (1,), generator=self.generator
-                    )
-                )
-                first = torch.randint(
-                    length - size + 1, (chains, 1), generator=self.generator
-                ).to(device)
-                blocks = first + torch.arange(size, device=device)
+                size = self.integer(min(2, length - 1), length)
+                first = self.integer(0, length - size + 1)
                 tilt = TILT * float(torch.rand(1, generator=self.generator)) * (k > 0)
-                found = self.rounds(
-                    self.tilted(law, current.ids, blocks, tilt), law, BLOCK
-                )
-                closer = found.distances < current.distances
-                ids = torch.where(closer[:, None], found.ids, current.ids)
-                current = Step(
-                    ids, torch.minimum(found.distances, current.distances), found.tested
-                )
-                yield current
+                block = slice(first, first + size)
+                guess = self.rounds(current.ids, block, BLOCK, tilt)
+                yield guess
+                current = current.or_closer(guess)
 
-    def tilted(
-        self,
-        law: Law,
-        ids: Int[Tensor, "chain pos"],
-        blocks: Int[Tensor, "chain block"],
-        tilt: float,
-    ) -> Belief:
-        """What the law says of a block when all else is known, as if there were random evidence of a size ``tilt``."""
-        noise = torch.randn(
-            *blocks.shape, len(law.anywhere), generator=self.generator
-        ).to(law.anywhere)
-        return Belief(law.given(ids, blocks, tilt * noise), ids, blocks)
+    def rounds(self, ids: Prompt, block: slice, count: int, tilt: float) -> Guess:
+        """The closest prompt read while a block is recovered, in so many rounds.
+
+        It starts from what the law says, as if there were random evidence of size
+        ``tilt``, and ends early where the belief is sure or a prompt agrees.
+        """
+        shape = (len(ids[block]), len(self.law.anywhere))
+        noise = torch.randn(shape, generator=self.generator).to(self.law.anywhere)
+        belief = Belief(self.law.given(ids, block, tilt * noise), ids, block)
+        best = Guess(ids, torch.inf, 0)
+        settled = torch.full_like(ids[block], -1)
+        for k in range(count + 1):
+            drawn = belief.draw(DRAWN, self.generator)
+            states = self.last.tokens(drawn)
+            best = best.or_closer(self.read(drawn, states))
+            sure, likeliest = belief.log.max(-1)
+            stuck = likeliest.equal(settled) and bool((sure.exp() > SURE).all())
+            if k == count or stuck or self.agrees(best):
+                break
+            settled = likeliest
+            observed = self.observed.states[0]
+            belief = sharpened(belief, self.law, observed, self.last, drawn, states)
+        return best
+
+    def integer(self, low: int, high: int) -> int:
+        """A random integer from ``low`` to ``high`` − 1."""
+        return int(torch.randint(low, high, (1,), generator=self.generator))
 
 
-def recovery(problem: Problem, best: Closest, begun: float) -> Recovery:
-    """A prompt as a ``Recovery``, not verified; only the last position was observed, so the others have NaN."""
-    ids, length = best.ids.cpu(), len(best.ids)
+def _by_promise(
+    searches: dict[int, Iterator[Guess]], likely: Tensor
+) -> Iterator[Guess]:
+    """Yield steps of the searches of several lengths, the most promising one first.
 
-    def at_the_end(value: float) -> Float[Tensor, " pos"]:
-        return torch.tensor([torch.nan] * (length - 1) + [value])
+    A step is taken to cost as much as it has tokens. Time is shared out in proportion
+    to √(probability of the length) / distance: what comes close is followed up.
+    """
+    weight = likely.exp().clamp_min(1e-9).sqrt().tolist()
+    spent = dict.fromkeys(searches, 0)
+    nearest = dict.fromkeys(searches, FAR)
+    while searches:
+        price = {n: n * (spent[n] + 1) * nearest[n] / weight[n - 1] for n in searches}
+        n = min(price, key=price.get)
+        step = next(searches[n], None)
+        if step is None:
+            del searches[n]
+            continue
+        nearest[n] = min(nearest[n], step.distance) if spent[n] else step.distance
+        spent[n] += 1
+        yield step
 
+
+def _recovery(
+    search: Search, guess: Guess, started: float, runner_up: float = torch.inf
+) -> Recovery:
+    """A prompt as a ``Recovery``, not verified: NaN at all positions but the last."""
+    ids = guess.ids.cpu()
+    values = [guess.distance, runner_up, float(search.observed.radius)]
+    columns = torch.full((3, len(ids)), torch.nan)
+    columns[:, -1] = torch.tensor(values)
+    tested = torch.zeros(len(ids), dtype=torch.long)
+    tested[-1] = guess.tested
     return Recovery(
         tokens=ids,
-        text=problem.last.model.decode(ids),
-        distance=at_the_end(best.distance),
-        runner_up=at_the_end(torch.inf),
-        radius=at_the_end(float(problem.observed.radius)),
-        tested=torch.tensor([0] * (length - 1) + [best.tested]),
-        verified=torch.zeros(length, dtype=torch.bool),
-        margin=torch.full((length,), torch.nan),
-        seconds=time.perf_counter() - begun,
-        layer=problem.last.layer,
+        text=search.last.model.decode(ids),
+        distance=columns[0],
+        runner_up=columns[1],
+        radius=columns[2],
+        tested=tested,
+        verified=torch.zeros(len(ids), dtype=torch.bool),
+        margin=torch.full((len(ids),), torch.nan),
+        seconds=time.perf_counter() - started,
+        layer=search.last.layer,
     )
 
 
-def checked(problem: Problem, found: Recovery, longest: int | None) -> Recovery:
-    """Read the prompt once more, alone, and its rivals, those of other lengths too unless ``longest`` is None.
-
-    Raises ``NotRecovered`` where the prompt is outside the radius, ``Collision`` where a rival is inside too.
-    """
-    model, radius = problem.last.model, float(problem.observed.radius)
-    ids = found.tokens.to(model.device)
-    distance = float(
-        problem.observed.distance(0, model.states(ids, problem.last.layer)[-1:])
+def checked(
+    search: Search, best: Guess, started: float, longest: int | None
+) -> Recovery:
+    """Read the prompt once more, alone, and its rivals, up to ``longest`` tokens."""
+    model = search.last.model
+    state = model.states(best.ids, search.last.layer)[-1:]
+    again = search.read(best.ids[None], state)._replace(tested=best.tested)
+    recovered = _recovery(search, again, started)
+    line = (
+        f"{recovered.text!r} ({len(best.ids)} tokens) is {again.distance:.3g} away, "
+        f"radius {float(search.observed.radius):.3g}"
     )
-    told = f"{found.text!r} ({len(ids)} tokens) is {distance:.3g} away, radius {radius:.3g}"
-    if not (distance <= radius and float(found.distance[-1]) <= radius):
+    if not (search.agrees(again) and search.agrees(best)):
         raise NotRecovered(
-            f"no prompt was found whose last state is the observed one: the closest of {int(found.tested[-1])} read, "
-            f"{told}, after {found.seconds:.0f} s",
-            found,
+            "no prompt was found whose last state is the observed one: the closest of "
+            f"{best.tested} read, {line}, after {recovered.seconds:.0f} s",
+            recovered,
         )
-    others = [rivals(model, ids), *([] if longest is None else resized(ids, longest))]
-    far, which = torch.cat(
-        [problem.observed.distance(0, problem.last.tokens(rows)) for rows in others]
-    ).min(0)
-    end = torch.arange(len(ids)) == len(ids) - 1
-    found = replace(
-        found,
-        distance=torch.where(end, distance, torch.nan),
-        runner_up=torch.where(end, float(far), torch.nan),
-    )
-    if float(far) <= radius:
-        other = [row for rows in others for row in rows][int(which)].cpu()
-        raise Collision(
-            f"{told}; so is {model.decode(other)!r} ({len(other)} tokens), {float(far):.3g} away",
-            found,
-            other,
-        )
-    return replace(found, verified=torch.ones_like(found.verified))
+    rival = Guess(best.ids, torch.inf, 0)
+    for prompts in rivals(model, best.ids, longest):
+        rival = rival.or_closer(search.read(prompts, search.last.tokens(prompts)))
+    recovered = _recovery(search, again, started, rival.distance)
+    if search.agrees(rival):
+        other = rival.ids.cpu()
+        line += f"; so is {model.decode(other)!r} ({len(other)} tokens)"
+        line += f", {rival.distance:.3g} away"
+        raise Collision(line, recovered, other)
+    return replace(recovered, verified=torch.ones_like(recovered.verified))
 
 
-def rivals(model: LanguageModel, ids: Int[Tensor, " pos"]) -> Int[Tensor, "rival pos"]:
-    """The prompts that differ from one in a single token, each token changed for ``RIVALS`` of nearest embedding.
+def rivals(model: LanguageModel, ids: Prompt, longest: int | None) -> list[Tensor]:
+    """The prompts most likely to share a last state with one, by their lengths.
+
+    Those with one token changed for another of near embedding; up to ``longest``
+    tokens, also those with the first token once less or more, since a model that knows
+    relative positions cannot always count a repeated token (chapter 5).
 
     >>> from sipit_lite import load
-    >>> rivals(load(device="cpu"), torch.tensor([5, 6])).shape
-    torch.Size([16, 2])
+    >>> near, *others = rivals(load(device="cpu"), torch.tensor([5, 6]), 3)
+    >>> near.shape, [rows.tolist() for rows in others]
+    (torch.Size([16, 2]), [[[6]], [[5, 5, 6]]])
     """
-    table, count = model.embeddings.float(), min(RIVALS, model.vocab_size - 1)
+    table = model.embeddings.float()
+    count = min(RIVALS, model.vocab_size - 1)
     apart = torch.cdist(table[ids], table).scatter(1, ids[:, None], torch.inf)
-    near = apart.topk(count, largest=False).indices
-    prompts = ids.repeat(len(ids), count, 1)
-    prompts[torch.arange(len(ids)), :, torch.arange(len(ids))] = near
-    return prompts.flatten(0, 1)
+    near = ids.repeat(len(ids), count, 1)
+    positions = torch.arange(len(ids))
+    near[positions, :, positions] = apart.topk(count, largest=False).indices
+    resized = (ids[1:], torch.cat([ids[:1], ids]))
+    fitting = [rows[None] for rows in resized if 1 <= len(rows) <= (longest or 0)]
+    return [near.flatten(0, 1), *fitting]
 
 
-def resized(ids: Int[Tensor, " pos"], longest: int) -> list[Int[Tensor, "1 _"]]:
-    """A prompt without its first token, and with that token twice, where they have 1 to ``longest`` tokens.
-
-    A model that knows relative positions alone cannot tell how often one token was repeated, and one with a window not
-    how long the run before it was (chapter 5).
-
-    >>> [rows.tolist() for rows in resized(torch.tensor([5, 6]), 3)]
-    [[[6]], [[5, 5, 6]]]
-    """
-    return [
-        rows[None]
-        for rows in (ids[1:], torch.cat([ids[:1], ids]))
-        if 1 <= len(rows) <= longest
-    ]
-
-
-def check_asked(
+def _check(
     model: LanguageModel,
     layer: int,
-    length: int | None,
-    prior: Tensor | None,
-    longest: int,
-    chains: int,
-    restarts: int,
-    seconds: float,
+    lengths: dict[str, int | None],
+    budgets: dict[str, float | int],
 ) -> None:
-    """Raise ``LastStateError`` for a question that cannot be answered, ``ModelError`` for a bad layer."""
-    model.check_layer(layer)
+    """Raise ``LastStateError`` for a question that cannot be answered."""
     if torch.finfo(model.dtype).bits <= 16:
         raise LastStateError(
-            f"got a model that computes in {model.dtype}; expected torch.float32 or torch.float64, whatever the state's"
+            f"got a model that computes in {model.dtype}; expected torch.float32 or "
+            "torch.float64, whatever the state's"
         )
-    for name, value in (("length", length), ("longest", longest)):
+    for name, value in lengths.items():
         if value is not None and not 1 <= value <= model.n_positions:
             raise LastStateError(
                 f"got {name}={value}; {model.name} reads 1 to {model.n_positions} tokens"
             )
-    if layer == 0 and length != 1:
+    if layer == 0 and lengths["length"] != 1:
         raise LastStateError(
-            "got layer 0, whose last state knows the last token alone; expected length=1, or layer 1"
+            "got layer 0, whose last state knows the last token alone; expected "
+            "length=1, or layer 1"
         )
-    for name, value in (
-        ("chains", chains),
-        ("restarts", restarts),
-        ("seconds", seconds),
-    ):
+    for name, value in budgets.items():
         if not value > 0:
             raise LastStateError(f"got {name}={value}; expected a budget above 0")
-    if prior is None:
-        return
-    if prior.shape != (model.vocab_size,) or not bool(
-        (prior.isfinite() & (prior > 0)).all()
-    ):
-        raise LastStateError(
-            f"got a prior of shape {tuple(prior.shape)} with {int((~(prior > 0)).sum())} numbers that are not above 0; "
-            f"expected {model.vocab_size} finite numbers above 0"
-        )
