@@ -26,12 +26,11 @@ from sipit_lite.acceptance import Observation
 from sipit_lite.extensions.lens import Regression, ridge
 from sipit_lite.model import LanguageModel, SipItError, StatesError
 from sipit_lite.onestep import ROWS
+from sipit_lite.policies import State
 from sipit_lite.recovery import Interrupted, Recovery
 from sipit_lite.sipit import SALT
 
 LONGEST = 16  # tokens of the longest prompt looked for, where no length is given
-FEATURES = 512  # random features of the regression that reads last token and length
-TOKENS = 20_000  # that it is fitted on
 DRAWN = 96  # prompts of a round; the error of the linear model is measured on them
 DAMPING = 0.5  # share of the log-belief that a round replaces
 ALL = 6  # rounds over all positions
@@ -50,7 +49,6 @@ RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's 
 
 Prompt = Int[Tensor, " pos"]
 Prompts = Int[Tensor, "row pos"]
-State = Float[Tensor, " d_model"]
 OverVocab = Float[Tensor, " vocab"]
 
 
@@ -119,8 +117,8 @@ def invert_last(
     Returns
     -------
     Recovery
-        Read by the model once more, alone; what was not observed, all but the last
-        position, is NaN. ``runner_up`` is the distance of the closest of its ``rivals``.
+        Read by the model once more, alone; NaN at all positions but the last, the only
+        one observed. ``runner_up`` is the distance of the closest of its ``rivals``.
 
     Raises
     ------
@@ -132,9 +130,9 @@ def invert_last(
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> ends = Ends.fit(model, 6, longest=2, tokens=2000, features=0)
-    >>> state = model.states("hidden states", 6)[-1]
-    >>> invert_last(state, model, length=2, ends=ends).text
+    >>> ends = Ends.fit(model, 1, longest=2, tokens=2000, features=0)
+    >>> state = model.states("hidden states", 1)[-1]
+    >>> invert_last(state, model, layer=1, length=2, ends=ends).text
     'hidden states'
     """
     started = time.perf_counter()
@@ -250,17 +248,11 @@ class Ends(Regression):
         layer: int,
         longest: int = LONGEST,
         *,
-        tokens: int = TOKENS,
-        features: int = FEATURES,
+        tokens: int = 20_000,
+        features: int = 512,
         seed: int = 0,
     ) -> "Ends":
-        """Fit on so many tokens, in prompts of ``longest`` and all their beginnings.
-
-        Raises
-        ------
-        ModelError
-            For a bad layer.
-        """
+        """Fit on so many tokens, in prompts of ``longest`` and all their beginnings."""
         generator = torch.Generator().manual_seed(seed)
         shape = (max(1, tokens // longest // 2), longest)
         drawn = torch.randint(model.vocab_size, shape, generator=generator)
@@ -561,7 +553,7 @@ class Search:
         return Guess(prompts[which], float(distance), len(prompts))
 
     def steps(self, length: int, restarts: int) -> Iterator[Guess]:
-        """Yield the closest prompt of each step: all positions, then blocks; then anew."""
+        """Yield the closest prompt of each step: all positions, blocks, then anew."""
         if length == 1:
             prompts = self.last.model.vocabulary[:, None]
             yield self.read(prompts, self.last.tokens(prompts))
@@ -723,7 +715,8 @@ def _check(
     for name, value in lengths.items():
         if value is not None and not 1 <= value <= model.n_positions:
             raise LastStateError(
-                f"got {name}={value}; {model.name} reads 1 to {model.n_positions} tokens"
+                f"got {name}={value}; {model.name} reads 1 to {model.n_positions} "
+                "tokens"
             )
     if layer == 0 and lengths["length"] != 1:
         raise LastStateError(

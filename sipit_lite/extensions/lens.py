@@ -6,7 +6,6 @@ of it. Tokens are ranked by the Mahalanobis distance of what each would leave
 unexplained. A lens only proposes: its drafts are verified like any other candidate.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from torch.nn.functional import gelu, layer_norm
 from tqdm import tqdm
 
 from sipit_lite.extensions.newton import Newton
+from sipit_lite.io.shards import replacing
 from sipit_lite.io.text import prompts as text_prompts
 from sipit_lite.model import LanguageModel, SipItError
 from sipit_lite.onestep import ROWS, OneStepMap
@@ -176,16 +176,8 @@ class Lens(Regression):
             "layer": str(self.layer),
         }
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
-        # Beside, then renamed: a full disk does not cost the file that was there.
-        beside = Path(f"{path}.{os.getpid()}.part")
-        try:
-            save_file(tensors, beside, metadata)
-            beside.replace(path)
-        except _UNREADABLE as error:
-            line = f"got {str(path)!r}, where no file can be written ({error})"
-            raise LensError(line) from error
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(Path(path), LensError) as part:
+            save_file(tensors, part, metadata)
 
     @classmethod
     def load(cls, path: str | Path, model: LanguageModel) -> "Lens":
@@ -199,7 +191,7 @@ class Lens(Regression):
             layer = int(metadata["layer"])
             model.check_layer(layer)
             _check_forms(list(tensors.values()), model.d_model)
-        except (*_UNREADABLE, LookupError, TypeError, ValueError) as error:
+        except _NO_LENS as error:
             reason = str(error).partition("\n")[0]
             line = f"got {str(path)!r}, which holds no lens ({reason})"
             raise LensError(line) from error
@@ -216,7 +208,7 @@ class Lens(Regression):
 
 
 _TENSORS = ("directions", "slope", "intercept", "whiten")
-_UNREADABLE = (OSError, SafetensorError)
+_NO_LENS = (OSError, SafetensorError, LookupError, TypeError, ValueError)
 
 
 def _check_forms(tensors: list[Tensor], width: int) -> None:
