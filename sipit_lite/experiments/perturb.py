@@ -31,7 +31,7 @@ def rounded(states: Rows, form: str) -> Rows:
     >>> rounded(torch.tensor([[1.0, -0.3, 0.04]]), "int4").mul(7).round().tolist()
     [[7.0, -2.0, 0.0]]
     """
-    if form in BITS:
+    if form in BITS:  # half as many steps on either side of zero
         scale = states.abs().amax(-1, keepdim=True) / (2 ** (BITS[form] - 1) - 1)
         return (states / scale.where(scale > 0, 1.0)).round() * scale
     if form == "fp4":
@@ -43,8 +43,7 @@ def rounded(states: Rows, form: str) -> Rows:
         near = torch.bucketize(blocks / scale.where(scale > 0, 1.0), middles)
         return (levels[near] * scale).flatten()[: states.numel()].view_as(states)
     if form not in FORMATS:
-        known = ", ".join([*FORMATS, *BITS, "fp4"])
-        raise StatesError(f"got the format {form!r}; expected one of {known}")
+        raise StatesError(f"got the format {form!r}; expected {[*FORMATS, *BITS]}, fp4")
     result = states.to(FORMATS[form]).to(states.dtype)
     if not result.isfinite().all():
         raise StatesError(f"{form} cannot hold numbers up to {states.abs().max():.3g}")
@@ -62,7 +61,7 @@ def noisy(states: Rows, size: float | Tensor, seed: int = 0) -> Rows:
     sizes = torch.as_tensor(size, dtype=torch.float64)
     if not bool(((sizes >= 0) & sizes.isfinite()).all()):
         raise StatesError(f"got size={size}; expected finite sizes, not negative")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of the CPU: the same everywhere
     drawn = torch.randn(states.shape, generator=generator, dtype=torch.float64)
     noise = drawn / drawn.norm(dim=-1, keepdim=True) * sizes[..., None]
     return states + noise.to(states)
@@ -76,7 +75,7 @@ def quantised(model: LanguageModel, form: str) -> LanguageModel:
     >>> small.decoder.h[0].mlp.c_fc.weight[0].unique().numel() <= 15
     True
     """
-    decoder = copy.deepcopy(model.decoder)
+    decoder = copy.deepcopy(model.decoder)  # the weights of the original stay
     tables = {part.weight for part in decoder.modules() if isinstance(part, Embedding)}
     with torch.no_grad():
         for weight in decoder.parameters():

@@ -93,7 +93,7 @@ def every_prompt(vocab_size: int, longest: int) -> list[Int[Tensor, "count pos"]
         raise CountError(
             f"got vocab_size={vocab_size}, longest={longest}; expected one or more"
         )
-    powers = vocab_size ** torch.arange(longest).flip(0)
+    powers = vocab_size ** torch.arange(longest).flip(0)  # of |V|, the largest first
     batches = []
     for length in range(1, longest + 1):
         # The digits of 0, 1, 2, ... in base |V|.
@@ -140,7 +140,7 @@ def routes(
     states["token by token"] = torch.cat(rows)
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(model.vocab_size, (BATCH, len(ids)), generator=generator)
-    batch[-1] = ids
+    batch[-1] = ids  # larger products are summed in another order
     states["in a batch"] = model.states(batch, layer)[-1]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -150,7 +150,7 @@ def routes(
         torch.set_num_threads(threads)
     double = LanguageModel(copy.deepcopy(model.decoder).double())
     states["float64"] = double.states(ids, layer)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # the device that the model is not on
         other = "cpu" if model.device.type == "cuda" else "cuda"
         moved = LanguageModel(copy.deepcopy(model.decoder).to(other))
         states[f"on {other}"] = moved.states(ids, layer)

@@ -1,4 +1,4 @@
-"""Counting against enumeration, exhaustive search against dictionaries of Python tuples, routes against each other."""
+"""Counting against enumeration, routes to a state against each other."""
 
 import math
 from itertools import product
@@ -61,7 +61,7 @@ def test_finite_values_of_integers(dtype: torch.dtype, count: int) -> None:
 def test_pigeonhole_length_is_the_first(
     d_model: int, bits: int, vocab_size: int
 ) -> None:
-    """At T there are more prompts than patterns, at T − 1 not; and T is the number after T*."""
+    """At T there are more prompts than patterns, at T − 1 not; T follows T*."""
     length = pigeonhole_length(d_model, bits, vocab_size)
     assert vocab_size ** (length - 1) <= 2 ** (d_model * bits) < vocab_size**length
     assert abs(length - d_model * bits / math.log2(vocab_size)) < 1 + 1e-6
@@ -96,7 +96,7 @@ def test_every_prompt_is_there_once(vocab_size: int, longest: int) -> None:
 def test_every_last_state_is_that_of_the_prompt(
     family: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One prompt at a time, in every architecture; also where the prompts need several chunks."""
+    """One prompt at a time, in every architecture; also in several chunks."""
     monkeypatch.setattr("sipit_lite.teaching.finite.CHUNK", 7)
     model = family[1]
     prompts = every_prompt(3, 3)
@@ -108,7 +108,7 @@ def test_every_last_state_is_that_of_the_prompt(
 
 
 def test_routes_agree_up_to_rounding(pocket: LanguageModel) -> None:
-    """All of them are the states of the same prompt, and no two formats give the same bits."""
+    """All are the states of the same prompt, and the model stays as it was."""
     ids = torch.randint(
         pocket.vocab_size, (12,), generator=torch.Generator().manual_seed(5)
     )
@@ -129,7 +129,7 @@ def test_routes_agree_up_to_rounding(pocket: LanguageModel) -> None:
 
 
 def test_route_spread_by_hand() -> None:
-    """Three routes, two positions: the largest of three distances, over the norm of the first."""
+    """Three routes, two positions: the largest distance over the first's norm."""
     found = {
         "a": torch.tensor([[3.0, 4.0], [1.0, 0.0]], dtype=torch.float64),
         "b": torch.tensor([[3.0, 4.0], [1.5, 0.0]], dtype=torch.float64),
