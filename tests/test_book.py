@@ -1,4 +1,4 @@
-"""The contract of the book: its notebooks are executed references, and its pages need nothing that is not here."""
+"""The contract of the book: executed notebooks, pages that need nothing else."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -16,12 +16,13 @@ BOOK = ROOT / "book"
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 PAGES = sorted([*NOTEBOOKS, *BOOK.glob("*.md")])
 MAX_LINES = 25
-# What a tag may do: hide, remove, loosen nbval for versions, device and timings, or announce an error.
+# What a tag may do: hide, remove, announce an error, or loosen nbval for timings.
 ALLOWED_TAGS = {
-    "hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell",
+    "hide-input", "hide-output", "hide-cell",
+    "remove-input", "remove-output", "remove-cell",
     "nbval-ignore-output", "raises-exception", "exercise", "solution",
 }  # fmt: skip
-# The vendored MathJax would fetch a file, which is not there, for each of these (its option autoload.packages).
+# For each of these MathJax would fetch a file that is not there (autoload.packages).
 FETCHING_MACROS = re.compile(
     r"\\(boldsymbol|bbox|cancel|bcancel|xcancel|cancelto|color|textcolor|colorbox|fcolorbox|definecolor|enclose|href"
     r"|class|cssId|ce|pu|bra|ket|braket|unicode|verb|require|xmapsto|xlongequal|toggle|mathtip|texttip)(?![A-Za-z])"
@@ -44,7 +45,7 @@ def tags(cell: NotebookNode) -> set[str]:
 
 
 def not_run_in_order(notebook: NotebookNode) -> list[str]:
-    """Nbval passes cells without outputs, so a notebook that was not run whole would prove nothing."""
+    """Nbval passes cells without outputs: one that was not run proves nothing."""
     counts = [cell.execution_count for cell in code_cells(notebook)]
     return (
         []
@@ -106,7 +107,7 @@ def unknown_tags(notebook: NotebookNode) -> list[str]:
 
 
 def figures_without_alt(notebook: NotebookNode) -> list[str]:
-    """MyST-NB takes the alternative text of a picture from ``mystnb.image.alt``, and from nowhere else."""
+    """MyST-NB takes the text of a picture from ``mystnb.image.alt`` alone."""
     return [
         f"picture without metadata mystnb.image.alt: {cell.source[:80]!r}"
         for cell in code_cells(notebook)
@@ -122,7 +123,8 @@ def figures_without_alt(notebook: NotebookNode) -> list[str]:
 
 
 CHECKS: list[Check] = [
-    not_run_in_order, stderr_outputs, unannounced_errors, no_assert, long_cells, unknown_tags, figures_without_alt,
+    not_run_in_order, stderr_outputs, unannounced_errors, no_assert, long_cells,
+    unknown_tags, figures_without_alt,
 ]  # fmt: skip
 
 
@@ -143,7 +145,7 @@ def test_notebook_is_a_real_reference(path: Path) -> None:
 
 
 def sound_notebook() -> NotebookNode:
-    """A small notebook that keeps the contract: a claim with its check, and a figure."""
+    """A small notebook that keeps the contract: a checked claim, and a figure."""
     claim = new_code_cell("assert 1 < 2\nprint('ok')", execution_count=1)
     claim.outputs = [new_output("stream", name="stdout", text="ok\n")]
     figure = new_code_cell("plt.show()", execution_count=2)
@@ -233,7 +235,7 @@ def test_contract_accepts_a_sound_notebook() -> None:
 def test_contract_catches(
     spoil: Callable[[NotebookNode, NotebookNode], None], check: Check
 ) -> None:
-    """Each way to break the contract draws one complaint, from the check that is meant for it."""
+    """Each way to break the contract draws one complaint, from the check for it."""
     notebook = sound_notebook()
     spoil(*code_cells(notebook))
     assert complaints(notebook) == check(notebook)
@@ -258,7 +260,7 @@ def listed_pages(entry: dict) -> Iterator[str]:
 
 
 def test_table_of_contents_lists_exactly_the_pages() -> None:
-    """A page that is listed and missing breaks the build; one that is there and not listed is not built."""
+    """A page that is not listed is not built; one that is missing breaks the build."""
     listed = list(
         listed_pages(yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8")))
     )
@@ -276,7 +278,7 @@ def test_formulas_need_no_network() -> None:
 
 
 def prose(path: Path) -> str:
-    """The text of a page without its code cells, which may hold backslashes of their own."""
+    """The text of a page without its code cells, which may hold backslashes."""
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
     cells = nbformat.read(path, as_version=4).cells
@@ -324,7 +326,7 @@ def headings(text: str) -> set[str]:
 
 
 def test_status_page_quotes_the_chapters() -> None:
-    """The table of run times repeats what each chapter says of itself, and leaves none out."""
+    """The table of run times repeats what each chapter says, and leaves none out."""
     rows = re.findall(
         r"^\| \{doc\}`(\w+)` \| (.*) \| (.*) \|$",
         prose(BOOK / "status.md"),
@@ -374,7 +376,7 @@ TAUGHT = [re.findall(r"\{doc\}`(\w+)`", row[1]) for row in OVERVIEW]
 
 
 def test_plan_covers_the_chapters() -> None:
-    """Parts I to III and the first chapter, in the book's order, each in one session; their run times as they say."""
+    """Parts I to III and the first chapter, each in one session, in order."""
     parts = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))["parts"]
     planned = [
         part
@@ -397,7 +399,7 @@ def test_plan_covers_the_chapters() -> None:
 
 
 def test_plan_names_every_exercise_once() -> None:
-    """Title, label and minutes are those of the chapters, which have been taught by then."""
+    """Title, label and minutes are those of chapters that were taught by then."""
     seen: dict[str, tuple[str, int]] = {}
     named = []
     for text, chapters in zip(SESSIONS, TAUGHT, strict=True):
@@ -416,7 +418,7 @@ def test_plan_names_every_exercise_once() -> None:
 
 @pytest.mark.parametrize("number", range(len(SESSIONS)))
 def test_session_lasts_90_minutes(number: int) -> None:
-    """The rows add up, the exercises in class fit their row, and every section that is named is there."""
+    """The rows add up, exercises fit their row, and sections that are named exist."""
     rows = re.findall(r"^\| (\d+) \| (.*) \|$", SESSIONS[number], re.MULTILINE)
     assert sum(int(minutes) for minutes, _ in rows) == 90
     block = re.search(r"^\*In class:\*\n((?:.+\n)+)", SESSIONS[number], re.MULTILINE)
@@ -451,7 +453,7 @@ def test_exam_has_100_points() -> None:
 
 
 def test_exam_answer_runs() -> None:
-    """The program of the exam recovers a prompt, counts its tests, and refuses a state that no token has."""
+    """The program recovers a prompt, counts tests, refuses a state of no token."""
     answer = re.search(
         r"^```python\n(.*?)^```", PLAN.split("\n## Exam\n")[1], re.MULTILINE | re.DOTALL
     )[1]

@@ -1,4 +1,4 @@
-"""The house stays small: budgets of lines, imports that run one way, and lines that read."""
+"""The house stays small: capped lines, imports one way, lines that read."""
 
 import ast
 import io

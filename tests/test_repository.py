@@ -1,4 +1,4 @@
-"""What the repository promises outside the code: pins that agree, a model small and trained, a README that is true."""
+"""What the repository promises outside the code: pins, the model, the README."""
 
 import json
 import re
@@ -39,8 +39,8 @@ def test_environment_yml_uses_the_pins() -> None:
 
 
 def test_pins_are_exact_and_meet_pyproject() -> None:
-    """What the package, its book and its tests ask for is pinned, to a version that the lower bound allows."""
-    # The other extras are for models that the tests do not run, and make does not install them.
+    """What package, book and tests need is pinned, within the lower bounds."""
+    # The other extras are not installed by make: no test runs what needs them.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
         "project"
     ]
@@ -66,7 +66,7 @@ def test_model_is_small_and_stored_as_float16() -> None:
 
 
 def test_card_figures_are_those_of_the_weights() -> None:
-    """The held-out loss in the card: the bundled passages, which are part of the held-out text, cost about as much."""
+    """The bundled passages cost about what the card says of all held-out text."""
     import torch
     from transformers import GPT2LMHeadModel
 
@@ -170,13 +170,13 @@ def test_status_page_names_the_pins() -> None:
 
 
 def test_status_page_names_the_architectures() -> None:
-    """The rows are the small random models of the tests, with their configuration classes."""
+    """The rows are the small models of the tests, with their configuration classes."""
     told = re.findall(r"^\| ([\w-]+) \| `(\w+Config)` \| .* \|$", STATUS, re.MULTILINE)
     assert told == [(name, type(config).__name__) for name, config in FAMILIES.items()]
 
 
 def test_citation_file() -> None:
-    """CITATION.cff has the keys of the format, the version and licence of the package, and the paper's entry."""
+    """CITATION.cff has version and licence of the package, and the paper's entry."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "abstract", "authors"} <= set(citation)
     assert citation["cff-version"] == "1.2.0"
@@ -208,7 +208,7 @@ def test_citation_file() -> None:
 
 
 def test_page_on_citing() -> None:
-    """Its entry of the paper is that of the bibliography, that of the book names title, author and version."""
+    """One entry is that of the bibliography, the other names the book."""
     page = (ROOT / "book" / "cite.md").read_text(encoding="utf-8")
     paper, book = (
         parse_string(text, "bibtex")
@@ -227,7 +227,7 @@ def test_page_on_citing() -> None:
 
 
 def test_changelog_and_contributing() -> None:
-    """The newest version is that of the package, and the commands for contributors exist."""
+    """The newest version is that of the package, and the commands exist."""
     newest = re.search(
         r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M
     )

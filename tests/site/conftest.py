@@ -1,4 +1,4 @@
-"""The built book in a real browser, headless: what it logs is read, and a request that leaves the book is stopped."""
+"""The built book in a headless browser, where no request leaves the book."""
 
 import os
 import shutil
@@ -14,9 +14,10 @@ import pytest
 from playwright.sync_api import Browser, Page, Request, Route, sync_playwright
 
 BUILD = Path(__file__).parents[2] / "_build"
-CHROMIUM = os.environ.get("CHROMIUM", "chromium")  # a command or a path
-# Playwright switches the background traffic of the browser off. Besides, no name has an address but this machine's:
-# what bypasses the gate below, as a look-up ahead of a click, finds nobody.
+CHROMIUM = os.environ.get("CHROMIUM") or "chromium"  # a command or a path
+# Playwright switches the background traffic of the browser off. Besides, no name has
+# an address but this machine's: what bypasses the gate below, as a look-up ahead of a
+# click, finds nobody.
 NO_NAMES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 TYPESET = (
     "async () => { await window.MathJax?.startup?.promise; await document.fonts.ready }"
@@ -25,7 +26,7 @@ TYPESET = (
 
 @dataclass(frozen=True)
 class Visit:
-    """An open page, the errors on its console, and the addresses outside the book that it asked for."""
+    """An open page, the errors on its console, and its requests outside the book."""
 
     page: Page
     errors: list[str]
@@ -39,13 +40,13 @@ def pytest_configure() -> None:
     """Say in one line what is missing, before any test runs."""
     if shutil.which(CHROMIUM) is None:
         raise pytest.UsageError(
-            f"got no browser {CHROMIUM!r}; expected a Chromium, as by: apt-get install chromium;"
-            " the variable CHROMIUM names another command"
+            f"got no browser {CHROMIUM!r}; expected a Chromium, as by: apt-get install "
+            "chromium; the variable CHROMIUM names another command"
         )
     for builder in ("html", "singlehtml"):
         if not (BUILD / builder / "intro.html").exists():
             raise pytest.UsageError(
-                f"got no {BUILD / builder / 'intro.html'}; expected the built book: make site"
+                f"got no intro.html in {BUILD / builder}; expected the book: make pages"
             )
 
 
@@ -89,7 +90,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def window(browser: Browser) -> Iterator[Visitor]:
-    """A fresh window, and what opens a page of a book in it and waits until its formulas are set."""
+    """A fresh window, and what opens a page in it and waits for its formulas."""
     with browser.new_context(service_workers="block") as context:
 
         def opened(book: str, name: str) -> Visit:

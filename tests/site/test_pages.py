@@ -1,4 +1,4 @@
-"""Every page in a real browser; what a reader does with a page, from the disk and from a server."""
+"""Every page in a real browser, and what a reader does with a page."""
 
 import re
 from collections.abc import Callable
@@ -17,14 +17,16 @@ PAGES = sorted(
 RAW_TEX = re.compile(r".{0,30}(?:\\[a-zA-Z(\[]|\$).{0,30}")
 # Code is code, and MathJax keeps the source of a formula nowhere else than in itself.
 PROSE = """() => {
-    const nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [document.title];
+    const nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    const found = [document.title], set = 'code, pre, script, style, mjx-container';
     while (nodes.nextNode())
-        if (!nodes.currentNode.parentElement.closest('code, pre, script, style, mjx-container'))
+        if (!nodes.currentNode.parentElement.closest(set))
             found.push(nodes.currentNode.data);
     return found.join('\\n');
 }"""
 UNFOLD = """() => {
-    document.querySelectorAll('.toggle-hidden').forEach(e => e.classList.remove('toggle-hidden'));
+    document.querySelectorAll('.toggle-hidden')
+        .forEach(e => e.classList.remove('toggle-hidden'));
     document.querySelectorAll('details').forEach(e => e.open = true);
 }"""
 WIDER = """() => [...document.querySelectorAll('article *')]
@@ -81,7 +83,7 @@ def complaints(visit: Visit) -> list[str]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_sound(name: str, visit: Visitor) -> None:
-    """From the disk: formulas set, a silent console, no request outside, no window too narrow."""
+    """Formulas set, a silent console, no request outside, no window too narrow."""
     assert complaints(visit(DISK, name)) == []
 
 

@@ -1,4 +1,4 @@
-"""The book on paper: one long page, printed by the browser, with its chapters, figures, formulas and code."""
+"""The book on paper: one long page with its chapters, figures, formulas and code."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -16,9 +16,12 @@ CHAPTERS = "article span[id^=document-] + section > :is(h2, h3)"
 FORMULAS = "article mjx-container:visible"
 PICTURES = "article img:visible"
 NOT_SET = "article .math:not(:has(mjx-container)), article [data-mml-node=merror]"
-EMPTY = "all => all.filter(e => { const b = e.getBoundingClientRect(); return !(b.width && b.height) }).length"
-CUT_OFF = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 60))"
-FOLDED = """all => all.filter(e => !e.checkVisibility({visibilityProperty: true, opacityProperty: true}))
+EMPTY = """all => all.map(e => e.getBoundingClientRect())
+    .filter(b => !(b.width && b.height)).length"""
+CUT_OFF = """all => all.filter(e => e.scrollWidth > e.clientWidth + 1)
+    .map(e => e.textContent.slice(0, 60))"""
+FOLDED = """all => all
+    .filter(e => !e.checkVisibility({visibilityProperty: true, opacityProperty: true}))
     .map(e => e.textContent.slice(0, 60))"""
 CURVE = re.compile(rb" c\s")  # the operator of PDF for a piece of an outline
 
@@ -69,7 +72,7 @@ def pictures_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
 
 
 def formulas_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
-    """Letters of formulas are outlines, many to a formula; the text of a page has none, and boxes have few."""
+    """Letters of formulas are outlines, many to a formula; text has none."""
     shown = visit.page.locator(FORMULAS).count()
     curves = sum(
         len(CURVE.findall(sheet.get_contents().get_data())) for sheet in paper.pages
@@ -88,12 +91,12 @@ def bookmarks(entries: list) -> Iterator[Destination]:
 
 
 def squeezed(text: str) -> str:
-    """Text without white space, which neither bookmarks nor pages keep, and without the mark of a link."""
+    """Text without the white space that pages lose, and without the mark of a link."""
     return re.sub(r"[\s#]", "", text)
 
 
 def chapters_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
-    """Each chapter has a bookmark to a page that has its title, in the order of the table of contents."""
+    """Each chapter has a bookmark to a page with its title, in the book's order."""
     there = [
         (squeezed(mark.title), paper.get_destination_page_number(mark))
         for mark in bookmarks(paper.outline)
@@ -136,12 +139,12 @@ def book(browser: Browser) -> Iterator[Visit]:
     "check", [formulas_missing, pictures_missing, code_cut_off, still_folded]
 )
 def test_long_page_is_whole(check: Callable[[Visit], list[str]], book: Visit) -> None:
-    """Formulas are set, pictures are there, no code is cut off, and nothing is folded."""
+    """Formulas set, pictures there, no code cut off, and nothing folded."""
     assert check(book) == []
 
 
 def test_long_page_has_what_is_checked(book: Visit) -> None:
-    """The checks above have something to look at; and the console is silent, and nothing outside is asked for."""
+    """There is something to look at; the console is silent, nothing left the book."""
     assert book.page.locator(FORMULAS).count() > 3000
     assert book.page.locator(PICTURES).count() >= 40
     assert book.page.locator(CHAPTERS).count() >= 20
@@ -161,7 +164,8 @@ def test_printed_book_is_whole(book: Visit) -> None:
     [
         (r"<span class='math'>\(x\)</span>", formulas_missing),
         (
-            "<mjx-container style='display: block; height: 9px'><svg width=0 height=0></svg></mjx-container>",
+            "<mjx-container style='display: block; height: 9px'>"
+            "<svg width=0 height=0></svg></mjx-container>",
             formulas_missing,
         ),
         ("<img src='missing.png'>", pictures_missing),
@@ -185,9 +189,11 @@ def test_page_that_is_not_whole_is_caught(
 
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 LETTER = f"<path d='M0 0{'C0 9 9 9 9 0C9 9 0 9 0 0' * 30}'/>"
-SMALL = f"""<!doctype html><html lang=en><article><h1>Book</h1><p style='break-after: page'>First page.</p>
+SMALL = f"""<!doctype html><html lang=en><article><h1>Book</h1>
+<p style='break-after: page'>First page.</p>
 <span id='document-one'></span><section><h2>One</h2><img src='{PIXEL}'>
-<mjx-container><svg width=9 height=9>{LETTER}</svg></mjx-container></section></article>"""
+<mjx-container><svg width=9 height=9>{LETTER}</svg></mjx-container>
+</section></article>"""
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,7 @@ def test_what_is_not_printed_is_missed(
     tmp_path: Path,
     visit: Visitor,
 ) -> None:
-    """Each check of the paper fails where something is seen and not printed, and only then."""
+    """Each check fails where something is seen and not printed, and only then."""
     style = f"<style>@media print {{ {selector} {{ display: none }} }}</style>"
     (tmp_path / "small.html").write_text(SMALL + style)
     found = visit(tmp_path.as_uri(), "small.html")
