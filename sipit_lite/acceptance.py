@@ -3,19 +3,19 @@
 1. Its state lies within the radius ε_t of the observed one. No magic ε: the radius is
    the float noise of this model at this layer, measured, plus noise that was announced;
    rounding to a coarser stored format is an interval around each number.
-2. No other token that was tested lies there too. Rivals are always tested: the tokens
-   with the nearest embeddings, or all tokens where the first only just verified.
-3. A drafted token is spared its rivals only where it agrees clearly, has no embedding
+2. No other token tested lies there too. Rivals are always tested: the tokens with the
+   nearest embeddings, or all tokens where the first only just verified.
+3. A drafted token is spared its rivals only where it agrees clearly, no embedding is
    near its own, and states of different tokens are known to be far apart.
-4. In 16 bits several tokens may lie within the noise: the one whose state comes out
-   bit for bit, computed in a pass of the same length, is accepted.
+4. In 16 bits several tokens may lie within the noise: that one is accepted whose state
+   comes out bit for bit in a pass of the same length.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -57,31 +57,29 @@ class Observation:
         model: LanguageModel,
         layer: int,
         epsilon: float | Tensor | None = None,
-        scale: Tensor | None = None,
+        half_width: Tensor | None = None,
     ) -> "Observation":
         """Check the states and work out their acceptance regions.
 
-        ``epsilon`` bounds noise added on purpose, one number or one a position; with
-        ``scale``, one number a position, the states are ``states · scale``. Raises
+        ``epsilon`` bounds noise added on purpose, one number or one a position;
+        ``half_width``, one number a position, overrides that of the stored format. Raises
         ``StatesError`` for what no prompt has, ``ModelError`` for a bad layer.
         """
         model.check_layer(layer)
-        if scale is not None:
-            scale = check_scale(scale, states, model)
-        values = check_states(states, model, scale)
-        bound = torch.as_tensor(0.0 if epsilon is None else epsilon).to(model.device)
-        fits = bound.shape in ((), (len(values),))
-        if not fits or not bool(((bound >= 0) & bound.isfinite()).all()):
-            raise StatesError(
-                f"got epsilon={epsilon}; a bound on the noise is finite, not negative, "
-                "one number or one for each position"
-            )
+        values = check_states(states, model)
+        bound = _check_bound("epsilon", epsilon, values)
         radius = noise_floor(model, layer) * vector_norm(values, dim=1)
-        radius = radius + bound.to(values)
+        radius = radius.to(model.dtype) + bound.to(model.dtype)
         if not radius.isfinite().all():
             norm = float(values.double().norm(dim=1).max())
             raise StatesError(f"got states of norm {norm:.1e}; {model.dtype} overflows")
-        return cls(values, rounding_half_width(states, model, scale), radius)
+        if half_width is None:
+            # Numbers stored in the model's own format are compared in it, bit for bit.
+            return cls(
+                values.to(model.dtype), rounding_half_width(states, model), radius
+            )
+        half_width = _check_bound("half_width", half_width, values)
+        return cls(values, half_width[:, None].expand_as(values), radius)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -117,41 +115,18 @@ def distance_to_stored(
     return distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def check_scale(
-    scale: Tensor, states: object, model: LanguageModel
-) -> Float[Tensor, "pos 1"]:
-    """The scale of each position as a column; ``StatesError`` for anything else."""
-    count = len(states) if isinstance(states, Tensor) and states.ndim else 0
-    values = torch.as_tensor(scale).detach().to(model.device, torch.float32)
-    fits = values.shape in ((count,), (count, 1))
-    if not fits or not bool(((values > 0) & values.isfinite()).all()):
-        raise StatesError(
-            f"got a scale of shape {tuple(values.shape)}; expected one finite number "
-            f"above 0 for each of the {count} positions"
-        )
-    return values.reshape(-1, 1)
-
-
-def check_states(
-    states: object, model: LanguageModel, scale: Float[Tensor, "pos 1"] | None = None
-) -> Float[Tensor, "pos d_model"]:
-    """The observed states, times their scale, on the model's device and in its format.
+def check_states(states: object, model: LanguageModel) -> Float[Tensor, "pos d_model"]:
+    """The observed states on the model's device, in its format or float32 if finer.
 
     Raises ``StatesError`` for anything but (T, d_model) finite numbers, 1 ≤ T ≤ K.
-
-    >>> from sipit_lite import load
-    >>> check_states(torch.zeros(3, 256), load(device="cpu")).shape
-    torch.Size([3, 256])
     """
     if not isinstance(states, Tensor):
         kind = type(states).__name__
         raise StatesError(f"got states of type {kind}; expected a torch.Tensor")
-    integers = states.dtype in (torch.int8, torch.uint8) and scale is not None
-    if not states.is_floating_point() and not integers:
+    if not states.is_floating_point():
         raise StatesError(
-            f"got states of {states.dtype} {'without' if scale is None else 'with'} a "
-            "scale; expected a floating-point format such as torch.float32, or 8-bit "
-            "integers with a scale for each position"
+            f"got states of {states.dtype}; expected a floating-point format such as "
+            "torch.float32 (integers times their scale, and half of it as half_width)"
         )
     fits = states.ndim == 2 and states.shape[1] == model.d_model
     if not fits or not 1 <= len(states) <= model.n_positions:
@@ -160,10 +135,10 @@ def check_states(
             f"(T, {model.d_model}) with T from 1 to {model.n_positions}"
         )
     try:
-        values = states.detach().to(model.device, _format(states, model, scale))
-        if scale is not None:
-            values = values * scale.to(values)
-        bad = (~values.isfinite()).any(1).nonzero()
+        values = states.detach().to(model.device)
+        values = values.to(torch.promote_types(model.dtype, torch.float32))
+        # What overflows in the model's format is no state of its.
+        bad = (~values.to(model.dtype).isfinite()).any(1).nonzero()
     except (NotImplementedError, RuntimeError) as error:
         raise StatesError(
             f"got states of {states.dtype}, {states.layout}; not convertible to "
@@ -177,40 +152,40 @@ def check_states(
     return values
 
 
-def _format(states: Tensor, model: LanguageModel, scale: Tensor | None) -> torch.dtype:
-    """The model's format, or float32 where a coarser one would round a product anew."""
-    if scale is None:
-        return model.dtype
-    return torch.promote_types(model.dtype, torch.float32)
+def _check_bound(
+    name: str, value: float | Tensor | None, values: Float[Tensor, "pos d_model"]
+) -> Float[Tensor, " pos"]:
+    """One number for each position, none where None; ``StatesError`` for others."""
+    bound = torch.as_tensor(0.0 if value is None else value).to(values)
+    fits = bound.shape in ((), (len(values),))
+    if not fits or not bool(((bound >= 0) & bound.isfinite()).all()):
+        raise StatesError(
+            f"got {name}={value}; expected one finite number, not negative, or one for "
+            f"each of the {len(values)} positions"
+        )
+    return bound.expand(len(values))
 
 
 def rounding_half_width(
-    states: Shaped[Tensor, "pos d_model"],
-    model: LanguageModel,
-    scale: Float[Tensor, "pos 1"] | None = None,
+    states: Float[Tensor, "pos d_model"], model: LanguageModel
 ) -> Float[Tensor, "pos d_model"]:
     """How far rounding to the stored format may have moved each number: half a unit.
 
-    For integers that is half the scale; zero where the states are stored at least as
-    finely as the model computes.
+    Zero where the states are stored at least as finely as the model computes.
 
     >>> from sipit_lite import load
     >>> stored = torch.tensor([[1.0, 1.5, 2.0]], dtype=torch.bfloat16)
     >>> rounding_half_width(stored, load(device="cpu")).tolist()
     [[0.00390625, 0.00390625, 0.0078125]]
     """
-    computed = _format(states, model, scale)
-    if not states.is_floating_point():
-        return (scale / 2).expand(states.shape).to(computed)
     stored = torch.finfo(states.dtype)
     values = states.to(model.device, torch.float32)
     if stored.eps <= torch.finfo(model.dtype).eps:
-        return torch.zeros_like(values, dtype=computed)
+        return torch.zeros_like(values, dtype=model.dtype)
     # A number 2^e · m with ½ ≤ m < 1 has its last digit at eps · 2^(e − 1).
     exponent = torch.frexp(values).exponent
     unit = torch.ldexp(torch.full_like(values, stored.eps), exponent - 1)
-    half = (unit / 2).clamp(min=stored.tiny * stored.eps / 2)
-    return half.to(computed) if scale is None else half.to(computed) * scale
+    return (unit / 2).clamp(min=stored.tiny * stored.eps / 2).to(model.dtype)
 
 
 def noise_floor(model: LanguageModel, layer: int) -> float:
@@ -225,29 +200,7 @@ def noise_floor(model: LanguageModel, layer: int) -> float:
     >>> 0 < noise_floor(load(device="cpu"), 3) < 1e-3
     True
     """
-    key = ("noise", layer)
-    if key not in model.measured:
-        spread = 0.0
-        sample = model.vocabulary[:ROWS].clone()
-        ids = _random_prompt(model, torch.Generator().manual_seed(0))
-        states = model.states(ids, layer)
-        for t, step in _probes(model, layer, ids):
-            sample[-1] = ids[t]
-            alone = step.tokens(ids[t : t + 1])[0]
-            routes = torch.stack([states[t], alone, step.tokens(sample)[-1]])
-            routes = routes.cpu().double()
-            apart = torch.cdist(routes, routes, compute_mode=EXACT).max()
-            spread = max(spread, float(apart / routes[0].norm()))
-        unit = torch.finfo(model.dtype).eps
-        # Half of the digits are no rounding: states depend on what comes later.
-        if not spread <= unit**0.5:
-            raise ModelError(
-                f"got {model.name}, whose states at layer {layer} differ by "
-                f"{spread:.1e} of their norm between one pass and cached steps; "
-                f"expected rounding alone, under {unit**0.5:.1e} (is it causal?)"
-            )
-        model.measured[key] = SAFETY * max(unit / 2, spread)
-    return model.measured[key]
+    return _measured(model, layer)[0]
 
 
 def separated(model: LanguageModel, layer: int) -> bool:
@@ -257,42 +210,50 @@ def separated(model: LanguageModel, layer: int) -> bool:
     Where one huge dimension makes all norms, and so all radii, large, no draft is
     trusted before its rivals were tested.
     """
-    key = ("separated", layer)
-    if key not in model.measured:
-        generator = torch.Generator().manual_seed(1)
-        ids = _random_prompt(model, generator)
-        drawn = torch.randperm(model.vocab_size, generator=generator)[: ROWS // 2]
-        drawn = drawn.to(model.device)
-        table = model.embeddings.float()
-        apart = torch.cdist(table[drawn], table).scatter(1, drawn[:, None], torch.inf)
-        sample = torch.cat([drawn, apart.argmin(1)]).unique()
-        needed = APART * noise_floor(model, layer)
-        clear = True
-        for _, step in _probes(model, layer, ids):
-            rows = step.tokens(sample).double()
-            pairs = torch.cdist(rows, rows, compute_mode=EXACT)
-            gap = pairs.fill_diagonal_(torch.inf).min()
-            clear &= bool(gap > 0 and gap >= needed * rows.norm(dim=1).max())
-        model.measured[key] = clear
-    return model.measured[key]
+    return _measured(model, layer)[1]
 
 
-def _random_prompt(
-    model: LanguageModel, generator: torch.Generator
-) -> Int[Tensor, " pos"]:
-    """A random prompt that reaches the last position probed, or fills the context."""
+def _measured(model: LanguageModel, layer: int) -> tuple[float, bool]:
+    """Noise of the states of a layer, and whether its tokens are that far apart."""
+    key = ("noise", layer)
+    if key in model.measured:
+        return model.measured[key]
+    generator = torch.Generator().manual_seed(0)
     length = min(max(PROBES) + 1, model.n_positions)
     ids = torch.randint(model.vocab_size, (length,), generator=generator)
-    return ids.to(model.device)
-
-
-def _probes(
-    model: LanguageModel, layer: int, ids: Int[Tensor, " pos"]
-) -> Iterator[tuple[int, OneStepMap]]:
-    """The positions probed that a prompt has, and the one-step map at each."""
+    ids = ids.to(model.device)
+    drawn = torch.randperm(model.vocab_size, generator=generator)[: ROWS // 2]
+    drawn = drawn.to(model.device)
+    table = model.embeddings.float()
+    apart = torch.cdist(table[drawn], table).scatter(1, drawn[:, None], torch.inf)
+    sample = torch.cat([drawn, apart.argmin(1)])
+    states = model.states(ids, layer)
+    spread = 0.0
+    gap = torch.inf
     for t in PROBES:
-        if t < len(ids):
-            yield t, OneStepMap.after(model, layer, ids[:t])
+        if t < length:
+            step = OneStepMap.after(model, layer, ids[:t])
+            sample[-1] = ids[t]
+            rows = step.tokens(sample).double()
+            alone = step.tokens(ids[t : t + 1])[0].double()
+            routes = torch.stack([states[t].double(), alone, rows[-1]])
+            differences = torch.cdist(routes, routes, compute_mode=EXACT)
+            spread = max(spread, float(differences.max() / routes[0].norm()))
+            pairs = torch.cdist(rows, rows, compute_mode=EXACT)
+            same = sample[:, None] == sample
+            least = pairs.masked_fill(same, torch.inf).min()
+            gap = min(gap, float((least / rows.norm(dim=1).max()).nan_to_num()))
+    unit = torch.finfo(model.dtype).eps
+    # Half of the digits are no rounding: such states depend on what comes later.
+    if not spread <= unit**0.5:
+        raise ModelError(
+            f"got {model.name}, whose states at layer {layer} differ by {spread:.1e} of "
+            "their norm between one pass and cached steps; expected rounding alone, "
+            f"under {unit**0.5:.1e} (is it causal?)"
+        )
+    floor = SAFETY * max(unit / 2, spread)
+    model.measured[key] = (floor, gap >= APART * floor)
+    return model.measured[key]
 
 
 def related(tokens: Int[Tensor, " pos"], model: LanguageModel) -> Bool[Tensor, " pos"]:

@@ -36,7 +36,7 @@ def invert(
     lens: Drafter | None = None,
     seed: int = 0,
     epsilon: float | Tensor | None = None,
-    scale: Tensor | None = None,
+    half_width: Tensor | None = None,
     passes: Sequence[int] | None = None,
     certify: bool = False,
     on_fail: str = "raise",
@@ -46,16 +46,18 @@ def invert(
 
     Parameters
     ----------
-    states, scale
+    states
         Shape (T, d_model), 1 ≤ T ≤ K, any floating-point format; the last layer is
-        taken before the final norm. With ``scale``, one number a position, they are
-        ``states · scale``: 8-bit integers have to come so.
+        taken before the final norm.
     policy, lens, seed
         The order of candidates. ``"auto"`` drafts the prompt with ``lens`` and searches
         with ``Newton`` for what the draft misses; without a lens it is ``Gradient()``.
     epsilon
         Bound on noise ‖ĥ_t − h_t‖₂ that was added on purpose, one number or one a
         position; without it ε_t is the measured noise floor alone.
+    half_width
+        How far rounding may have moved the numbers of each position, where it is not
+        that of their format: half the scale, for what was stored as 8-bit integers.
     passes
         For models of 16 bits: how many positions each pass computed when the states
         were made; one pass by default.
@@ -85,7 +87,7 @@ def invert(
     'hidden states'
     """
     options = {"policy": policy, "lens": lens, "seed": seed, "progress": progress}
-    options |= {"epsilon": [epsilon], "scale": [scale], "passes": [passes]}
+    options |= {"epsilon": [epsilon], "half_width": [half_width], "passes": [passes]}
     options |= {"certify": certify, "on_fail": on_fail}
     [outcome] = invert_many([states], model, layer, **options)
     if isinstance(outcome, Exception):
@@ -99,14 +101,14 @@ def invert_many(
     layer: int,
     *,
     epsilon: float | Sequence | None = None,
-    scale: Sequence[Tensor | None] | None = None,
+    half_width: Sequence[Tensor | None] | None = None,
     passes: Sequence[Sequence[int] | None] | None = None,
     progress: bool = False,
     **options: object,
 ) -> list[Outcome]:
     """Recover many prompts of any lengths: one outcome a prompt, in their order.
 
-    Takes what ``invert`` takes: ``scale`` and ``passes`` hold one entry a prompt,
+    Takes what ``invert`` takes: ``half_width`` and ``passes`` hold one entry a prompt,
     ``epsilon`` is one number for all or has one entry a prompt. With a ``lens`` the
     prompts share their passes. A prompt that cannot be recovered does not stop the
     others: its outcome is the error that ``invert`` would raise. Raises ``ModelError``,
@@ -123,8 +125,8 @@ def invert_many(
     try:
         for i, prompt in enumerate(prompts):
             noise = epsilon[i] if isinstance(epsilon, Sequence) else epsilon
-            rows = scale[i] if scale else None
-            prompt.observe(states[i], noise, rows, passes[i] if passes else None)
+            width = half_width[i] if half_width else None
+            prompt.observe(states[i], noise, width, passes[i] if passes else None)
         _recover(prompts, shared, progress)
     except KeyboardInterrupt:
         unfinished = [prompt for prompt in prompts if not prompt.done]
@@ -182,7 +184,7 @@ class _Prompt:
         self,
         states: Tensor,
         epsilon: float | Tensor | None,
-        scale: Tensor | None,
+        half_width: Tensor | None,
         passes: Sequence[int] | None,
     ) -> None:
         """Check what was observed; ``error`` says what is wrong with it."""
@@ -190,7 +192,7 @@ class _Prompt:
         model = options.model
         try:
             self.observed = acceptance.Observation.of(
-                states, model, options.layer, epsilon, scale
+                states, model, options.layer, epsilon, half_width
             )
             count = len(self.observed)
             self.passes = [count] if passes is None else list(passes)

@@ -150,7 +150,7 @@ BAD_STATES = {
     "a batch": (torch.zeros(1, 3, 256), "states of shape (1, 3, 256)"),
     "integers": (
         torch.zeros(3, 256, dtype=torch.int64),
-        "states of torch.int64 without a scale; expected",
+        "states of torch.int64; expected",
     ),
     "NaN": (torch.full((2, 256), torch.nan), "NaN or Inf in the state at position 0"),
     "Inf": (
@@ -192,37 +192,19 @@ def test_bad_layer_is_refused(pocket: LanguageModel) -> None:
         Observation.of(Tensor(torch.zeros(1, 256)), pocket, 9)
 
 
-def test_eight_bit_integers_need_a_scale(pocket: LanguageModel) -> None:
-    """Without it they are refused; with it the cell of each number is half the scale; bad scales are quoted."""
+def test_eight_bit_integers_come_with_their_half_width(pocket: LanguageModel) -> None:
+    """Alone they are refused; times their scale, half of it is what rounding moved."""
     states = pocket.states("scale", 3)
     scale = states.abs().amax(1) / 127
     stored = (states / scale[:, None]).round().to(torch.int8)
     with pytest.raises(
-        StatesError,
-        match=r"got states of torch\.int8 without a scale; expected a floating-point",
+        StatesError, match=r"got states of torch\.int8; expected a float"
     ):
         Observation.of(stored, pocket, 3)
-    seen = Observation.of(stored, pocket, 3, scale=scale)
+    product = stored.float() * scale[:, None]
+    seen = Observation.of(product, pocket, 3, half_width=scale / 2)
     torch.testing.assert_close(seen.half_width, (scale / 2)[:, None].expand_as(states))
-    assert not seen.exact and bool(
-        (seen.distance(0, states[:1]) <= seen.radius[0]).all()
-    )
+    assert not seen.exact and seen.distance(0, states[:1]) <= seen.radius[0]
     for bad in (scale[1:], -scale, scale * torch.nan, scale[:, None, None]):
-        with pytest.raises(
-            StatesError,
-            match=r"got a scale of shape .* expected one finite number above 0",
-        ):
-            Observation.of(stored, pocket, 3, scale=bad)
-    with pytest.raises(StatesError, match=r"got states of torch\.int64 with a scale"):
-        Observation.of(stored.long(), pocket, 3, scale=scale)
-
-
-def test_a_scale_of_floating_point_states_scales_their_cells(
-    pocket: LanguageModel,
-) -> None:
-    """States stored as float16 / 8 with the scale 8 have the cells of float16, eight times as wide."""
-    states = pocket.states("scale", 3)
-    stored = (states / 8).half()
-    seen = Observation.of(stored, pocket, 3, scale=torch.full((len(states),), 8.0))
-    torch.testing.assert_close(seen.states, stored.to(states) * 8)
-    torch.testing.assert_close(seen.half_width, rounding_half_width(stored, pocket) * 8)
+        with pytest.raises(StatesError, match=r"got half_width=.* expected one finite"):
+            Observation.of(product, pocket, 3, half_width=bad)

@@ -110,6 +110,6 @@ def test_bad_input(pocket: LanguageModel) -> None:
     with pytest.raises(ValueError, match="got policy='auto', on_fail='guess'"):
         invert(pocket.states("x", 1), pocket, 1, on_fail="guess")
     with pytest.raises(
-        ValueError, match="a bound on the noise is finite and not negative"
+        ValueError, match=r"got epsilon=.* expected one finite"
     ):
         invert(pocket.states("x", 1), pocket, 1, epsilon=torch.tensor([1.0, 2.0, 3.0]))

@@ -100,7 +100,10 @@ class Captured:
         refusal: Exception = StatesError("got a Captured without states")
         for number in sorted(self.states) if layer is None else [layer]:
             states = self.at(number)
-            known = {"scale": self.scales.get(number), "passes": self.passes}
+            known: dict[str, Any] = {"passes": self.passes}
+            if number in self.scales:
+                states = states.float() * self.scales[number][:, None]
+                known["half_width"] = self.scales[number] / 2
             try:
                 recovered = invert(states, model, number, **known, **options)
                 return replace(recovered, layer=number)
