@@ -1,4 +1,4 @@
-"""How close should N points be? Null models, and the shape of a cloud (chapters 7, 8)."""
+"""How close should N points be? Null models, and the shape of a cloud."""
 
 import math
 
@@ -18,13 +18,11 @@ def birthday_count(distance: Number, dimension: Number, radius: Number = 1.0) ->
     """How many points on a sphere come within ``distance`` with probability one half.
 
     Two points are within r with probability p(r) = ½·I(dimension/2, ½; sin²φ), where
-    r = 2·radius·sin(φ/2): the share of a cap. The n(n − 1)/2 pairs are treated as
-    independent (the birthday argument), so n solves n(n − 1)/2 · p(r) = ln 2. Dimension
-    2 is the ordinary sphere; it need not be an integer.
+    r = 2·radius·sin(φ/2): the share of a cap. With all pairs independent (the birthday
+    argument) n solves n(n − 1)/2 · p(r) = ln 2 (chapter 7). Dimension 2 is the ordinary
+    sphere; it need not be an integer.
 
-    Raises
-    ------
-    StatesError: unless 0 < distance < √2·radius and the dimension is positive.
+    Raises ``StatesError`` unless 0 < distance < √2·radius and the dimension is positive.
 
     >>> round(birthday_count(birthday_minimum(1000, 5), 5))
     1000
@@ -44,9 +42,7 @@ def birthday_count(distance: Number, dimension: Number, radius: Number = 1.0) ->
 def birthday_minimum(n: int, dimension: Number, radius: Number = 1.0) -> float:
     """Median of the smallest distance of n uniform points: ``birthday_count`` inverted.
 
-    Raises
-    ------
-    StatesError: for fewer than three points, or a dimension or radius not positive.
+    Raises ``StatesError`` for fewer than three points, and where that one does.
 
     >>> round(birthday_minimum(100_000, 1.0) * 100_000**2, 3)  # a circle: 2π ln 2
     4.355
@@ -91,11 +87,7 @@ def intrinsic_dimension(states: Float[Tensor, "n d_model"]) -> float:
 
     The ratio of a point's second to first neighbour distance follows a Pareto law; the
     dimension is its exponent, by maximum likelihood. Compares all pairs: meant for a
-    few thousand rows.
-
-    Raises
-    ------
-    StatesError: for fewer than three rows, or equal ones.
+    few thousand rows. Raises ``StatesError`` for fewer than three rows, or equal ones.
 
     >>> flat = torch.zeros(2000, 50)
     >>> flat[:, :3] = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
@@ -106,7 +98,7 @@ def intrinsic_dimension(states: Float[Tensor, "n d_model"]) -> float:
         got = f"got {len(states)} rows"
         raise StatesError(f"{got}; the two nearest neighbours of each need at least 3")
     x = states.double()
-    logs = []
+    logs = []  # of the ratios; minus the log of a Pareto law is exponential
     for rows in x.split(256):
         distances = torch.cdist(rows, x, compute_mode=EXACT)
         # The nearest of all is the row itself.

@@ -1,4 +1,4 @@
-"""Two processes against one, each of one thread, through ``torchrun`` (chapter 15)."""
+"""Two processes against one, each of one thread, through ``torchrun`` (chapter 18)."""
 
 import json
 import os
@@ -29,6 +29,7 @@ def scale(
     size = "-n 300 --length 8" if quick else "-n 6000 --length 24 --source installed"
     options = [*size.split(), "--layers=1", f"--layers={model.n_layers}"]
     options += [f"--seed={seed}"]
+    # The bundled model is what a process loads by default.
     if model.name != POCKET:
         options += ["--model", model.name]
     runs = {}
@@ -38,6 +39,7 @@ def scale(
         seconds[count] = statistics.median(run["seconds"] for run in rounds)
         runs[str(count)] = rounds
     layers = [run["layers"] for run in runs["1"] + runs["2"]]
+    # Bit for bit: every distance is computed from the same two rows.
     equal = all(one == layers[0] for one in layers)
     checks = [
         Check.of("states, two processes over one", seconds[1] / seconds[2]),
@@ -51,6 +53,7 @@ def torchrun(count: int, *options: str) -> dict:
     """What the program prints when so many processes of one thread run it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={count}", "-m", PROGRAM, *options]
+    # One thread each, or one process would use all cores already.
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     run = subprocess.run(command, env=os.environ | threads, capture_output=True)
     if run.returncode:

@@ -67,9 +67,10 @@ def survey(
     distinct = different(prompts)
     layers = list(range(1, model.n_layers + 1)) if layers is None else list(layers)
     states = last_states(model, distinct, layers, folder=folder, progress=progress)
+    # Texts at three layers: all of them would be most of the file.
     read = {layers[0], model.n_layers // 2, model.n_layers}
     rows = []
-    bar = tqdm(states, "layers", disable=not progress or None)
+    bar = tqdm(states, "layers", disable=not progress or None)  # None: on a terminal
     for layer, x in zip(layers, bar, strict=True):
         row, report = survey_layer(x.to(model.device), seed=seed)
         closest = []
@@ -100,6 +101,7 @@ def survey_layer(
     >>> row["pairs"] == 200 * 199 // 2, row["minimum"] == row["nearest"][0]
     (True, True)
     """
+    # Few rows have few pairs.
     k = min(CLOSEST, len(x) * (len(x) - 1) // 2)
     report = closest_pairs(x, k, nearest=True, sample=RANDOM_PAIRS, seed=seed)
     row = {
@@ -130,6 +132,7 @@ def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, An
     >>> 0.9 < row["radius"] < 1.1, 1.7 < row["dimension"] < 2.3
     (True, True)
     """
+    # From the mean: rows far from the origin are not far from each other.
     norms = torch.linalg.vector_norm(x.double() - x.double().mean(0), dim=1)
     radius = float(norms.median())
     generator = torch.Generator().manual_seed(seed)
@@ -140,6 +143,7 @@ def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, An
         unknown = dict.fromkeys(("dimension", "birthday", "needed", "gaussian"))
         return {"radius": radius, **unknown}
     dimension = intrinsic_dimension(sample)
+    # The same rows for both, because the minimum depends on their number.
     drawn = x[order[:GAUSSIAN_ROWS]]
     return {
         "radius": radius,
@@ -185,7 +189,7 @@ def survey_lengths(
         if not 1 <= length <= ids.shape[1]:
             got = f"got length {length}"
             raise StatesError(f"{got}; expected 1 to {ids.shape[1]}, that of a window")
-        starts = different(ids[:, :length])
+        starts = different(ids[:, :length])  # short beginnings repeat
         if len(starts) < 2:
             got = f"got {len(ids)} windows with one beginning of {length} tokens"
             raise StatesError(f"{got}; expected two or more")
@@ -206,7 +210,7 @@ def spread(x: Float[Tensor, "n d_model"]) -> dict[str, float]:
     """
     x = x.double()
     total = 0.0
-    low = math.inf
+    low = math.inf  # below and above whatever comes
     high = 0.0
     for first in range(0, len(x) - 1, 256):
         # Each pair once: the columns begin where the rows do, above the diagonal.

@@ -55,10 +55,12 @@ def ranks() -> Iterator[tuple[int, int]]:
         return
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ.get(name, "") for name in names}
-    rank, count = given["RANK"], given["WORLD_SIZE"]
+    rank = given["RANK"]
+    count = given["WORLD_SIZE"]
     numbers = rank.isdecimal() and count.isdecimal() and int(rank) < int(count)
     if not numbers or not all(given.values()):
         raise DistributedError(f"got {given}; expected all four, as torchrun sets them")
+    # NCCL carries the messages between GPUs, Gloo between CPUs.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         local = int(os.environ.get("LOCAL_RANK", rank))
@@ -90,6 +92,7 @@ def last_states(
     StatesError: for repeated prompts, or fewer than ranks; else as it does there.
     """
     rank, count = _place()
+    # States of equal prompts are equal, and would pass for a collision.
     if len(different(prompts)) < max(count, len(prompts)):
         got = f"got {len(prompts)} prompts, {len(different(prompts))} of them different"
         raise StatesError(f"{got}; expected each once, and one or more for each rank")
@@ -109,7 +112,7 @@ def closest_pairs(
 
     The blocks travel around a ring; every two meet on one rank, where
     ``collisions.closest_pairs`` compares all of theirs, so the result is certified as
-    there (chapter 15). A rank holds its block, the visiting one, and both together.
+    there (chapter 18). A rank holds its block, the visiting one, and both together.
 
     Parameters
     ----------
@@ -124,8 +127,9 @@ def closest_pairs(
     possible = _pairs(sum(sizes))
     if not 1 <= k <= possible:
         raise StatesError(f"got k={k} and {sum(sizes)} rows; expected 1 to {possible}")
-    distances: dict[tuple[int, int], float] = {}
+    distances: dict[tuple[int, int], float] = {}  # by the numbers of both prompts
     visiting = (rows, states)
+    # After s steps rank r is visited by block r + s.
     for step in range(1, count // 2 + 1):
         visiting = _passed_on(visiting, sizes[(rank + step) % count])
         # Half way round an even ring every two blocks meet twice, and once is enough.
@@ -136,6 +140,7 @@ def closest_pairs(
         distances = _compared(rows, states, k)
     for others in _gathered(distances):
         distances |= others
+    # Each rank has sent the k closest of its own, so the k closest of all are here.
     # Equal distances in the order of their numbers: the same on every rank.
     best = sorted(distances, key=lambda pair: (distances[pair], pair))[:k]
     values = [distances[pair] for pair in best]
@@ -206,7 +211,7 @@ def _passed_on(block: Block, size: int) -> Block:
     """Send a block to the rank before this one, and take one of ``size`` rows."""
     rank, count = _place()
     place = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    moves = []
+    moves = []  # all at once: one send after the other would wait for its receiver
     received = []
     for part in block:
         sent = part.to(place).contiguous()
@@ -262,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``compare`` as a program: 2, and one line, for anything that cannot be done."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command()(compare)
+    # Typer's errors take several lines; outside its standalone mode they are raised.
     command = typer.main.get_command(app)
     try:
         return command(arguments, f"torchrun -m {PROGRAM}", standalone_mode=False) or 0

@@ -54,8 +54,7 @@ def from_source(
 ) -> list[Int[Tensor, " pos"]]:
     """``count`` different prompts: ``sampled`` from the corpora, else ``distinct``.
 
-    ``folder`` keeps what was streamed, ``kinds`` are those of ``distinct``. Raises
-    ``TextError`` as these two do.
+    ``folder`` keeps what was streamed. Raises ``TextError`` as these two do.
 
     >>> from sipit_lite import load
     >>> len(from_source(load(device="cpu").tokenizer, 5, 8))
@@ -103,11 +102,12 @@ def sampled(
     ['one two', 'hidden states']
     """
     begin, _ = edge_tokens(tokenizer)
-    first = () if begin is None else (begin,)
+    first = () if begin is None else (begin,)  # as the tokenizer itself would
     if count < 1 or not streams or length <= len(first):
         got = f"got count={count}, length={length}, {len(streams)} streams"
         more = f"beyond the {len(first)} tokens that the tokenizer puts first"
         raise CorporaError(f"{got}; expected one or more of each, and a length {more}")
+    # What has to be the same for prompts to go on with.
     words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     of = json.dumps([sha256(words).hexdigest(), length, begin, seed, list(streams)])
     prompts, places = _stored(path, of)
@@ -120,7 +120,7 @@ def sampled(
     bar.update(min(len(prompts), count))
     try:
         while len(prompts) < count:
-            turn = len(prompts) % len(names)
+            turn = len(prompts) % len(names)  # shares stay even
             name = names[turn]
             for text in texts[turn]:
                 window = _window(tokenizer, text, length - len(first), seed)
@@ -129,7 +129,7 @@ def sampled(
             else:
                 got = f"got {name!r}, a stream that ended after {len(prompts)} prompts"
                 raise CorporaError(f"{got} of {length} tokens; expected its share")
-            prompts[first + window] = None
+            prompts[first + window] = None  # as a set that keeps its order
             if hasattr(streams[name], "state_dict"):
                 places[name] = streams[name].state_dict()
             bar.update()
@@ -162,11 +162,12 @@ def open_corpora(seed: int = 0) -> dict[str, Iterable[Document]]:
             stream = datasets.load_dataset(name, configuration, **options)
             stream = stream.select_columns([column])
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            got = f"got source='corpora' and no way to {name} ({_line(error)})"
+            reason = " ".join(str(error).split())  # in one line
+            got = f"got source='corpora' and no way to {name} ({reason})"
             raise CorporaError(f"{got}; expected a network, {OTHERWISE}") from error
         if column != "text":
             stream = stream.rename_column(column, "text")
-        streams[corpus] = stream.shuffle(seed=seed, buffer_size=1)
+        streams[corpus] = stream.shuffle(seed=seed, buffer_size=1)  # of its files
     return streams
 
 
@@ -177,6 +178,7 @@ def _window(
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < size:
         return ()
+    # The text itself draws the window: the same one wherever the stream is resumed.
     hashed = sha256(f"{seed} {text}".encode(errors="replace")).digest()
     start = int.from_bytes(hashed[:8], "big") % (len(ids) // size) * size
     return tuple(ids[start : start + size])
@@ -189,7 +191,7 @@ def _texts(name: str, stream: Iterable[Document]) -> Iterator[str]:
             yield str(document["text"])
     # Every library has errors of its own for a network that fails.
     except Exception as error:
-        reason = f"{type(error).__name__}: {_line(error)}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CorporaError(
             f"got {name!r}, whose stream broke off ({reason}); expected documents with "
             "'text'; with a path, the same call goes on from what it kept"
@@ -218,8 +220,3 @@ def _store(path: str | Path | None, of: str, prompts: Mapping, places: Mapping) 
         metadata = {"of": of, "digest": digest([ids]), "places": json.dumps(places)}
         with replacing(Path(path), CorporaError) as part:
             save_file({"ids": ids}, part, metadata)
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in one short line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

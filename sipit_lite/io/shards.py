@@ -35,9 +35,8 @@ def last_states(
 
     Parameters
     ----------
-    folder: keeps the states of every ``SHARD`` prompts in a file, so that a stopped run
-        goes on and processes share the work. A shard that is damaged, or of another
-        model, other layers or other prompts, is made anew.
+    folder: keeps the states in files, so that a stopped run goes on and processes share
+        the work; damaged ones, or of another model, layers or prompts, are made anew
 
     Raises
     ------
@@ -57,10 +56,10 @@ def last_states(
         model.check_layer(layer)
     for prompt in prompts:
         model.check_ids(prompt)
+    # Neighbours in this order can share a batch.
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     starts = list(range(0, len(prompts), SHARD))
-    # Processes that share a folder go through it each in its own order, and seldom
-    # compute the same shard.
+    # Processes that share a folder seldom compute the same shard.
     random.Random().shuffle(starts)
     states = torch.empty(len(layers), len(prompts), model.d_model, dtype=model.dtype)
     bar = tqdm(total=len(prompts), desc="last states", disable=not progress or None)
@@ -91,6 +90,7 @@ def replacing(path: Path, kind: type[Exception]) -> Iterator[Path]:
         got = f"got {str(path)!r}, where no file can be written"
         raise kind(f"{got} ({' '.join(str(error).split())})") from error
     finally:
+        # It is gone already, unless something failed.
         with suppress(OSError):
             part.unlink()
 
@@ -126,7 +126,7 @@ def _last_states(
 def _shard(
     path: Path, model: LanguageModel, prompts: Sequence[Tensor], layers: Sequence[int]
 ) -> Float[Tensor, "layers prompts d_model"]:
-    """A shard from the disk if it is intact and the right one, else made and written."""
+    """A shard from the disk if it is intact and the right one, else a new one."""
     of = digest([*prompts, torch.tensor(layers)]) + model.fingerprint
     try:
         with safe_open(path, framework="pt") as stored:
@@ -135,7 +135,8 @@ def _shard(
         if (metadata.get("of"), metadata.get("digest")) == (of, digest([states])):
             return states
     except (OSError, SafetensorError):
-        pass  # not there yet, or damaged: made anew
+        pass  # not there yet, or damaged
+    # Before the work, so that a folder that cannot be made costs no time.
     with replacing(path, StatesError) as part:
         states = _last_states(model, prompts, layers).contiguous()
         save_file({"states": states}, part, {"of": of, "digest": digest([states])})

@@ -31,6 +31,7 @@ SOURCES = ("bundled", "installed")
 HELD_OUT_ONE_IN = 16
 # Larger sources are generated tables, not code that people wrote.
 MAX_FILE_BYTES = 200_000
+# One line that begins and ends as a sentence does; signs of code, tables, examples.
 _SENTENCES = re.compile(r"[A-Z][^\n]*[.:!?]", re.DOTALL)
 _NOT_PROSE = re.compile(r">>>|\.\. |--|==|\|| {4}|[{}<>\\]")
 
@@ -72,7 +73,7 @@ def prompts(
     while kind == "random":
         yield torch.randint(len(tokenizer), (length,), generator=generator)
     if source == "installed":
-        # In the order of the files: a shuffle would have to read all of them first.
+        # Not shuffled, which would mean to read all files first.
         passages: Iterable[str] = installed(kind, split)
     else:
         texts = bundled(kind)
@@ -95,9 +96,9 @@ def windows(
     """``prompts`` of several kinds in turn, until ``count`` differ or the text ends.
 
     Repeated ones stay in; where one kind ends, the others go on. ``options`` are those
-    of ``prompts``; of installed text, the training split is the default.
+    of ``prompts``.
     """
-    options = {"split": "train"} | options
+    options = {"split": "train"} | options  # bulk work leaves held-out text alone
     streams = [prompts(tokenizer, kind, length, **options) for kind in kinds]
     taken = []
     seen = set()
@@ -114,9 +115,7 @@ def windows(
 def distinct(
     tokenizer: PreTrainedTokenizerBase, count: int, length: int, **options: object
 ) -> list[Int[Tensor, " pos"]]:
-    """``count`` different prompts of ``length`` tokens, with the options of ``windows``.
-
-    Raises ``TextError`` where the text does not hold so many, and as ``prompts`` does.
+    """``windows`` without repeated ones; ``TextError`` where the text holds too few.
 
     >>> from sipit_lite import load
     >>> len(distinct(load().tokenizer, 50, 8, source="bundled"))
@@ -135,15 +134,13 @@ def different(prompts: Iterable[Tensor]) -> list[Tensor]:
     >>> [ids.tolist() for ids in different(torch.tensor([[1, 2], [3, 4], [1, 2]]))]
     [[1, 2], [3, 4]]
     """
-    first: dict[tuple[int, ...], Tensor] = {}
-    for ids in prompts:
-        first.setdefault(tuple(ids.tolist()), ids)
-    return list(first.values())
+    # A dictionary keeps the place of the first of equal keys.
+    return list({tuple(ids.tolist()): ids for ids in prompts}.values())
 
 
 @cache
 def bundled(kind: str) -> tuple[str, ...]:
-    """The held-out passages that travel with the package (standard library, PSF).
+    """The held-out passages that travel with the package.
 
     >>> all(len(passage) >= 300 for passage in bundled("prose"))
     True
@@ -156,12 +153,10 @@ def bundled(kind: str) -> tuple[str, ...]:
 def installed(kind: str, split: str = "train") -> Iterator[str]:
     """Yield the documents of the running Python, one per source file.
 
-    Paragraphs of held-out files are cut out of the training files: no paragraph stands
-    in both splits.
-
     >>> len(next(installed("code", "held-out"))) > 0
     True
     """
+    # No paragraph stands in both splits: licences and copies are in many files.
     unwanted = _held_out(kind) if split == "train" else frozenset()
     for text in _documents(kind, split):
         wanted = [p for p in paragraphs(text) if p.strip() not in unwanted]
@@ -170,11 +165,7 @@ def installed(kind: str, split: str = "train") -> Iterator[str]:
 
 
 def _documents(kind: str, split: str) -> Iterator[str]:
-    """Text of the source files of one split, and of pydoc's topics as prose.
-
-    A file belongs to one split by the hash of its name, so that a patch release moves
-    nothing across.
-    """
+    """Text of the source files of one split, and of pydoc's topics as prose."""
     if kind == "prose":
         for name, text in sorted(topics.items()):
             if _split_of(f"pydoc_data/topics/{name}") == split:
@@ -218,7 +209,7 @@ def _held_out(kind: str) -> frozenset[str]:
 
 
 def _split_of(name: str) -> str:
-    """The split that a file belongs to, whatever stands in it."""
+    """The split of a file, by the hash of its name: no release moves it across."""
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     return "held-out" if number % HELD_OUT_ONE_IN == 0 else "train"
 
@@ -237,6 +228,7 @@ def _read(path: Path, kind: str) -> str:
             tree = ast.parse(source)
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return ""
+    # Whatever may carry a docstring.
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
     docstrings = (ast.get_docstring(node) or "" for node in nodes)
@@ -245,5 +237,6 @@ def _read(path: Path, kind: str) -> str:
 
 def _prose(candidates: Iterable[str]) -> str:
     """Join the paragraphs that are prose, each once, unwrapped to one line."""
+    # Docstrings are copied from function to function.
     lines = (" ".join(p.split()) for p in candidates if is_prose(p))
     return "\n\n".join(dict.fromkeys(lines))

@@ -29,8 +29,8 @@ CONTEXT = 256
 BATCH = 16
 WARMUP = 100  # steps
 PEAK_RATE = 2e-3
-PROSE_SHARE = 0.7
-CODE_CHARACTERS = 24_000_000
+PROSE_SHARE = 0.7  # of the rows of a batch
+CODE_CHARACTERS = 24_000_000  # there is far more code than prose
 END = "<|endoftext|>"
 CONFIG = GPT2Config(
     vocab_size=VOCAB, n_positions=CONTEXT, n_embd=256, n_layer=6, n_head=4,
@@ -47,6 +47,7 @@ def corpus(folder: Path) -> dict[str, list[str]]:
             stream = prompts.installed(*name.split())
             texts[name] = list(tqdm(stream, name, disable=None))
         for name, share in (("code train", 1), ("code held-out", 16)):
+            # Packages are of very different sizes: a sample of all of them.
             random.Random(0).shuffle(texts[name])
             texts[name] = list(until(texts[name], CODE_CHARACTERS // share))
         path.write_text(json.dumps(texts), encoding="utf-8")
@@ -87,13 +88,14 @@ def tokens(bpe: PreTrainedTokenizerFast, documents: list[str]) -> Int[Tensor, " 
     """All documents in one row of tokens, an end-of-text token before each."""
     row = []
     for ids in bpe(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-        row += [bpe.eos_token_id, *ids]
+        row += [bpe.eos_token_id, *ids]  # END begins a text, too
     return torch.tensor(row)
 
 
 def batch(data: dict[str, Tensor], step: int) -> Int[Tensor, "row pos"]:
     """The training rows of a step, which is their seed: a resumed run sees the same."""
     generator = torch.Generator().manual_seed(step)
+    # Which rows are prose, and where each begins, as a share of its text.
     prose = torch.rand(BATCH, generator=generator) < PROSE_SHARE
     places = torch.rand(BATCH, generator=generator)
     rows = []
@@ -110,7 +112,7 @@ def rate(step: int, steps: int) -> float:
     >>> rate(0, 1000) < rate(WARMUP, 1000) == PEAK_RATE > rate(999, 1000) > 0
     True
     """
-    warm = min(WARMUP, steps // 10)
+    warm = min(WARMUP, steps // 10)  # short runs warm up as well
     return PEAK_RATE * min((step + 1) / (warm + 1), (steps - step) / (steps - warm))
 
 
@@ -129,6 +131,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = GPT2LMHeadModel(CONFIG).train()
+    # Biases and gains do not decay.
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -172,10 +175,12 @@ def losses(
     rows = data[f"{kind} held-out"].unfold(0, CONTEXT + 1, CONTEXT)[:400]
     with torch.no_grad():
         parts = [loss_of(model.float(), part) for part in rows.split(BATCH)[:-1]]
+    # The two baselines count the training tokens.
     seen = torch.cat([data["prose train"], data["code train"]])
     first = rows[:, :-1].flatten()
     second = rows[:, 1:].flatten()
     unigram = (torch.bincount(seen, minlength=VOCAB) + 1.0) / (len(seen) + VOCAB)
+    # Bigrams as numbers of two digits to the base |V|.
     pairs = torch.bincount(seen[:-1] * VOCAB + seen[1:], minlength=VOCAB**2)
     pairs = pairs.view(VOCAB, VOCAB)
     totals = pairs.sum(1)[first]
@@ -210,10 +215,7 @@ def publish(
     data: dict[str, Tensor],
     steps: int,
 ) -> None:
-    """Write what the package ships, into FOLDER/pocket_gpt2.
-
-    The passages are those that the package has: what the book quotes never changes.
-    """
+    """Write what the package ships, into FOLDER/pocket_gpt2."""
     rows = []
     for kind in ("prose", "code"):
         cells = [f"{loss:.2f}" for loss in losses(model, data, kind).values()]
@@ -223,6 +225,7 @@ def publish(
     target = folder / "pocket_gpt2"
     model.half().save_pretrained(target)
     bpe.save_pretrained(target)
+    # What the book quotes never changes: the passages are those of the package.
     here = Path(__file__).parent
     shutil.copy(here / "held_out.json", target)
     template = (here / "card.md").read_text(encoding="utf-8")
