@@ -78,6 +78,7 @@ def laststate(
 def checks(cells: list[dict]) -> list[Check]:
     """The lines of the closing table: the worse of the two kinds for each length."""
     lines = []
+    # Cells of both kinds come under one length.
     by_length: dict[int, list[dict]] = {}
     for row in cells:
         by_length.setdefault(row["length"], []).append(row)
@@ -141,6 +142,7 @@ def summary(runs: list[dict]) -> dict:
     exact = sum(run["exact"] for run in runs)
     low, high = wilson(exact, len(runs))
     answered = ("exact", "collision", "false success")
+    # What is neither returned nor refused as ambiguous was not reached.
     missed = [run for run in runs if not any(run[name] for name in answered)]
     local = [run for run in missed if run["right length"]]
     return {
@@ -183,10 +185,11 @@ def one(
         )
     except NotRecovered as refusal:
         error = refusal
-        recovered = refusal.recovered
+        recovered = refusal.recovered  # the closest prompt, a guess
     spent = time.perf_counter() - started
     same = torch.equal(recovered.tokens, ids.cpu())
     law = Law.of(model, ends)
+    # A wrong prompt that is likelier than the true one would blame the prior.
     likelihood = log_probability(law, recovered.tokens.to(ids))
     return {
         "length": len(ids),
@@ -206,7 +209,7 @@ def log_probability(law: Law, ids: Int[Tensor, " pos"]) -> float:
     >>> round(log_probability(law, torch.tensor([0, 1, 0])), 3)
     -2.079
     """
-    each = law.anywhere[ids]
+    each = law.anywhere[ids]  # a copy
     if law.after is not None:
         follow = law.after[ids[:-1], ids[1:]]
         each[1:] = NEIGHBOURS * follow + (1 - NEIGHBOURS) * each[1:]
@@ -217,6 +220,7 @@ def compared(
     model: LanguageModel, ends: Ends, drawn: Iterable[Tensor], seconds: float
 ) -> dict:
     """How many prompts of known length come back by three searches, in equal time."""
+    # Both are given the length, so ours is too.
     others = {"greedy coordinate": greedy_coordinate, "HardPrompts": hard_prompts}
     exact = dict.fromkeys(["invert_last", *others], 0)
     for ids in drawn:
@@ -254,6 +258,7 @@ def reach(
     length, count, seconds = (2, 1, 2.0) if quick else (5, 12, 15.0)
     rows = []
     values = {}
+    # A quick run takes one condition of most sorts.
     changes = list(conditions(model, length, count, seed))[:: 5 if quick else 1]
     for change in progress_bar(changes, "reach", progress):
         longest = len(change.prompts[0]) if quick else 16
@@ -289,11 +294,11 @@ def conditions(
         yield Condition("layer", layer, model, layer, plain)
     text = []
     for kind in ("prose", "code"):
-        text += prompts(model.tokenizer, kind, 32)
+        text += prompts(model.tokenizer, kind, 32)  # all that is bundled, in pieces
         drawn = sample(model, kind, count, length, seed)
         yield Condition("kind", kind, model, last, drawn)
     counts = torch.bincount(torch.cat(text), minlength=model.vocab_size)
-    ranked = counts.argsort(descending=True, stable=True)
+    ranked = counts.argsort(descending=True, stable=True)  # ties by number of token
     for name, few in {"frequent": ranked[:FEW], "rare": ranked[-FEW:]}.items():
         generator = torch.Generator().manual_seed(seed)
         which = torch.randint(len(few), (count, length), generator=generator)
@@ -315,7 +320,7 @@ def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
     64
     """
     config = copy.deepcopy(model.decoder.config)
-    config.hidden_size = width
+    config.hidden_size = width  # heads get narrower, not fewer
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         decoder = AutoModel.from_config(config).eval().requires_grad_(False)

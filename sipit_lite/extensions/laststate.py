@@ -142,17 +142,18 @@ def invert_last(
             f"got a state of shape {tuple(state.shape)}; expected one position's, "
             f"({model.d_model},)"
         )
-    rows = state[None] if isinstance(state, Tensor) else state
+    rows = state[None] if isinstance(state, Tensor) else state  # refused there
     observed = Observation.of(rows, model, layer, epsilon)
     longest = min(LONGEST, model.n_positions) if longest is None else longest
     lengths = {"length": length, "longest": longest}
     _check(model, layer, lengths, {"restarts": restarts, "seconds": seconds})
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
     ends.check(model, layer, length or longest)
+    # What the regression says of last token and length; it may know longer prompts.
     said = ends.read(observed.states[0]).to(model.dtype)[:, : length or longest]
     law = Law.of(model, ends)
     last = LastMap(model, layer)
-    generator = torch.Generator().manual_seed(seed + SALT)
+    generator = torch.Generator().manual_seed(seed + SALT)  # one for all lengths
     searches = {}
     for n in [length] if length else range(1, longest + 1):
         search = Search(last, observed, law.ending(said[:, n - 1]), generator)
@@ -200,7 +201,7 @@ class LastMap:
 
     def tokens(self, prompts: Prompts) -> Float[Tensor, "row d_model"]:
         """The state of each row of token ids."""
-        table = self.model.embeddings
+        table = self.model.embeddings  # a property: asked for once
         with torch.no_grad():
             parts = [self.embeddings(table[rows]) for rows in prompts.split(ROWS)]
         return torch.cat(parts)
@@ -211,6 +212,7 @@ class LastMap:
         """∂F/∂e_t for the positions t of a block, by one batched reverse pass."""
         with torch.enable_grad():
             free = e[block].detach().clone().requires_grad_()
+            # The other positions are constants, which saves their derivatives.
             row = torch.cat([e[: block.start], free, e[block.stop :]])
             state = self.embeddings(row[None])[0]
             each = torch.eye(len(state)).to(state)
@@ -218,7 +220,7 @@ class LastMap:
             (slopes,) = torch.autograd.grad(
                 state, free, each, is_grads_batched=True, materialize_grads=True
             )
-        return slopes.transpose(0, 1)
+        return slopes.transpose(0, 1)  # position first, then number of the state
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +258,7 @@ class Ends(Regression):
         generator = torch.Generator().manual_seed(seed)
         shape = (max(1, tokens // longest // 2), longest)
         drawn = torch.randint(model.vocab_size, shape, generator=generator)
-        written = _written(model, *shape, generator)
+        written = _written(model, *shape, generator)  # half random, half plausible
         prompts = torch.cat([drawn.to(model.device), written])
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -266,9 +268,10 @@ class Ends(Regression):
                 yield model.states(ids, layer).flatten(0, 1), goals
 
         regression = vars(ridge(pairs(), features, generator))
+        # Half a sighting for all, so that no token is impossible.
         counts = torch.bincount(written.flatten(), minlength=model.vocab_size) + 0.5
-        return cls(**regression, model=model, layer=layer, longest=longest,
-                   frequency=counts / counts.sum())  # fmt: skip
+        fields = {"model": model, "layer": layer, "longest": longest}
+        return cls(**regression, **fields, frequency=counts / counts.sum())
 
     def check(self, model: LanguageModel, layer: int, length: int) -> None:
         """Raise ``LastStateError`` unless it fits this model, layer and length."""
@@ -305,7 +308,7 @@ def fitted_ends(model: LanguageModel, layer: int, longest: int) -> Ends:
 
 def _next_law(model: LanguageModel, e: Tensor, cache: DynamicCache | None) -> Tensor:
     """The model's own law of the next token after rows of embeddings, (row, vocab)."""
-    use = cache is not None
+    use = cache is not None  # else every pass would make one
     table = model.decoder.get_input_embeddings().weight
     with torch.no_grad():
         read = model.decoder(inputs_embeds=e, past_key_values=cache, use_cache=use)
@@ -322,6 +325,7 @@ def _written(
     tied = model.decoder.config.tie_word_embeddings
     for t in range(1, length if tied else 1):
         law = _next_law(model, model.embeddings[ids[:, t - 1 : t]], cache)
+        # On the CPU: the same prompts on every device.
         drawn = torch.multinomial(law.float().cpu(), 1, generator=generator)
         ids[:, t] = drawn[:, 0]
     return ids
@@ -377,14 +381,14 @@ class Law:
         """The law of a token, if this is the law of the one before, up to a factor."""
         if self.after is None:
             return self.anywhere
-        follow = law / law.sum() @ self.after
+        follow = law / law.sum() @ self.after  # each row of ``after`` is a law
         return NEIGHBOURS * follow + (1 - NEIGHBOURS) * self.anywhere
 
     def back(self, likelihood: OverVocab) -> OverVocab:
         """The likelihood of a token, if this is that of the one behind it."""
         if self.after is None:
             return torch.ones_like(likelihood)
-        likelihood = likelihood / likelihood.sum()
+        likelihood = likelihood / likelihood.sum()  # else it vanishes along the chain
         lead = self.after @ likelihood
         return NEIGHBOURS * lead + (1 - NEIGHBOURS) * (likelihood @ self.anywhere)
 
@@ -410,6 +414,7 @@ class Law:
             backward = [self.back(known[block.stop])]
         elif self.last is not None:
             evidence = torch.cat([evidence[:-1], evidence[-1:] + self.last])
+        # At most 1, so that nothing overflows; factors of a position cancel at the end.
         weight = (evidence - evidence.amax(-1, keepdim=True)).exp()
         for k in range(len(evidence) - 1):
             forward.append(self.next(forward[-1] * weight[k]))
@@ -440,7 +445,7 @@ class Belief:
         else:
             law = self.log.exp().cpu()
             drawn = torch.multinomial(law, count, replacement=True, generator=generator)
-            drawn[:, 0] = self.log.argmax(-1)
+            drawn[:, 0] = self.log.argmax(-1)  # the answer, if the belief is right
         prompts = self.ids.repeat(count, 1)
         prompts[:, self.block] = drawn.T.to(self.ids)
         return prompts
@@ -451,6 +456,7 @@ class Belief:
         """Mean and covariance of the embedding at each position."""
         law = self.log.exp()
         mean = law @ table
+        # One position at a time: a weighted copy of the table each.
         square = torch.stack([(table * q[:, None]).T @ table for q in law])
         return mean, square - mean[:, :, None] * mean[:, None, :]
 
@@ -481,11 +487,14 @@ def sharpened(
     error = states - torch.einsum("nij,snj->si", slopes, away)
     centre = error.mean(0)
     residual = observed - centre
-    parts = slopes @ spread @ slopes.mT
+    parts = slopes @ spread @ slopes.mT  # J_t C_t J_tᵀ, what each position explains
     explained = parts.sum(0)
     noise = error_covariance(error - centre, residual, explained)
-    left = residual + (slopes @ mean[..., None])[..., 0]
-    factor = torch.linalg.cholesky(noise + explained - parts)
+    left = residual + (slopes @ mean[..., None])[..., 0]  # y: this position unknown
+    factor, failed = torch.linalg.cholesky_ex(noise + explained - parts)
+    # A belief so sure that its covariance is rounding says no more than it did.
+    if failed.any():
+        return belief
     solved = torch.cholesky_solve(torch.cat([slopes, left[..., None]], -1), factor)
     # −½ (y − J E_v)ᵀ S⁻¹ (y − J E_v) multiplied out: the table meets d × d matrices.
     projected = slopes.mT @ solved  # Jᵀ S⁻¹ [J, y]
@@ -513,9 +522,10 @@ def error_covariance(
     """
     width = len(residual)
     sample = error.T @ error / len(error)
-    size = sample.diagonal().mean() / 2
+    size = sample.diagonal().mean() / 2  # half of it, as the same for all directions
     square = residual.square().sum()
     missing = (square - (2 * size * width + explained.diagonal().sum())) / width
+    # Never singular, also where prompts were drawn that agree exactly.
     least = square.clamp_min(torch.finfo(residual.dtype).tiny) * 1e-6
     extra = size + torch.maximum(missing, least)
     return sample / 2 + extra * torch.eye(width).to(error)
@@ -560,9 +570,11 @@ class Search:
             return
         nothing = torch.zeros(length, dtype=torch.long, device=self.last.model.device)
         for restart in range(restarts):
+            # The first start is the law itself, later ones are tilted at random.
             current = self.rounds(nothing, slice(0, length), ALL, TILT * (restart > 0))
             yield current
             for k in range(BLOCKS):
+                # A block of one seldom helps: its neighbours are wrong as well.
                 size = self.integer(min(2, length - 1), length)
                 first = self.integer(0, length - size + 1)
                 tilt = TILT * float(torch.rand(1, generator=self.generator)) * (k > 0)
@@ -659,6 +671,7 @@ def checked(
         f"{recovered.text!r} ({len(best.ids)} tokens) is {again.distance:.3g} away, "
         f"radius {float(search.observed.radius):.3g}"
     )
+    # Alone and in a batch: two routes, as the noise floor was measured.
     if not (search.agrees(again) and search.agrees(best)):
         raise NotRecovered(
             "no prompt was found whose last state is the observed one: the closest of "
@@ -691,6 +704,7 @@ def rivals(model: LanguageModel, ids: Prompt, longest: int | None) -> list[Tenso
     """
     table = model.embeddings.float()
     count = min(RIVALS, model.vocab_size - 1)
+    # A token is no rival of itself.
     apart = torch.cdist(table[ids], table).scatter(1, ids[:, None], torch.inf)
     near = ids.repeat(len(ids), count, 1)
     positions = torch.arange(len(ids))

@@ -110,6 +110,7 @@ class Lens(Regression):
         key = ("prompts of a lens", tokens, seed)
         if prompts is None and key not in model.measured:
             model.measured[key] = batched(training_prompts(model, seed), tokens)
+        # The same for all layers: text takes longer to prepare than to read.
         batches = model.measured[key] if prompts is None else batched(prompts, tokens)
         count = min(tokens, sum(ids.numel() for ids in batches))
         if count < model.d_model or features < 0:
@@ -139,6 +140,7 @@ class Lens(Regression):
     def draft(self, states: Float[Tensor, "*rows d_model"]) -> Int[Tensor, "*rows"]:
         """The likeliest token of each state: no prefix, no search, nothing verified."""
         flat = states.reshape(-1, states.shape[-1])
+        # One state by all tokens is a row of the vocabulary's size.
         batches = flat.split(max(1, HELD // self.model.vocab_size))
         tokens = torch.cat([self.nearness(rows).argmax(-1) for rows in batches])
         return tokens.reshape(states.shape[:-1])
@@ -165,7 +167,10 @@ class Lens(Regression):
                 f"got a lens for layer {self.layer}; expected one for layer {layer}"
             )
         if self.model is not model and self.model.fingerprint != model.fingerprint:
-            raise _other_weights(self.model.name, model)
+            raise LensError(
+                f"got a lens that was fitted on {self.model.name}, other weights; "
+                f"expected one for {model.name}"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; ``LensError`` where that cannot be."""
@@ -191,12 +196,12 @@ class Lens(Regression):
             layer = int(metadata["layer"])
             model.check_layer(layer)
             _check_forms(list(tensors.values()), model.d_model)
+            if metadata.get("fingerprint") != model.fingerprint:
+                raise LensError(f"fitted on {metadata.get('model')}, other weights")
         except _NO_LENS as error:
-            reason = str(error).partition("\n")[0]
-            line = f"got {str(path)!r}, which holds no lens ({reason})"
+            reason = str(error).partition("\n")[0]  # safetensors quotes whole headers
+            line = f"got {str(path)!r}, which holds no lens of {model.name} ({reason})"
             raise LensError(line) from error
-        if metadata.get("fingerprint") != model.fingerprint:
-            raise _other_weights(metadata.get("model"), model)
         tensors = {name: x.to(model.device) for name, x in tensors.items()}
         return cls(**tensors, model=model, layer=layer)
 
@@ -213,19 +218,11 @@ _NO_LENS = (OSError, SafetensorError, LookupError, TypeError, ValueError)
 
 def _check_forms(tensors: list[Tensor], width: int) -> None:
     """Raise ``LensError`` unless ``_TENSORS`` fit a model of this width."""
-    features = len(tensors[1]) - 2 * width
+    features = len(tensors[1]) - 2 * width  # beside the state and its normal form
     shapes = [(width, features), (2 * width + features, width), (width,), (width,) * 2]
     forms = [(x.dtype, *x.shape) for x in tensors]
     if forms != [(torch.float32, *shape) for shape in shapes]:
         raise LensError(f"{_TENSORS}: {forms}, expected {shapes} in float32")
-
-
-def _other_weights(name: str | None, model: LanguageModel) -> LensError:
-    """The error for a lens of another model."""
-    return LensError(
-        f"got a lens that was fitted on {name}, other weights; expected one for "
-        f"{model.name}"
-    )
 
 
 def training_prompts(
@@ -268,7 +265,7 @@ def _random(model: LanguageModel, length: int, seed: int) -> Iterator[Tensor]:
 
 def batched(prompts: Iterable[Tensor], tokens: int) -> list[Int[Tensor, "row pos"]]:
     """Prompts up to so many tokens, those of one length together, ``PASS`` at most."""
-    by_length: dict[int, list[Tensor]] = {}
+    by_length: dict[int, list[Tensor]] = {}  # one pass needs prompts of one length
     for ids in prompts:
         by_length.setdefault(len(ids), []).append(ids)
         tokens -= len(ids)
@@ -285,7 +282,7 @@ def regressors(
     directions: Float[Tensor, "d_model features"],
 ) -> Float[Tensor, "*rows inputs"]:
     """What is regressed on: the state, the state normalised, GELU features of that."""
-    states = states.float()
+    states = states.float()  # whatever the model computes in
     normal = layer_norm(states, states.shape[-1:])
     return torch.cat([states, normal, gelu(normal @ directions)], -1)
 
@@ -322,6 +319,7 @@ def ridge(
         count += len(x)
     xx, xy, yy = sums
     scale = xx.diagonal()
+    # By each regressor's own size, so that units do not matter.
     damped = xx + RIDGE * torch.diag(scale + RIDGE * scale.mean())
     weight = torch.linalg.solve(damped, xy)
     cross = weight.T @ xy

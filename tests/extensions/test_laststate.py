@@ -238,6 +238,21 @@ def test_sharpened_is_a_likelihood_written_out(monkeypatch: pytest.MonkeyPatch) 
         assert torch.allclose(new.log[k], expected, atol=1e-8)
 
 
+def test_a_covariance_of_rounding_leaves_the_belief(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when a belief is sure and the state noisy: no error of linear algebra."""
+    table = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
+    last = Linear(torch.eye(4).double()[None], torch.zeros(4).double(), table)
+    belief = a_belief(1, 6, 1)
+    belief = Belief(torch.eye(6)[:1].double().log(), belief.ids, belief.block)
+    drawn = torch.zeros(9, 1, dtype=torch.long)
+    rounding = torch.full((4, 4), -1e-9).double()
+    monkeypatch.setattr(laststate, "error_covariance", lambda *given: rounding)
+    law = Law(torch.full((6,), 1 / 6).double())
+    assert sharpened(belief, law, table[1], last, drawn, table[drawn[:, 0]]) is belief
+
+
 def test_marginal_likelihood_by_counting() -> None:
     """The other position summed over its tokens: the normal law is close to that sum.
 
