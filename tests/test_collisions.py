@@ -1,22 +1,31 @@
-"""The detector against a float64 comparison of all pairs, on clouds that are made to mislead it."""
+"""The detector against float64 on clouds made to mislead it; margins at their edge."""
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sipit_lite import (
     LanguageModel,
+    ModelError,
+    NotVerified,
+    OneStepMap,
     StatesError,
     closest_pairs,
     collisions,
     continuations,
+    invert,
+    margins,
 )
-from sipit_lite.collisions import CollisionReport, float32_slack
+from sipit_lite.collisions import CollisionReport, first_occurrences, float32_slack
+from sipit_lite.io.text import prompts
 
+Family = tuple[PreTrainedModel, LanguageModel]
 CLOUDS = ["gaussian", "shifted", "clusters", "grid", "all but one equal", "huge axis", "anisotropic", "near ties",
           "tiny", "outlier"]  # fmt: skip
 
@@ -25,9 +34,8 @@ def cloud(kind: str, n: int, d: int, seed: int) -> Tensor:
     """States of one awkward kind, float32."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator)
-    if (
-        kind == "shifted"
-    ):  # norms so large that float32 products lose the small distances
+    if kind == "shifted":
+        # Norms so large that float32 products lose the small distances.
         x += 1e4 * torch.randn(1, d, generator=generator)
     elif kind == "clusters":
         x[: n // 2] = x[0] + 1e-5 * torch.randn(n // 2, d, generator=generator)
@@ -66,10 +74,8 @@ def close_in_torch(x: Tensor) -> Tensor:
 
 def agree(report: CollisionReport, x: Tensor) -> None:
     """Minimum, pairs, counts and nearest neighbours are those of the oracle."""
-    every, above = (
-        distances(x),
-        torch.triu(torch.ones(len(x), len(x), dtype=torch.bool), 1),
-    )
+    every = distances(x)
+    above = torch.triu(torch.ones(len(x), len(x), dtype=torch.bool), 1)
     torch.testing.assert_close(
         report.distances,
         every[above].sort().values[: len(report.distances)],
@@ -105,7 +111,7 @@ def small_leaves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @settings(
-    max_examples=500,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -127,7 +133,7 @@ def test_equal_to_float64_brute_force(
     nearest: bool,
     data: st.DataObject,
 ) -> None:
-    """Five hundred clouds; minimum and pairs are exact in all of them."""
+    """Three hundred clouds; minimum and pairs are exact in all of them."""
     x = cloud(kind, n, d, seed)
     k = data.draw(st.integers(1, min(12, n * (n - 1) // 2)))
     agree(closest_pairs(x, k, nearest=nearest), x)
@@ -139,7 +145,7 @@ def test_equal_to_float64_brute_force_at_full_size_leaves(
     kind: str, nearest: bool
 ) -> None:
     """The constants that are shipped, several leaves, a width beyond the principal axes."""
-    x = cloud(kind, 1300, 96, 7)
+    x = cloud(kind, 1100, 24, 7)
     agree(closest_pairs(x, 20, nearest=nearest), x)
 
 
@@ -269,6 +275,8 @@ def test_most_pairs_are_never_compared_where_pruning_helps() -> None:
         (torch.zeros(3), {}, "shape (3,)"),
         (torch.zeros(3, 4, dtype=torch.long), {}, "torch.int64"),
         ([[1.0, 2.0]], {}, "list"),
+        (np.zeros((3, 4), dtype=np.float32), {}, "got ndarray; expected a tensor"),
+        (torch.zeros(3, 4).to(torch.float8_e4m3fn), {}, "torch.float8_e4m3fn"),
         (
             torch.tensor([[1.0], [float("nan")], [2.0], [float("inf")]]),
             {},
@@ -299,30 +307,125 @@ def test_bad_input_is_refused_by_name(
     assert words in str(refused.value)
 
 
-def test_continuations_against_full_passes(family: tuple, prompt: Tensor) -> None:
-    """Every one-token continuation of a prompt, without a cache, gives the same closest pair."""
-    _, model = family
+def test_repeated_prompts() -> None:
+    """Places of first occurrences; prompts of different lengths are different."""
+    prompts = [torch.tensor(ids) for ids in ([1, 2], [1], [1, 2], [1, 2, 3], [1])]
+    assert first_occurrences(prompts).tolist() == [0, 1, 3]
+
+
+def test_nothing_of_the_caller_changes() -> None:
+    """The global generator is left alone, also where axes and samples are drawn."""
+    x = cloud("gaussian", 300, 64, 8)
+    before = torch.random.get_rng_state()
+    closest_pairs(x, 2, nearest=True, sample=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("setting", ["inference", "autocast", "dtype", "device"])
+def test_whatever_the_caller_has_set(setting: str) -> None:
+    """Inference mode, autocast, default type and default device do not matter."""
+    x = cloud("gaussian", 1200, 40, 9) + 3.0
+    expected = closest_pairs(
+        x, 3, nearest=True, sample=4, prompts=torch.arange(1200)[:, None]
+    )
+    prompts = torch.arange(1200)[:, None]
+    modes = {
+        "inference": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+        "device": torch.device("meta"),
+    }
+    if setting == "dtype":
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            report = closest_pairs(x, 3, nearest=True, sample=4, prompts=prompts)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    else:
+        with modes[setting]:
+            report = closest_pairs(x, 3, nearest=True, sample=4, prompts=prompts)
+    for name in ("pairs", "distances", "nearest", "sample", "rows"):
+        assert torch.equal(getattr(report, name), getattr(expected, name)), name
+
+
+def test_numbers_at_the_end_of_float64() -> None:
+    """One column of denormal numbers: distances are right, and all pairs collide."""
+    x = torch.tensor([[1.0], [4.0], [2.5]], dtype=torch.float64) * 1e-310
+    report = closest_pairs(x, 3, nearest=True)
+    assert report.distances.tolist() == pytest.approx([1.5e-310, 1.5e-310, 3e-310])
+    assert (report.collisions, report.practical) == (3, 3)
+
+
+def test_continuations_against_full_passes(family: Family, prompt: Tensor) -> None:
+    """Every one-token continuation of a prompt, without a cache: the same pair."""
+    model = family[1]
     (report,) = continuations(model, [prompt], model.n_layers)
-    rows = torch.cat(
-        [
-            prompt.expand(model.vocab_size, -1),
-            torch.arange(model.vocab_size, device=prompt.device)[:, None],
-        ],
-        1,
-    )
-    every = distances(model.states(rows, model.n_layers)[:, -1].cpu()).fill_diagonal_(
-        torch.inf
-    )
+    last = model.vocabulary[:, None]
+    rows = torch.cat([prompt.expand(model.vocab_size, -1), last], 1)
+    every = distances(model.states(rows, model.n_layers)[:, -1].cpu())
+    every.fill_diagonal_(torch.inf)
     assert report.minimum == pytest.approx(float(every.min()), rel=1e-3)
-    assert float(every[tuple(report.pairs[0])]) == pytest.approx(
-        report.minimum, rel=1e-3
-    )
+    pair = tuple(report.pairs[0])
+    assert float(every[pair]) == pytest.approx(report.minimum, rel=1e-3)
 
 
-def test_continuations_give_the_margin(pocket: LanguageModel) -> None:
-    """The closest pair of continuations is the separation margin of the prompt as a prefix."""
-    prefix = pocket.encode("hidden")
-    (report,) = continuations(pocket, [prefix], 3)
-    assert report.minimum == pytest.approx(
-        collisions.OneStepMap.after(pocket, 3, prefix).margin(), rel=1e-9
-    )
+def test_margins_equal_to_all_pairs(family: Family, prompt: Tensor) -> None:
+    """Every token through all layers after every prefix; all pairs in float64."""
+    model = family[1]
+    scanned = margins(model, prompt[:3], 2)
+    for t in range(3):
+        start = prompt[:t].expand(model.vocab_size, -1)
+        rows = torch.cat([start, model.vocabulary[:, None]], 1)
+        apart = distances(model.states(rows, 2)[:, -1].cpu())
+        apart.fill_diagonal_(torch.inf)
+        token = apart[prompt[t]]
+        assert float(scanned.prefix[t]) == pytest.approx(float(apart.min()), rel=1e-3)
+        assert float(scanned.token[t]) == pytest.approx(float(token.min()), rel=1e-3)
+        assert int(scanned.rival[t]) == int(token.argmin())
+
+
+def test_one_margin_whoever_computes_it(pocket: LanguageModel) -> None:
+    """By definition, as the closest continuations, and as a certificate of ``invert``."""
+    ids = pocket.encode("hidden")
+    states = pocket.states(ids, 2)
+    brute = OneStepMap.after(pocket, 2, ids[:-1]).margin()
+    (report,) = continuations(pocket, [ids[:-1]], 2)
+    assert report.minimum == pytest.approx(brute, rel=1e-9)
+    recovery = invert(states, pocket, 2, certify=True)
+    assert float(recovery.margin[-1]) == pytest.approx(brute, rel=1e-5)
+    assert recovery.certified
+    headroom = recovery.margin / 2 - recovery.distance
+    assert torch.allclose(recovery.headroom, headroom)
+    plain = invert(states, pocket, 2)
+    assert plain.margin.isnan().all() and not plain.certified
+
+
+def test_half_the_margin_is_the_edge(pocket: LanguageModel) -> None:
+    """Noise towards the rival: at 0.49 of the margin recovered, at 0.51 the rival."""
+    layer = 3
+    ids = next(prompts(pocket.tokenizer, "prose", 2, seed=1)).to(pocket.device)
+    states = pocket.states(ids, layer).double()
+    scanned = margins(pocket, ids, layer)
+    tables = []
+    for t in range(len(ids)):
+        step = OneStepMap.after(pocket, layer, ids[:t])
+        tables.append(step.tokens(pocket.vocabulary).double())
+    rivals = torch.stack([tables[t][v] for t, v in enumerate(scanned.rival)])
+    moved = {}
+    for share, nearest in ((0.49, ids.cpu()), (0.51, scanned.rival)):
+        moved[share] = (states + share * (rivals - states)).float()
+        for t, table in enumerate(tables):
+            apart = torch.linalg.vector_norm(table - moved[share][t], dim=1)
+            assert int(apart.argmin()) == int(nearest[t])
+    epsilon = 0.495 * scanned.token
+    recovery = invert(moved[0.49], pocket, layer, epsilon=epsilon)
+    assert torch.equal(recovery.tokens, ids.cpu())
+    with pytest.raises(NotVerified):
+        invert(moved[0.51], pocket, layer, epsilon=epsilon)
+
+
+def test_margins_refuse_bad_input(pocket: LanguageModel) -> None:
+    """A layer that the model has not, and ids that are no prompt."""
+    with pytest.raises(ModelError, match="got layer 7"):
+        margins(pocket, torch.tensor([1]), 7)
+    with pytest.raises(ModelError):
+        margins(pocket, torch.tensor([5000]), 1)
