@@ -6,15 +6,17 @@ does, final norm and logits included.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sipit_lite.acceptance import Observation
 from sipit_lite.model import LanguageModel
+from sipit_lite.policies import State, nearest
 
 WINDOW = 50  # steps after which the proxy snaps to the nearest untried embedding
 FIRST_WINDOW = 25_000  # the first position's window grows by itself for so many tokens
@@ -55,7 +57,9 @@ def published(
     >>> published(model.states("a", 1), model, 1).finished
     True
     """
-    return _sequential(states, model, layer, seed, limit, _descent)
+    generator = torch.Generator().manual_seed(seed)
+    policy = partial(_descent, model, layer, generator)
+    return _sequential(states, model, layer, policy, limit)
 
 
 def brute_force(
@@ -67,26 +71,29 @@ def brute_force(
     limit: float = torch.inf,
 ) -> Attempt:
     """SipIt with the random policy (Algorithms 1 and 2), up to ``limit`` seconds."""
-    return _sequential(states, model, layer, seed, limit, _random_order)
+    generator = torch.Generator().manual_seed(seed)
+
+    def order(prefix: list[int], target: Tensor) -> list[int]:
+        return torch.randperm(model.vocab_size, generator=generator).tolist()
+
+    return _sequential(states, model, layer, order, limit)
 
 
 def _sequential(
     states: Tensor,
     model: LanguageModel,
     layer: int,
-    seed: int,
+    policy: Callable[[list[int], Tensor], Iterable[int]],
     limit: float,
-    policy: Callable[..., Iterator[int]],
 ) -> Attempt:
     """Algorithm 1, one candidate a step."""
     observed = Observation.of(states, model, layer)
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
     prefix = []
     tested = []
     for t, target in enumerate(observed.states):
         tested.append(0)  # candidates at this position
-        for token in policy(model, prefix, target, layer, generator):
+        for token in policy(prefix, target):
             tested[-1] += 1
             ids = torch.tensor([*prefix, token], device=model.device)
             with torch.no_grad():
@@ -104,23 +111,12 @@ def _sequential(
     return Attempt(tokens, torch.tensor(tested), len(tokens) == len(observed), seconds)
 
 
-def _random_order(
-    model: LanguageModel,
-    prefix: list[int],
-    target: Float[Tensor, " d_model"],
-    layer: int,
-    generator: torch.Generator,
-) -> Iterator[int]:
-    """Every token once, in random order (Algorithm 2)."""
-    yield from torch.randperm(model.vocab_size, generator=generator).tolist()
-
-
 def _descent(
     model: LanguageModel,
-    prefix: list[int],
-    target: Float[Tensor, " d_model"],
     layer: int,
     generator: torch.Generator,
+    prefix: list[int],
+    target: State,
 ) -> Iterator[int]:
     """Every token once, nearest to a proxy that descends on the mean squared error."""
     table = model.embeddings
@@ -130,7 +126,7 @@ def _descent(
     before = table[torch.tensor(prefix, device=table.device).long()]
     for step in range(len(table)):
         if step and step % window == 0:
-            proxy = table[_nearest(table, proxy, untried)].clone()  # the snap
+            proxy = table[nearest(table, proxy, untried, 1)[0]].clone()  # the snap
         proxy = proxy.detach().requires_grad_()
         states = _full_pass(model, torch.cat([before, proxy[None]]), layer)
         error = (states[-1] - target).square().mean()
@@ -139,19 +135,9 @@ def _descent(
         clipped = gradient * (1.0 / max(float(gradient.norm()), 1.0))
         rate = 1 - 0.99 * (step % window) / (window - 1)
         proxy = proxy.detach() - rate * clipped
-        token = _nearest(table, proxy, untried)
+        token = int(nearest(table, proxy, untried, 1))
         untried[token] = False  # so each token comes once
         yield token
-
-
-def _nearest(
-    table: Float[Tensor, "vocab d_model"],
-    proxy: Float[Tensor, " d_model"],
-    untried: Bool[Tensor, " vocab"],
-) -> int:
-    """The untried token whose embedding is nearest to the proxy."""
-    distance = torch.linalg.vector_norm(table - proxy, dim=1)
-    return int(distance.masked_fill(~untried, torch.inf).argmin())
 
 
 def _full_pass(
@@ -227,7 +213,7 @@ def hard_prompts(
 
 
 def greedy_coordinate(
-    state: Float[Tensor, " d_model"],
+    state: State,
     model: LanguageModel,
     layer: int,
     length: int,

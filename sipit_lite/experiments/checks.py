@@ -182,9 +182,7 @@ def held_out(
             yield kind, ids.to(model.device)
 
 
-def edge_prompts(
-    model: LanguageModel, quick: bool, seed: int
-) -> dict[str, Int[Tensor, " pos"]]:
+def edge_prompts(model: LanguageModel, quick: bool, seed: int) -> dict[str, Tensor]:
     """The prompts that break naive inverters."""
     full = min(32 if quick else model.n_positions, model.n_positions)
     parts = islice(prompts(model.tokenizer, "prose", 16, seed=seed), -(-full // 16))
@@ -199,10 +197,7 @@ def edge_prompts(
 
 
 def attempt(
-    model: LanguageModel,
-    ids: Int[Tensor, " pos"],
-    layer: int,
-    dtype: torch.dtype | None = None,
+    model: LanguageModel, ids: Tensor, layer: int, dtype: torch.dtype | None = None
 ) -> dict:
     """Invert the states of known ids, stored as ``dtype``, and say what came of it."""
     states = model.states(ids, layer).to(dtype or model.dtype)
@@ -315,11 +310,10 @@ def report(bench: str, model: LanguageModel, checks: list[Check], data: dict) ->
 
 def setting(model: LanguageModel) -> dict:
     """What was measured with: model, versions, device and threads."""
-    modules = {"torch": torch, "transformers": transformers}
-    versions = {name: module.__version__ for name, module in modules.items()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "model": model.name,
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": versions | {"transformers": transformers.__version__},
         "device": str(model.device),
         "threads": torch.get_num_threads(),
     }

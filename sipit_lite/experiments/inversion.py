@@ -9,7 +9,6 @@ from statistics import median
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from sipit_lite.experiments.baselines import brute_force, published
@@ -30,6 +29,7 @@ from sipit_lite.onestep import EXACT, OneStepMap
 from sipit_lite.recovery import Recovery
 from sipit_lite.sipit import invert, invert_many
 
+Texts = Iterable[Tensor] | None
 TIMED = ("prose", "random")
 NEVER = 100  # Newton steps that stand for a token that was not reached
 STEPS = 30  # Newton steps that are tried
@@ -86,7 +86,7 @@ def inversion(
             speed[f"{kind}, layer {layer}"] = row
         for layer in lenses:
             steps += newton_steps(model, options[: size.newton], layer)
-    large = gpt2_at_initialisation(size, seed, model.device) if size.large else {}
+    large = gpt2_as_drawn(size, seed, model.device) if size.large else {}
     rows = speed | large
     for name, row in rows.items():
         reported |= {f"{name}: {what}": value for what, value in row.items()}
@@ -135,11 +135,7 @@ def inversion(
 
 
 def _fitted(
-    model: LanguageModel,
-    layer: int,
-    size: Size,
-    seed: int,
-    text: Iterable[Tensor] | None = None,
+    model: LanguageModel, layer: int, size: Size, seed: int, text: Texts = None
 ) -> tuple[Lens, float]:
     """A lens, and the seconds that it took."""
     started = time.perf_counter()
@@ -150,7 +146,7 @@ def _fitted(
 
 def sample(
     model: LanguageModel, kind: str, count: int, length: int, seed: int
-) -> list[Int[Tensor, " pos"]]:
+) -> list[Tensor]:
     """Prompts of the bundled text, or of random tokens."""
     length = min(length, model.n_positions)
     stream = prompts(model.tokenizer, kind, length, seed=seed + 1)
@@ -158,11 +154,7 @@ def sample(
 
 
 def exactness(
-    model: LanguageModel,
-    lenses: dict[int, Lens],
-    size: Size,
-    seed: int,
-    progress: bool = False,
+    model: LanguageModel, lenses: dict[int, Lens], size: Size, seed: int, progress: bool
 ) -> list[dict]:
     """``auto`` on held-out prompts of all kinds and lengths, spread over the layers."""
     each = -(-size.exact // (len(KINDS) * len(lenses)))
@@ -273,11 +265,7 @@ def together(
 
 
 def at_the_edge(
-    model: LanguageModel,
-    layers: Sequence[int],
-    size: Size,
-    seed: int,
-    progress: bool = False,
+    model: LanguageModel, layers: Sequence[int], size: Size, seed: int, progress: bool
 ) -> dict[str, float]:
     """Theorem 3.2 at its edge: noise of 0.49 and 0.51 margins to the nearest rival.
 
@@ -317,9 +305,7 @@ def _positions(
             yield layer, ids[:t], int(ids[t])
 
 
-def gpt2_at_initialisation(
-    size: Size, seed: int, device: torch.device
-) -> dict[str, dict]:
+def gpt2_as_drawn(size: Size, seed: int, device: torch.device) -> dict[str, dict]:
     """GPT-2 124M with weights as drawn: ``auto`` and the published loop."""
     model = load("gpt2", random_init=True, seed=seed, device=device)
     layer = model.n_layers
@@ -341,11 +327,7 @@ def gpt2_at_initialisation(
 
 
 def _inverted(
-    ids: Int[Tensor, " pos"],
-    states: Tensor,
-    model: LanguageModel,
-    layer: int,
-    **options: object,
+    ids: Tensor, states: Tensor, model: LanguageModel, layer: int, **options: object
 ) -> Recovery:
     """What ``invert`` returns; a time counts only for the right prompt."""
     recovery = invert(states, model, layer, **options)

@@ -71,14 +71,9 @@ class Plan:
 
 def minima(model: LanguageModel, plan: Plan) -> list[Row]:
     """Smallest distance of last-token states, and the closest texts, by layer."""
-    found = survey.survey(
-        model,
-        texts(model, plan.prompts, plan),
-        layers=_layers(model, plan),
-        folder=plan.shards,
-        seed=plan.seed,
-        progress=plan.progress,
-    )
+    prompts = texts(model, plan.prompts, plan)
+    keep = {"folder": plan.shards, "progress": plan.progress, "seed": plan.seed}
+    found = survey.survey(model, prompts, layers=_layers(model, plan), **keep)
     names = "pairs minimum collisions practical radius birthday closest".split()
     counts = {"prompts": found["distinct"], "left out": found["duplicates"]}
     rows = []
@@ -131,7 +126,11 @@ def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
 
     Raises ``ModelError`` for what ``unembedding`` refuses.
     """
-    ids = _before_one_suffix(model, plan)
+    ids = torch.stack(at_random(model, plan.prompts, plan))
+    suffix = ids[0].flip(0)  # without a tokenizer any ids
+    if model.tokenizer is not None:
+        suffix = model.encode(SUFFIX)[int(model.begin is not None) :]
+    ids = torch.cat([ids, suffix.expand(len(ids), -1)], 1)
     head = unembedding(model)
     answers = []
     with torch.no_grad():
@@ -270,17 +269,10 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run one experiment of the paper on a model and return what JSON will hold.
 
-    Parameters
-    ----------
-    experiment : one of ``EXPERIMENTS``
-    quick : a smoke run of seconds on the bundled text; else the paper's numbers
-    weights : how the caller has loaded the model, a label for the table
-    changes : parts of ``Plan`` that this experiment uses
-
-    Raises
-    ------
-    PlanError
-        For an unknown experiment, a part that it does not use, or a bad value.
+    ``quick`` is a smoke run of seconds on the bundled text; else the numbers of prompts
+    are the paper's. ``weights`` says how the caller has loaded the model; ``changes``
+    are parts of ``Plan``. Raises ``PlanError`` for an unknown experiment, a part that it
+    does not use, or a bad value.
 
     >>> from sipit_lite import load
     >>> run = reproduce("layers", load(device="cpu"), quick=True, prompts=40)
@@ -340,10 +332,10 @@ def planned(
 def result_path(
     folder: str, model: LanguageModel, experiment: str, weights: str, *, force: bool
 ) -> Path:
-    """Where a run is kept: model, experiment and weights name the file.
+    """The file of a run, to be called before it.
 
-    To be called before the run. Raises ``PlanError`` where there is an earlier run and
-    no ``force``, or no folder can be made.
+    Raises ``PlanError`` for an earlier run without ``force``, or a folder that cannot
+    be made.
     """
     name = f"{Path(model.name).name}-{experiment}-{weights}.json"
     path = Path(folder, name.replace(", ", "-").replace(" ", "-"))
@@ -409,21 +401,11 @@ def at_random(model: LanguageModel, count: int, plan: Plan) -> Prompts:
     return [_with_begin(model, ids) for ids in drawn]
 
 
-def _with_begin(model: LanguageModel, ids: Int[Tensor, " pos"]) -> Tensor:
+def _with_begin(model: LanguageModel, ids: Tensor) -> Tensor:
     """With a begin-of-text token in place of the last one, where it is missing."""
     if model.begin is not None and int(ids[0]) != model.begin:
         ids = torch.cat([ids.new_tensor([model.begin]), ids[:-1]])
     return ids.to(model.device)
-
-
-def _before_one_suffix(model: LanguageModel, plan: Plan) -> Int[Tensor, "n pos"]:
-    """Random tokens before one text, or without a tokenizer before the same ids."""
-    drawn = torch.stack(at_random(model, plan.prompts, plan))
-    if model.tokenizer is None:
-        suffix = drawn[0].flip(0)
-    else:
-        suffix = model.encode(SUFFIX)[int(model.begin is not None) :]
-    return torch.cat([drawn, suffix.expand(len(drawn), -1)], 1)
 
 
 def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:

@@ -11,7 +11,6 @@ from sipit_lite import LanguageModel, OneStepMap, Published, Random, StatesError
 from sipit_lite.experiments.baselines import (
     Attempt,
     _descent,
-    _random_order,
     brute_force,
     greedy_coordinate,
     hard_prompts,
@@ -29,7 +28,7 @@ def test_published_proposes_what_our_gradient_policy_proposes(
     model = family[1]
     target = model.states(prompt[:5], 2)[-1]
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    theirs = _descent(model, prompt[:4].tolist(), target, 2, generators[0])
+    theirs = _descent(model, 2, generators[0], prompt[:4].tolist(), target)
     step = OneStepMap.after(model, 2, prompt[:4])
     ours = Published().proposals(step, target, generators[1])
     for _ in range(12):
@@ -41,9 +40,8 @@ def test_every_token_is_proposed_once() -> None:
     model = LanguageModel(randomised(configuration("GPT2", vocabulary=60, width=32)))
     target = torch.zeros(model.d_model)
     generator = torch.Generator().manual_seed(0)
-    for policy in (_descent, _random_order):
-        tokens = list(policy(model, [], target, 1, generator))
-        assert sorted(tokens) == list(range(model.vocab_size))
+    tokens = list(_descent(model, 1, generator, [], target))
+    assert sorted(tokens) == list(range(model.vocab_size))
 
 
 @pytest.mark.parametrize("baseline", [published, brute_force])
