@@ -94,14 +94,12 @@ def checks(cells: list[dict]) -> list[Check]:
 
 
 def reported(cells: list[dict], beside: list[dict]) -> dict[str, float]:
-    """Shares, the ends of their 95 % intervals and median seconds; the comparison."""
+    """Shares and median seconds by kind and length; then the comparison."""
     values = {}
     for row in cells:
         name = f"{row['kind']}, T = {row['length']}"
         values[f"exact, {name}"] = row["exact"] / row["prompts"]
         values[f"seconds, {name}"] = row["seconds"]
-        for end in ("low", "high"):
-            values[f"exact, {name}: {end} of the interval"] = row[end]
     for row in beside:
         name = f"{row['kind']}, T = {row['length']}, length known"
         for way, exact in row["exact"].items():

@@ -50,6 +50,8 @@ RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's 
 Prompt = Int[Tensor, " pos"]
 Prompts = Int[Tensor, "row pos"]
 OverVocab = Float[Tensor, " vocab"]
+States = Float[Tensor, "row d_model"]
+Square = Float[Tensor, "d_model d_model"]
 
 
 class LastStateError(SipItError):
@@ -192,14 +194,12 @@ class LastMap:
         """The blocks up to the layer. Raises ``ModelError`` for one outside 0..L."""
         return self.model.cut(self.layer)
 
-    def embeddings(
-        self, e: Float[Tensor, "row pos d_model"]
-    ) -> Float[Tensor, "row d_model"]:
+    def embeddings(self, e: Float[Tensor, "row pos d_model"]) -> States:
         """The state of each row of embeddings; differentiable in e."""
         states = self.cut(inputs_embeds=e, use_cache=False).last_hidden_state
         return states[:, -1].to(self.model.device)
 
-    def tokens(self, prompts: Prompts) -> Float[Tensor, "row d_model"]:
+    def tokens(self, prompts: Prompts) -> States:
         """The state of each row of token ids."""
         table = self.model.embeddings  # a property: asked for once
         with torch.no_grad():
@@ -334,8 +334,7 @@ def _written(
 def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
     """P(v | u): how likely the model thinks each token v after the prompt ⟨u⟩ alone.
 
-    Made once. None beyond ``LARGEST`` tokens, or where the unembedding, which is not
-    kept, is not the table of embeddings.
+    None beyond ``LARGEST`` tokens, or without the table of embeddings as unembedding.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -425,23 +424,17 @@ class Law:
 
 @dataclass(frozen=True, eq=False)
 class Belief:
-    """Log-probabilities of every token at each position of a ``block`` of a prompt.
-
-    The other positions are those of ``ids``.
-    """
+    """Log-probabilities of every token at the ``block`` of positions of ``ids``."""
 
     log: Float[Tensor, "block vocab"]
     ids: Prompt
     block: slice
 
     def draw(self, count: int, generator: torch.Generator) -> Prompts:
-        """Prompts drawn from it; the first takes the likeliest token everywhere.
-
-        For a block of one position they are the likeliest tokens, each once.
-        """
+        """Prompts drawn from it; the first takes the likeliest token everywhere."""
         size, vocab = self.log.shape
         if size == 1 and count <= vocab:
-            drawn = self.log.topk(count).indices
+            drawn = self.log.topk(count).indices  # each once: no need for luck
         else:
             law = self.log.exp().cpu()
             drawn = torch.multinomial(law, count, replacement=True, generator=generator)
@@ -467,7 +460,7 @@ def sharpened(
     observed: State,
     last: LastMap,
     drawn: Prompts,
-    states: Float[Tensor, "row d_model"],
+    states: States,
 ) -> Belief:
     """One round: the belief after the state is compared with a linear model of the map.
 
@@ -505,11 +498,7 @@ def sharpened(
     return replace(belief, log=mixed.log_softmax(-1))
 
 
-def error_covariance(
-    error: Float[Tensor, "row d_model"],
-    residual: State,
-    explained: Float[Tensor, "d_model d_model"],
-) -> Float[Tensor, "d_model d_model"]:
+def error_covariance(error: States, residual: State, explained: Square) -> Square:
     """Covariance of the error of a linear model, half way to a multiple of I.
 
     There are fewer samples than dimensions. What neither error nor spread explains of
@@ -557,7 +546,7 @@ class Search:
         """Whether the state of a prompt lies inside the radius."""
         return guess.distance <= float(self.observed.radius)
 
-    def read(self, prompts: Prompts, states: Float[Tensor, "row d_model"]) -> Guess:
+    def read(self, prompts: Prompts, states: States) -> Guess:
         """The closest of prompts whose last states are known."""
         distance, which = self.observed.distance(0, states).min(0)
         return Guess(prompts[which], float(distance), len(prompts))
