@@ -59,6 +59,7 @@ class Captured:
             largest = x.float().abs().amax(1)  # at each position, shape (T,)
             if dtype == torch.int8:
                 scales[layer] = torch.where(largest > 0, largest / STEPS, 1.0)
+                # The largest number of each position takes all 127 steps.
                 x = (x.float() / scales[layer][:, None]).round()
             stored[layer] = x.to(dtype or x.dtype)
             if not bool(stored[layer].float().isfinite().all()):
@@ -108,7 +109,7 @@ class Captured:
                 recovered = invert(states, model, number, **known, **options)
                 return replace(recovered, layer=number)
             except NotVerified as error:
-                refusal = error
+                refusal = error  # a deeper layer may tell apart what this one cannot
         raise refusal
 
 
@@ -143,6 +144,7 @@ class Tape:
         mask = kwargs.get("attention_mask")
         padded = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
         cache = kwargs.get("past_key_values")
+        # Where this pass begins, and where the last one ended.
         start = 0 if cache is None else int(cache.get_seq_length())
         seen = sum(self.passes)
         place = f"a pass from position {start} after {seen} captured ones"
@@ -212,6 +214,7 @@ def capture(
             yield tape
         finished = True
     finally:
+        # After an error, a file only where there is something to write.
         if path is not None and (finished or all(tape.rows.values())):
             _save(path, tape.captured(), {})
 
@@ -235,9 +238,11 @@ def write_states(
     ids = model.encode(text)
     states = {layer: model.states(ids, layer).cpu() for layer in layers}
     captured = Captured.of(states, model, dtype, [len(ids)])
-    if keep_text:
+    extra = {}
+    if keep_text:  # never unless asked for: the file is there to show what states tell
         captured = replace(captured, text=text)
-    _save(path, captured, {"ids": ids.cpu()} if keep_text else {})
+        extra["ids"] = ids.cpu()
+    _save(path, captured, extra)
     return captured
 
 
@@ -254,30 +259,30 @@ def read_states(path: str | Path) -> Captured:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        for name, x in sorted(tensors.items()):
+        for name, x in tensors.items():
             if match := re.fullmatch(r"layer\.(\d{1,6})", name):
                 layer = int(match[1])
                 states[layer] = x
+                # Integers are states only times their scale.
                 if name + ".scale" in tensors or not x.is_floating_point():
                     scales[layer] = tensors[name + ".scale"]
         if not states or metadata["format"] != FORMAT:
             raise KeyError(FORMAT)
         begin = int(metadata["begin"]) if "begin" in metadata else None
         passes = tuple(int(count) for count in metadata.get("passes", "").split())
-        text = metadata.get("text")
-        return Captured(states, metadata["model"], scales, begin, passes or None, text)
+        states = dict(sorted(states.items()))  # by number: as names, 10 is before 2
+        known = (metadata["model"], scales, begin, passes or None, metadata.get("text"))
+        return Captured(states, *known)
     except (SafetensorError, OSError) as error:
         refusal = f"got {str(path)!r}, not a complete safetensors file ({error})"
         raise StatesError(refusal) from error
     except (KeyError, ValueError) as error:  # a field is missing, or is no number
         there = f"tensors {sorted(tensors)} and metadata {sorted(metadata)}"
         expected = (
-            "tensors 'layer.ℓ', 'layer.ℓ.scale' for 8-bit integers, and metadata "
+            f"'layer.ℓ', 'layer.ℓ.scale' for 8-bit integers; 'format' ({FORMAT!r})"
         )
-        expected += f"'format' ({FORMAT!r}) and 'model' ({str(error)[:60]})"
-        raise StatesError(
-            f"got {str(path)!r} with {there}; expected {expected}"
-        ) from error
+        message = f"{there}; expected tensors {expected}, 'model' ({str(error)[:60]})"
+        raise StatesError(f"got {str(path)!r} with {message}") from error
 
 
 def _save(path: str | Path, captured: Captured, extra: Mapping[str, Tensor]) -> None:
@@ -290,6 +295,8 @@ def _save(path: str | Path, captured: Captured, extra: Mapping[str, Tensor]) -> 
     written = {name: str(x) for name, x in metadata.items() if x is not None}
     beside = Path(f"{path}.{os.getpid()}.part")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a file")  # a rename would do away with /dev/null
         save_file(tensors | dict(extra), beside, written)
         beside.replace(path)
     except (OSError, SafetensorError) as error:

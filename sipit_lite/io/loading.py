@@ -113,7 +113,6 @@ def load(
     target = pick_device(device)
     given = {"device_map": device_map, "quantization_config": quantization_config}
     placed = {option: value for option, value in given.items() if value is not None}
-    # Where the hub is out of reach, transformers would try for half a minute.
     common = OURS | {"local_files_only": os.path.isdir(place) or not hub_in_reach()}
     bits = 4 if getattr(quantization_config, "load_in_4bit", False) else None
     bits = 8 if getattr(quantization_config, "load_in_8bit", False) else bits
@@ -162,7 +161,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=device).item()  # "meta" takes zeros, and has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         expected = "expected 'auto', 'cpu', or a CUDA device in reach"
         raise ModelError(f"got device {str(device)!r}; {expected}") from error
@@ -173,6 +172,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 def hub_in_reach() -> bool:
     """Whether the hub has an address here, or a proxy is set; it sends nothing."""
+    # Only a name is looked up: transformers would try for half a minute.
     try:
         socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
     except OSError:
@@ -197,7 +197,7 @@ def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
         raise ModelError(f"got layer {layers!r} as the last to keep; {there}")
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
-    text.num_hidden_layers = max(layers, 1)
+    text.num_hidden_layers = max(layers, 1)  # layer 0 is what enters the first block
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: max(layers, 1)]
     return config
@@ -231,7 +231,7 @@ def footprint(
 def _config(name: str, place: str, random_init: bool, common: dict) -> PreTrainedConfig:
     """The configuration of a decoder-only model; that of GPT-2 124M needs no file."""
     if random_init and name == "gpt2":
-        return GPT2Config()
+        return GPT2Config()  # whose defaults are GPT-2 124M
     config = AutoConfig.from_pretrained(place, **common)
     if config.is_encoder_decoder:
         kind = f"a sequence-to-sequence model ({config.model_type}); expected a decoder"
@@ -244,6 +244,7 @@ def _reason(name: str, error: BaseException) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     extras = isinstance(error, ImportError) or "accelerate" in reason
     got = f"got model {name!r}"
+    # The cause may be several errors deep: transformers wraps those of the hub.
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, huggingface_hub.errors.GatedRepoError):
@@ -278,6 +279,7 @@ def _check_causal(model: LanguageModel) -> None:
     """Refuse an encoder with the parts of a decoder: later tokens change its states."""
     if model.vocab_size == 1 or model.n_positions == 1:
         return
+    # One first token, two second ones: a causal model cannot tell them apart there.
     ids = torch.tensor([[0, 0], [0, model.vocab_size - 1]])
     one, other = model.states(ids, 1)[:, 0].double()
     moved = float((one - other).norm() / one.norm())

@@ -1,6 +1,7 @@
 """States of a running model survive the disk; the prompt is not in the file unless asked for; bad files are refused."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -345,7 +346,7 @@ def broken_file(tmp_path: Path, case: str) -> Path:
         ("empty", "not a complete safetensors file"),
         (
             "no metadata",
-            r"metadata \[\]; expected tensors 'layer.ℓ', .* metadata 'format'",
+            r"metadata \[\]; expected tensors 'layer.ℓ', .* 'format'",
         ),
         ("no states", r"with tensors \['other'\]"),
         ("no layer", r"with tensors \['layer.three'\]"),
@@ -389,6 +390,19 @@ def test_what_cannot_be_written_is_refused(
     with pytest.raises(StatesError, match="where no file can be written"):
         write_states(good, pocket, "another text", 2)
     assert good.read_bytes() == before and list(tmp_path.iterdir()) == [good]
+    # A rename would put a file in the place of a device.
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StatesError, match=r"can be written \(not a file\)"):
+        write_states(tmp_path / "pipe", pocket, TEXT, 2)
+    assert not (tmp_path / "pipe").is_file()
+
+
+def test_layers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Ten comes after two."""
+    path = tmp_path / "s.safetensors"
+    states = {f"layer.{layer}": torch.zeros(2, 8) for layer in (10, 2)}
+    save_file(states, path, {"format": "sipit-lite states 2", "model": "deep"})
+    assert list(read_states(path).states) == [2, 10] and read_states(path).layer == 2
 
 
 def full() -> None:
