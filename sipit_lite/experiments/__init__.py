@@ -1,1 +1,1 @@
-"""What is measured: benches, the paper's experiments, defences, other methods for comparison."""
+"""What is measured: benches, experiments of the paper, defences, other methods."""

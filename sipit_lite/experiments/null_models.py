@@ -22,7 +22,7 @@ def birthday_count(distance: Number, dimension: Number, radius: Number = 1.0) ->
     argument) n solves n(n − 1)/2 · p(r) = ln 2 (chapter 7). Dimension 2 is the ordinary
     sphere; it need not be an integer.
 
-    Raises ``StatesError`` unless 0 < distance < √2·radius and the dimension is positive.
+    Raises ``StatesError`` unless 0 < distance < √2·radius, for a positive dimension.
 
     >>> round(birthday_count(birthday_minimum(1000, 5), 5))
     1000

@@ -1,1 +1,1 @@
-"""What goes beyond the paper: drafts by a lens, the last state alone, several processes."""
+"""What goes beyond the paper: drafts by a lens, the last state alone, many processes."""

@@ -1,1 +1,1 @@
-"""Names become models, states come in and go out: loading, capture, text, corpora, shards."""
+"""Names become models, states come in and go out; text, corpora and shards."""
