@@ -31,6 +31,12 @@ RELATED = 0.1  # nearer than this share of the distance from the mean embedding
 CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each candidate
 SMALL = 2**13  # vocabularies up to this size are compared with themselves at once
 
+State = Float[Tensor, " d_model"]
+States = Float[Tensor, "rows d_model"]
+Distances = Float[Tensor, " rows"]
+Tokens = Int[Tensor, " tokens"]
+Bound = float | Tensor | None
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -46,9 +52,9 @@ class Observation:
     True
     """
 
-    states: Float[Tensor, "pos d_model"]
-    half_width: Float[Tensor, "pos d_model"]
-    radius: Float[Tensor, " pos"]
+    states: States
+    half_width: States
+    radius: Distances
 
     @classmethod
     def of(
@@ -56,8 +62,8 @@ class Observation:
         states: object,
         model: LanguageModel,
         layer: int,
-        epsilon: float | Tensor | None = None,
-        half_width: Tensor | None = None,
+        epsilon: Bound = None,
+        half_width: Bound = None,
     ) -> "Observation":
         """Check the states and work out their acceptance regions.
 
@@ -75,9 +81,8 @@ class Observation:
             raise StatesError(f"got states of norm {norm:.1e}; {model.dtype} overflows")
         if half_width is None:
             # Numbers stored in the model's own format are compared in it, bit for bit.
-            return cls(
-                values.to(model.dtype), rounding_half_width(states, model), radius
-            )
+            widths = rounding_half_width(states, model)
+            return cls(values.to(model.dtype), widths, radius)
         half_width = _check_bound("half_width", half_width, values)
         return cls(values, half_width[:, None].expand_as(values), radius)
 
@@ -89,18 +94,14 @@ class Observation:
         """Whether the states were stored at least as finely as the model computes."""
         return not bool(self.half_width.any())
 
-    def distance(
-        self, t: int, candidates: Float[Tensor, "cand d_model"]
-    ) -> Float[Tensor, " cand"]:
+    def distance(self, t: int, candidates: States) -> Distances:
         """Distance of each candidate's state from the observed one at position t."""
         return distance_to_stored(candidates, self.states[t], self.half_width[t])
 
 
 def distance_to_stored(
-    candidates: Float[Tensor, "cand d_model"],
-    observed: Float[Tensor, " d_model"],
-    half_width: Float[Tensor, " d_model"],
-) -> Float[Tensor, " cand"]:
+    candidates: States, observed: State, half_width: State
+) -> Distances:
     """ℓ2 distance to the nearest state that would have been stored as the observed one.
 
     With half width zero this is ‖F(v) − ĥ_t‖₂, the paper's local verifier. A candidate
@@ -115,7 +116,7 @@ def distance_to_stored(
     return distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def check_states(states: object, model: LanguageModel) -> Float[Tensor, "pos d_model"]:
+def check_states(states: object, model: LanguageModel) -> States:
     """The observed states on the model's device, in its format or float32 if finer.
 
     Raises ``StatesError`` for anything but (T, d_model) finite numbers, 1 ≤ T ≤ K.
@@ -152,10 +153,8 @@ def check_states(states: object, model: LanguageModel) -> Float[Tensor, "pos d_m
     return values
 
 
-def _check_bound(
-    name: str, value: float | Tensor | None, values: Float[Tensor, "pos d_model"]
-) -> Float[Tensor, " pos"]:
-    """One number for each position, none where None; ``StatesError`` for others."""
+def _check_bound(name: str, value: Bound, values: States) -> Distances:
+    """One number for each position, 0 for None; ``StatesError`` for anything else."""
     bound = torch.as_tensor(0.0 if value is None else value).to(values)
     fits = bound.shape in ((), (len(values),))
     if not fits or not bool(((bound >= 0) & bound.isfinite()).all()):
@@ -166,9 +165,7 @@ def _check_bound(
     return bound.expand(len(values))
 
 
-def rounding_half_width(
-    states: Float[Tensor, "pos d_model"], model: LanguageModel
-) -> Float[Tensor, "pos d_model"]:
+def rounding_half_width(states: States, model: LanguageModel) -> States:
     """How far rounding to the stored format may have moved each number: half a unit.
 
     Zero where the states are stored at least as finely as the model computes.
@@ -256,7 +253,7 @@ def _measured(model: LanguageModel, layer: int) -> tuple[float, bool]:
     return model.measured[key]
 
 
-def related(tokens: Int[Tensor, " pos"], model: LanguageModel) -> Bool[Tensor, " pos"]:
+def related(tokens: Tokens, model: LanguageModel) -> Bool[Tensor, " tokens"]:
     """Whether another embedding is so near a token's that it might share its states."""
     known = model.measured.get(("related",))
     if known is None:
@@ -277,21 +274,17 @@ def related(tokens: Int[Tensor, " pos"], model: LanguageModel) -> Bool[Tensor, "
 
 
 def agreeing(
-    observed: Observation,
-    first: int,
-    tokens: Int[Tensor, " pos"],
-    states: Float[Tensor, "pos d_model"],
-    model: LanguageModel,
-) -> tuple[int, Float[Tensor, " pos"]]:
-    """How many drafted tokens from ``first`` on are accepted, and all distances.
+    observed: Observation, tokens: Tokens, states: States, model: LanguageModel
+) -> tuple[int, Distances]:
+    """How many of the drafted tokens, the last ``len(tokens)``, are accepted.
 
-    Those up to the first that does not agree clearly, or has a related token; later
-    states were computed after a wrong token and prove nothing.
+    Those up to the first that does not agree clearly, or has a related token: later
+    states were computed after a wrong token and prove nothing. Then all distances.
     """
-    apart = states - observed.states[first : first + len(tokens)]
-    distance = vector_norm(apart.float(), dim=1)
-    distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    agrees = distance <= CLEAR * observed.radius[first : first + len(tokens)]
+    first = len(observed) - len(tokens)
+    apart = (states - observed.states[first:]).float()
+    distance = vector_norm(apart, dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    agrees = distance <= CLEAR * observed.radius[first:]
     agrees &= ~related(tokens, model)
     return int(agrees.cumprod(0).sum()), distance
 
@@ -300,10 +293,10 @@ def try_candidates(
     step: OneStepMap,
     observed: Observation,
     t: int,
-    batches: Iterable[Int[Tensor, " cand"]],
+    batches: Iterable[Tokens],
     *,
     trusting: bool = False,
-) -> Float[Tensor, " vocab"]:
+) -> Distances:
     """Distances of the tokens tested at position t, NaN for the others.
 
     Batches are tested until one holds a token that verifies; then its rivals are.
@@ -335,12 +328,12 @@ def try_candidates(
 
 
 def bit_for_bit(
-    distance: Float[Tensor, " vocab"],
+    distance: Distances,
     observed: Observation,
-    prefix: Int[Tensor, " pos"],
+    prefix: Tokens,
     passes: Sequence[int],
     step: OneStepMap,
-) -> tuple[Float[Tensor, " vocab"], float]:
+) -> tuple[Distances, float]:
     """Distances and radius, computed anew where several tokens lie within the noise.
 
     A pass of the same length rounds in the same way, whatever stands behind the

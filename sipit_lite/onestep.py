@@ -18,6 +18,8 @@ ROWS = 256  # candidates a pass: enough to keep the matrix products busy
 EXACT = "donot_use_mm_for_euclid_dist"
 FLOAT_ROOM = 2**27  # numbers of copied cache: never more than 512 MiB in float32
 
+Rows = Float[Tensor, "rows d_model"]
+
 
 @dataclass(frozen=True, eq=False)
 class OneStepMap:
@@ -54,9 +56,7 @@ class OneStepMap:
         """The map one position further, with ``token`` appended to the prefix."""
         return self.follow(torch.tensor([token], device=self.model.device))[1]
 
-    def follow(
-        self, ids: Int[Tensor, " pos"]
-    ) -> tuple[Float[Tensor, "pos d_model"], "OneStepMap"]:
+    def follow(self, ids: Int[Tensor, " rows"]) -> tuple[Rows, "OneStepMap"]:
         """The states of further tokens, read in one pass, and the map after them."""
         states, (step,) = self.branch(ids[None])
         return states[0], step
@@ -81,7 +81,7 @@ class OneStepMap:
         past = ((k[:, :, :position], v[:, :, :position]) for k, v in self.past)
         return replace(self, position=position, past=tuple(past))
 
-    def tokens(self, tokens: Int[Tensor, " cand"]) -> Float[Tensor, "cand d_model"]:
+    def tokens(self, tokens: Int[Tensor, " rows"]) -> Rows:
         """F(v) for each candidate token, shape (candidates, d_model)."""
         copied = sum(keys.numel() + values.numel() for keys, values in self.past)
         size = max(1, min(ROWS, FLOAT_ROOM // max(copied, 1)))
@@ -98,9 +98,7 @@ class OneStepMap:
                     # The device is fuller than it looked: smaller passes say the same.
                     size //= 2
 
-    def embedding(
-        self, e: Float[Tensor, "cand d_model"]
-    ) -> Float[Tensor, "cand d_model"]:
+    def embedding(self, e: Rows) -> Rows:
         """F(e): the next token's embedding replaced by each row; differentiable in e."""
         if self.position >= self.model.n_positions:
             reads = f"{self.model.name} reads {self.model.n_positions}"

@@ -13,12 +13,11 @@ from sipit_lite.model import SipItError, StatesError
 class Recovery:
     """What SipIt recovered, and how clearly: one entry a position, on the CPU.
 
-    ``distance`` is ‖F(v) − ĥ_t‖₂ of the accepted token v (beyond the rounding, for
-    states stored in a coarser format) and ``radius`` the ε_t that it had to meet;
-    ``runner_up`` the smallest distance of another token tested, infinite where none
-    was; ``tested`` counts the candidates. ``verified`` is False only where
-    ``on_fail="nearest"`` took a token that no test accepted. ``margin`` is Δ_{π,t}
-    where ``certify=True`` measured it, else NaN; ``seconds`` is wall-clock time.
+    ``distance`` is ‖F(v) − ĥ_t‖₂ of the accepted token v and ``radius`` the ε_t it had
+    to meet; ``runner_up`` the smallest distance of another token tested, infinite where
+    none was; ``tested`` counts them. ``verified`` is False only where a token that no
+    test accepted was taken (``on_fail="nearest"``). ``margin`` is Δ_{π,t} where
+    ``certify=True`` measured it, else NaN; ``seconds`` is wall-clock time.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -51,8 +50,8 @@ class Recovery:
 class NotVerified(SipItError):
     """No token verifies at ``position``, counted from 0.
 
-    ``recovered`` is the verified prefix, ``nearest`` the closest token tested,
-    ``distance`` its distance and ``radius`` the ε_t that it missed.
+    ``recovered`` is the verified prefix, ``nearest`` the closest token tested, at
+    ``distance``, and ``radius`` the ε_t that it missed.
     """
 
     def __init__(self, message: str, **known: "int | float | Recovery") -> None:

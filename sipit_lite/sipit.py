@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from sipit_lite import acceptance
+from sipit_lite.acceptance import (
+    Observation,
+    agreeing,
+    bit_for_bit,
+    separated,
+    try_candidates,
+)
 from sipit_lite.collisions import closest_pairs
 from sipit_lite.model import LanguageModel, StatesError
 from sipit_lite.onestep import OneStepMap
@@ -108,11 +114,11 @@ def invert_many(
 ) -> list[Outcome]:
     """Recover many prompts of any lengths: one outcome a prompt, in their order.
 
-    Takes what ``invert`` takes: ``half_width`` and ``passes`` hold one entry a prompt,
-    ``epsilon`` is one number for all or has one entry a prompt. With a ``lens`` the
-    prompts share their passes. A prompt that cannot be recovered does not stop the
-    others: its outcome is the error that ``invert`` would raise. Raises ``ModelError``,
-    ``LensError``, and on Ctrl-C ``Interrupted``, with all outcomes so far.
+    Takes what ``invert`` takes, ``half_width`` and ``passes`` with an entry a prompt,
+    ``epsilon`` as one number or with an entry a prompt; with a ``lens`` prompts share
+    their passes. The outcome of a prompt that cannot be recovered is the error that
+    ``invert`` would raise. Raises ``ModelError``, ``LensError``, and on Ctrl-C
+    ``Interrupted``, with all outcomes so far.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -129,8 +135,7 @@ def invert_many(
             prompt.observe(states[i], noise, width, passes[i] if passes else None)
         _recover(prompts, shared, progress)
     except KeyboardInterrupt:
-        unfinished = [prompt for prompt in prompts if not prompt.done]
-        stopped = (unfinished or prompts)[0].recovered()
+        stopped = next((p for p in prompts if not p.done), prompts[0]).recovered()
         raise Interrupted(stopped, [p.outcome() for p in prompts]) from None
     return [prompt.outcome() for prompt in prompts]
 
@@ -189,12 +194,11 @@ class _Prompt:
     ) -> None:
         """Check what was observed; ``error`` says what is wrong with it."""
         options = self.options
-        model = options.model
+        where = (options.model, options.layer)
         try:
-            self.observed = acceptance.Observation.of(
-                states, model, options.layer, epsilon, half_width
-            )
-            count = len(self.observed)
+            observed = Observation.of(states, *where, epsilon, half_width)
+            self.observed = observed
+            count = len(observed)
             self.passes = [count] if passes is None else list(passes)
             if min(self.passes, default=0) < 1 or sum(self.passes) != count:
                 raise StatesError(
@@ -205,7 +209,7 @@ class _Prompt:
             self.error = error
             return
         self.recovery = _blank(self.observed.radius)
-        sixteen_bits = torch.finfo(model.dtype).bits <= 16
+        sixteen_bits = torch.finfo(options.model.dtype).bits <= 16
         # Announced noise is no rounding, which a pass of the same length would repeat.
         self.repeatable = sixteen_bits and epsilon is None
         # Where two tokens could fit one stored state, only a scan can tell.
@@ -217,9 +221,9 @@ class _Prompt:
         """Whether nothing is left to do."""
         return self.error is not None or 0 < self.length == len(self.recovery.tokens)
 
-    def recovered(self, count: int | None = None) -> Recovery:
-        """The first ``count`` positions, by default those that are settled."""
-        recovery = self.recovery.first(self.length if count is None else count)
+    def recovered(self) -> Recovery:
+        """The positions that are settled."""
+        recovery = self.recovery.first(self.length)
         recovery.text = self.options.model.decode(recovery.tokens)
         recovery.seconds = time.perf_counter() - self.started
         return recovery
@@ -232,9 +236,8 @@ class _Prompt:
         """Settle the drafted tokens that agree, up to the first that does not."""
         first = self.length
         draft = self.tokens[first:]
-        accepted, distance = acceptance.agreeing(
-            self.observed, first, draft, states, self.options.model
-        )
+        model = self.options.model
+        accepted, distance = agreeing(self.observed, draft, states, model)
         end = first + accepted
         self.recovery.tokens[first:end] = draft[:accepted].cpu()
         self.recovery.distance[first:end] = distance[:accepted].cpu()
@@ -244,31 +247,29 @@ class _Prompt:
         """Test candidates at the first open position, and settle it or refuse."""
         t = self.length
         options = self.options
+        observed = self.observed
         margin = float("nan")
         if self.exhaustive:
             states = step.tokens(options.model.vocabulary)
-            distance = self.observed.distance(t, states)
+            distance = observed.distance(t, states)
             if options.certify:
                 margin = closest_pairs(states, 1).minimum
         else:
-            order = options.policy.proposals(
-                step, self.observed.states[t], self.generator
-            )
-            distance = acceptance.try_candidates(
-                step, self.observed, t, order, trusting=self.drafted
-            )
-        radius = float(self.observed.radius[t])
+            row = observed.states[t]
+            order = options.policy.proposals(step, row, self.generator)
+            trusting = self.drafted
+            distance = try_candidates(step, observed, t, order, trusting=trusting)
+        radius = float(observed.radius[t])
         if self.repeatable:
-            distance, radius = acceptance.bit_for_bit(
-                distance, self.observed, self.tokens[:t], self.passes, step
+            prefix = self.tokens[:t]
+            distance, radius = bit_for_bit(
+                distance, observed, prefix, self.passes, step
             )
-        self.settle(distance, radius, margin)
+        self.recovery.margin[t] = margin
+        self.settle(t, distance, radius)
 
-    def settle(
-        self, distance: Float[Tensor, " vocab"], radius: float, margin: float
-    ) -> None:
+    def settle(self, t: int, distance: Float[Tensor, " vocab"], radius: float) -> None:
         """Accept the one token that verifies; where none or several do, refuse."""
-        t = self.length
         verified = (distance <= radius).nonzero()[:, 0]
         known = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
         best = known.topk(min(2, len(known)), largest=False)
@@ -278,7 +279,6 @@ class _Prompt:
         row.distance[t] = nearest
         row.runner_up[t] = second[0] if second else torch.inf
         row.radius[t] = radius
-        row.margin[t] = margin
         row.tested[t] = (~distance.isnan()).sum()
         row.verified[t] = len(verified) == 1
         if row.verified[t] or self.options.on_fail == "nearest":
@@ -288,32 +288,31 @@ class _Prompt:
             self.length = t + 1
             self.searched = True
             return
-        seen = (
-            f"nearest of {int(row.tested[t])} tested is {self._quote(row.tokens[t])} at "
-            f"distance {nearest:.3g}"
-        )
+        hint = "noisy states need epsilon; or another model, or another layer?"
+        what = f"no token verifies ({hint})"
         if len(verified):
             rival = self._quote(verified[-1])
-            several = f"{len(verified)} tokens verify, among them {rival}"
-            self._refuse(Ambiguous, t, f"{several}; {seen}")
-        else:
-            hint = "noisy states need epsilon; or another model, or another layer?"
-            self._refuse(NotVerified, t, f"no token verifies ({hint}); {seen}")
+            what = f"{len(verified)} tokens verify, among them {rival}"
+        what += f"; nearest of {int(row.tested[t])} tested is "
+        what += f"{self._quote(row.tokens[t])} at distance {nearest:.3g}"
+        self._refuse(Ambiguous if len(verified) else NotVerified, what)
 
     def read_once_more(self, states: Float[Tensor, "pos d_model"]) -> None:
         """Compare all verified positions with the states of the prompt in one pass."""
         for t in self.recovery.verified.nonzero()[:, 0].tolist():
             distance = float(self.observed.distance(t, states[t : t + 1]))
             if not distance <= self.observed.radius[t]:
+                self.length = t
                 self.recovery.distance[t] = distance
                 self.recovery.radius[t] = self.observed.radius[t]
                 what = f"the recovered prompt, read in one pass, is {distance:.3g} away"
-                self._refuse(NotVerified, t, what)
+                self._refuse(NotVerified, what)
                 return
 
-    def _refuse(self, kind: type[NotVerified], t: int, what: str) -> None:
-        """End with an error at position t that carries the prefix before it."""
-        prefix = self.recovered(t)
+    def _refuse(self, kind: type[NotVerified], what: str) -> None:
+        """End with an error at the first open position that carries the prefix."""
+        t = self.length
+        prefix = self.recovered()
         radius = float(self.recovery.radius[t])
         self.error = kind(
             f"position {t}: {what}, radius {radius:.3g}; verified so far: {t} tokens "
@@ -342,7 +341,13 @@ def _blank(radius: Float[Tensor, " pos"]) -> Recovery:
 def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     """Algorithm 1: draft, read the drafts, finish each prompt; read all once more."""
     prompts = [prompt for prompt in prompts if prompt.error is None]
-    _draft([prompt for prompt in prompts if not prompt.exhaustive], options)
+    quick = [prompt for prompt in prompts if options.drafts and not prompt.exhaustive]
+    if quick and separated(options.model, options.layer):
+        drafts = options.lens.draft(torch.cat([p.observed.states for p in quick]))
+        for prompt in quick:
+            prompt.drafted = True
+            prompt.tokens = drafts[: len(prompt.observed)].clone()
+            drafts = drafts[len(prompt.observed) :]
     count = sum(len(prompt.observed) for prompt in prompts)
     start = OneStepMap.after(options.model, options.layer)
     with tqdm(total=count, desc="inverting", disable=None if progress else True) as bar:
@@ -355,18 +360,6 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
         together = options.model.states(_padded(batch), options.layer)
         for prompt, states in zip(batch, together, strict=True):
             prompt.read_once_more(states)
-
-
-def _draft(prompts: list[_Prompt], options: _Options) -> None:
-    """Draft all prompts at once, where drafts may be trusted without testing rivals."""
-    wanted = options.drafts and len(prompts) > 0
-    if wanted and acceptance.separated(options.model, options.layer):
-        states = torch.cat([prompt.observed.states for prompt in prompts])
-        drafts = options.lens.draft(states)
-        for prompt in prompts:
-            prompt.tokens = drafts[: len(prompt.observed)].clone()
-            prompt.drafted = True
-            drafts = drafts[len(prompt.observed) :]
 
 
 def _finish(
