@@ -1,4 +1,4 @@
-"""The detector against what one would write first, on the same states in the same run (chapters 6 and 7)."""
+"""The detector against what one would write first, same states (chapters 6, 7)."""
 
 import statistics
 import time
@@ -30,45 +30,41 @@ def collisions(
     progress: bool = False,
     folder: str | Path | None = None,
 ) -> tuple[list[Check], dict]:
-    """Closest pairs of 100 000 distinct prompts at every layer: ours, blocked float32 products, exact cdist, float64.
+    """Closest pairs of 100 000 distinct prompts at every layer, and what else it takes.
 
-    Then normal data without structure, peak memory, growth with N, and the rate of the forward passes, measured on one
-    shard of prompts. ``folder`` keeps the states, so that a run that was stopped goes on.
+    Ours, blocked float32 products, exact cdist, float64. Then normal data without
+    structure, peak memory, growth with N, and the rate of the forward passes, measured
+    on one shard of prompts. ``folder`` keeps the states, so that a run that was stopped
+    goes on.
     """
-    n, source = (2000, "bundled") if quick else (100_000, "installed")
-    asked = distinct(model.tokenizer, n, LENGTH, seed=seed, source=source)
-    layers = list(range(1, model.n_layers + 1))
-    some = asked[:SHARD]
+    n = 600 if quick else 100_000
+    options = {"seed": seed, "source": "bundled" if quick else "installed"}
+    prompts = distinct(model.tokenizer, n, LENGTH, **options)
+    layers = [1, model.n_layers] if quick else list(range(1, model.n_layers + 1))
+    shard = prompts[:SHARD]
+    # Before and after, since clocks and neighbours change.
     rates = [gemm_rate(model.device)]
-    seconds = clock(lambda: last_states(model, some, layers), model.device)
+    seconds = clock(lambda: last_states(model, shard, layers), model.device)
     rates.append(gemm_rate(model.device))
     rate = statistics.mean(rates)
-    share = forward_flops(model, len(some) * LENGTH, LENGTH) / seconds / rate
-    states = last_states(model, asked, layers, folder=folder, progress=progress)
-    rows = [
-        compare(x.to(model.device), layer, quick)
-        for layer, x in zip(layers, states, strict=True)
-    ]
-    flat = torch.randn(
-        n // (1 if quick else 4),
-        model.d_model,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    share = forward_flops(model, len(shard) * LENGTH, LENGTH) / seconds / rate
+    states = last_states(model, prompts, layers, folder=folder, progress=progress)
+    rows = []
+    for layer, x in zip(layers, states, strict=True):
+        rows.append(compare(x.to(model.device), layer, quick))
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(n // (1 if quick else 4), model.d_model, generator=generator)
     flat_ratio = isotropic_ratio(flat.to(model.device))
-    memory = in_a_process(
-        "sipit_lite.experiments.collision_speed",
-        "memory_above_the_states",
-        n,
-        model.d_model,
-    )
-    more = distinct(model.tokenizer, n, LENGTH // 2, seed=seed, source=source)
+    if quick:
+        memory = memory_above_the_states(n, model.d_model)
+    else:
+        # What this process has taken so far would hide it.
+        name = "memory_above_the_states"
+        memory = in_a_process(__name__, name, n, model.d_model)
+    more = distinct(model.tokenizer, n, LENGTH // 2, **options)
     place = folder and Path(folder) / "more"
-    grown = torch.cat(
-        [
-            states[-1],
-            last_states(model, more, layers[-1:], folder=place, progress=progress)[0],
-        ]
-    )
+    [others] = last_states(model, more, layers[-1:], folder=place, progress=progress)
+    grown = torch.cat([states[-1], others])
     sizes = [n // 4, n // 2, n, 2 * n]
     times = growth(grown.to(model.device), sizes)
     checks = [
@@ -90,7 +86,7 @@ def collisions(
         "minimum error of gemm against float64, largest": max(
             row["gemm error"] for row in rows
         ),
-        "states, prompts a second": len(some) / seconds,
+        "states, prompts a second": len(shard) / seconds,
         "forward GFLOP/s": share * rate / 1e9,
         "gemm GFLOP/s": rate / 1e9,
         "growth exponent of time with N": float(
@@ -101,7 +97,7 @@ def collisions(
 
 
 def compare(x: Float[Tensor, "n d_model"], layer: int, quick: bool = False) -> dict:
-    """One layer: seconds and minima of the detector, of the blocked float32 formula, of cdist and faiss."""
+    """One layer: seconds and minima of the detector, the formula, cdist and faiss."""
     ours, found = [], []
     gemm_seconds = clock(lambda: found.append(gemm_minimum(x)), x.device)
     for _ in range(1 if quick else REPEATS):
@@ -124,7 +120,7 @@ def compare(x: Float[Tensor, "n d_model"], layer: int, quick: bool = False) -> d
 
 
 def gemm_minimum(x: Float[Tensor, "n d_model"], block: int = BLOCK) -> float:
-    """The obvious code: ‖a‖² + ‖b‖² − 2a·b by blocks, in the precision of x; the smallest, however wrong.
+    """The obvious code, ‖a‖² + ‖b‖² − 2a·b by blocks; the smallest, however wrong.
 
     >>> gemm_minimum(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.5]]))
     0.5
@@ -146,7 +142,7 @@ def gemm_minimum(x: Float[Tensor, "n d_model"], block: int = BLOCK) -> float:
 
 
 def cdist_seconds(x: Float[Tensor, "n d_model"], rows: int = 128) -> float:
-    """Seconds that exact ``torch.cdist`` would take for all pairs, from a sample of rows against all."""
+    """Seconds of exact ``torch.cdist``, from a sample of rows against all."""
     spread = torch.linspace(0, len(x) - 1, min(rows, len(x)), device=x.device).long()
     seconds = clock(
         lambda: torch.cdist(x[spread], x, compute_mode=EXACT).min(), x.device
@@ -155,7 +151,7 @@ def cdist_seconds(x: Float[Tensor, "n d_model"], rows: int = 128) -> float:
 
 
 def faiss_seconds(x: Float[Tensor, "n d_model"], rows: int = 2000) -> float:
-    """Seconds that a flat faiss index would take for the nearest neighbour of every row, from a sample of rows."""
+    """Seconds of a flat faiss index for the neighbour of every row, from a sample."""
     import faiss
 
     index, some = faiss.IndexFlatL2(x.shape[1]), x[:rows].cpu().numpy()
@@ -166,7 +162,7 @@ def faiss_seconds(x: Float[Tensor, "n d_model"], rows: int = 2000) -> float:
 
 
 def isotropic_ratio(x: Float[Tensor, "n d_model"]) -> float:
-    """Time of the detector over that of the blocked float32 formula where no axis stands out; median."""
+    """Median time of the detector over the formula's where no axis stands out."""
     pairs = [
         (
             clock(lambda: closest_pairs(x, 1), x.device),
@@ -195,13 +191,13 @@ def growth(
 
 
 def gemm_rate(device: torch.device, size: int = 2048) -> float:
-    """Floating-point operations a second of a large float32 matrix product; the better of two."""
+    """Operations a second of a large float32 matrix product; the better of two."""
     a, b = torch.randn(2, size, size, device=device)
     return 2 * size**3 / min(clock(lambda: a @ b, device) for _ in range(2))
 
 
 def forward_flops(model: LanguageModel, tokens: int, length: int) -> int:
-    """Operations that the matrix products of the blocks need: two for each weight and token, and attention's own."""
+    """Operations of the blocks: two for each weight and token, and attention's own."""
     blocks = sum(
         p.numel() for name, p in model.decoder.named_parameters() if p.ndim == 2
     ) - sum(
@@ -213,7 +209,7 @@ def forward_flops(model: LanguageModel, tokens: int, length: int) -> int:
 
 
 def memory_above_the_states(n: int, d: int) -> float:
-    """GiB that the detector takes above random states of that size: run it in a process of its own."""
+    """GiB that the detector takes above random states, in a process of its own."""
     x = torch.randn(n, d).mul_(torch.logspace(1, -1, d))
     closest_pairs(
         x[:1000]
