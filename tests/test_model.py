@@ -1,4 +1,4 @@
-"""States are those of untouched transformers models, at every layer; bad input gets a clear refusal."""
+"""States are those of untouched transformers models; bad input is refused clearly."""
 
 import copy
 import io
@@ -43,7 +43,7 @@ NORMS = {"ln_f", "norm", "final_layer_norm"}
 
 
 def reference(untouched: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """All layers from transformers: hidden_states below L, and what the final norm receives for L."""
+    """All layers from transformers: for L, what the final norm receives."""
     received = []
     norm = next(m for n, m in untouched.base_model.named_children() if n in NORMS)
     hook = norm.register_forward_hook(
@@ -99,7 +99,7 @@ def test_cutting_leaves_the_model_whole(pocket: LanguageModel) -> None:
 def test_embeddings_are_what_the_first_block_sees(
     family: tuple[PreTrainedModel, LanguageModel],
 ) -> None:
-    """Scaled embeddings (Gemma) come scaled; layer 0 differs from them by a position term alone."""
+    """Scaled embeddings (Gemma) come scaled."""
     untouched, model = family
     ids = torch.arange(5, device=model.device)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_round_trip_of_text(pocket: LanguageModel) -> None:
 
 
 def test_random_initialisation_is_seeded() -> None:
-    """The same seed gives the same weights, and the caller's random numbers are left alone."""
+    """The same seed, the same weights; the caller's random numbers are left alone."""
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -154,7 +154,7 @@ def test_gpt2_at_initialisation_needs_no_file() -> None:
 def test_unknown_models_are_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name not in reach, an empty folder, and truncated weights: the name and what was expected are quoted."""
+    """Not in reach, an empty folder, truncated weights: the name is quoted."""
     monkeypatch.chdir(tmp_path)
     source = Path(__file__).parent.parent / "sipit_lite" / "pocket_gpt2"
     if name != "no-such-model-anywhere":
@@ -197,13 +197,13 @@ def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
 
 
 def test_other_structures_are_refused(tmp_path: Path) -> None:
-    """A sequence-to-sequence model, an encoder, and a model whose blocks cannot be found, each by its name."""
+    """A sequence-to-sequence model, an encoder, others without such blocks."""
     T5Model(
         T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     ).save_pretrained(tmp_path / "a")
     with pytest.raises(
         ModelError,
-        match=r"a sequence-to-sequence model \(t5\); expected a decoder-only language model",
+        match=r"a sequence-to-sequence model \(t5\); expected a decoder-only",
     ):
         load(tmp_path / "a")
     sizes = {
@@ -223,7 +223,7 @@ def test_other_structures_are_refused(tmp_path: Path) -> None:
     BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "c")
     with pytest.raises(
         ModelError,
-        match=r"got BertModel with 0 lists of 2 blocks, 0 norms of width 8 .* expected a",
+        match=r"got BertModel with 0 lists of 2 blocks, 0 norms of width 8 .* expected",
     ):
         load(tmp_path / "c")
     MambaModel(
@@ -261,7 +261,7 @@ def test_a_gated_model_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_tokenizer_of_another_model_is_refused(
     tmp_path: Path, pocket: LanguageModel
 ) -> None:
-    """Its tokens go beyond the embeddings: the first such token is quoted, not clipped."""
+    """Its tokens go beyond the embeddings: one is quoted, none is clipped."""
     GPT2Model(
         GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=2, n_positions=9)
     ).save_pretrained(tmp_path)
@@ -275,11 +275,11 @@ def test_a_tokenizer_of_another_model_is_refused(
 def test_layers_left_out_are_never_loaded(
     pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three blocks of six: the same states, half the blocks; and none of the rest was read."""
+    """Three blocks of six: the same states, and none of the rest was read."""
     read: list[str] = []
 
     class Told:
-        """An open file, or the slice of a weight in it, that says which weights were read."""
+        """An open file, or the slice of a weight, that says what was read."""
 
         def __init__(self, inner: object, name: str = ""):
             self.inner, self.name = inner, name
@@ -335,7 +335,7 @@ def test_layers_left_out_of_every_family(
 def test_memory_is_told_and_checked_before_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The line is printed first; where it does not fit, the refusal says what does, and no weight is read."""
+    """The line comes first; what does not fit is refused, and no weight is read."""
     config = GPT2Config(vocab_size=9, n_embd=64, n_layer=4, n_head=2, n_positions=9)
     untouched = GPT2Model(config)
     untouched.save_pretrained(tmp_path)
@@ -393,7 +393,7 @@ def test_out_of_memory_while_loading(
     name: str,
     error: Exception,
 ) -> None:
-    """The layers or the format that fit are named, whether the weights are read or moved to the device."""
+    """The layers and the format that fit are named, in reading and in moving."""
     GPT2Model(
         GPT2Config(vocab_size=9, n_embd=64, n_layer=4, n_head=2, n_positions=9)
     ).save_pretrained(tmp_path)
@@ -404,7 +404,7 @@ def test_out_of_memory_while_loading(
     monkeypatch.setattr(place, name, full)
     with pytest.raises(
         ModelError,
-        match=r"out of memory: .* take .* expected one that fits: dtype=torch\.bfloat16",
+        match=r"out of memory: .* take .* one that fits: dtype=torch\.bfloat16",
     ):
         load(tmp_path, device="cpu")
 
@@ -412,7 +412,7 @@ def test_out_of_memory_while_loading(
 def test_options_reach_transformers_as_they_are(
     pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The format, the device map and the quantisation; and the weights stay where transformers has put them."""
+    """Format, device map, quantisation; weights stay where transformers put them."""
     given, quantised = {}, BitsAndBytesConfig(load_in_8bit=True)
 
     def stored(place: str, **options: object) -> tuple[PreTrainedModel, dict]:
@@ -537,7 +537,7 @@ class Wrapped(nn.Module):
     "form", [lambda x: x, lambda x: x.get_decoder(), lambda x: Wrapped(x)]
 )
 def test_any_model_in_memory(form: object) -> None:
-    """Its unembedding, its wrapper, its mode and its gradients do not matter, and stay."""
+    """Its unembedding, wrapper, mode and gradients do not matter, and stay."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2}
     untouched = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.5))
@@ -568,8 +568,9 @@ def test_what_is_no_model_is_refused(pocket: LanguageModel) -> None:
 # The fingerprint
 
 SIZES = {
-    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 16, "max_position_embeddings": 40,
+    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16,
+    "max_position_embeddings": 40,
 }  # fmt: skip
 
 
@@ -600,7 +601,7 @@ def test_the_fingerprint_covers_the_configuration(change: dict) -> None:
 
 
 def test_the_fingerprint_covers_every_bit(pocket: LanguageModel) -> None:
-    """One bit of one number, and two equal rows of the embeddings, but no format of the file."""
+    """One bit of one number, and two equal rows; but nothing that changes no state."""
     decoder = copy.deepcopy(pocket.decoder)
     assert LanguageModel(decoder).fingerprint == pocket.fingerprint
     decoder.config.use_cache = False
@@ -653,7 +654,7 @@ def test_a_pickle_of_more_than_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_loading_changes_nothing_global() -> None:
-    """Neither the precision of matrix products nor, from several threads, the verbosity."""
+    """Neither the precision of products nor, from several threads, the verbosity."""
     verbosity = loading.logging.get_verbosity()
     bars = loading.logging.is_progress_bar_enabled()
     before = torch.get_float32_matmul_precision()
@@ -695,7 +696,7 @@ def test_the_text_is_the_prompt(pocket: LanguageModel, ends: str) -> None:
 
 
 def test_taps_see_passes_of_their_thread_alone(pocket: LanguageModel) -> None:
-    """Another thread's pass over the same blocks, in the middle of ours, is not kept."""
+    """Another thread's pass over the same blocks, amid ours, is not kept."""
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), pocket.tapped([0, 2]) as states:
         pocket.cut(2)(inputs_embeds=pocket.embeddings[ids])

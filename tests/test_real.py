@@ -1,4 +1,4 @@
-"""The tests of real weights, pointed at small random models in folders: they run, and they fail on broken ones."""
+"""The tests of real weights run on small random models, and fail on broken ones."""
 
 import copy
 import os
@@ -83,11 +83,12 @@ def with_begin(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def folders(
     pocket: LanguageModel, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    """Two sound models, the second rotary, untied, with a begin-of-text token; and two broken ones."""
+    """Two sound models, one rotary, untied, with a begin token; two broken ones."""
     place, vocabulary = tmp_path_factory.mktemp("weights"), pocket.vocab_size
     gpt2, config = small_gpt2(vocabulary), LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False,
+        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+        max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False,
     )  # fmt: skip
     found = {
         "gpt2": save(gpt2, pocket.tokenizer, place / "gpt2"),
@@ -122,14 +123,14 @@ def outcomes(folders: dict[str, str]) -> dict[str, dict[str, str]]:
 def test_sound_folders_pass(
     folders: dict[str, str], outcomes: dict[str, dict[str, str]]
 ) -> None:
-    """The same four tests for each; the second puts a begin-of-text token before every text."""
+    """The same four tests for each; the second has a begin-of-text token."""
     assert load(folders["llama"], device="cpu").begin == 0
     assert len(outcomes["gpt2"]) == 4 and set(outcomes["gpt2"].values()) == {"PASSED"}
     assert outcomes["llama"] == outcomes["gpt2"]
 
 
 def test_broken_folders_fail(outcomes: dict[str, dict[str, str]]) -> None:
-    """Truncated weights cannot be read; two equal embeddings make the inversion refuse, and nothing else notices."""
+    """Truncated weights cannot be read; two equal embeddings make inversion refuse."""
     assert (
         set(outcomes["truncated"].values()) == {"ERROR"}
         and len(outcomes["truncated"]) == 4

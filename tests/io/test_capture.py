@@ -1,4 +1,4 @@
-"""States of a running model survive the disk; the prompt is not in the file unless asked for; bad files are refused."""
+"""States of a running model survive the disk, without the prompt; bad files do not."""
 
 import copy
 import os
@@ -44,7 +44,8 @@ import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from sipit_lite import capture
 folder, place = sys.argv[1:]
-prompt = AutoTokenizer.from_pretrained(folder)("A running model leaks", return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+prompt = tokenizer("A running model leaks", return_tensors="pt")
 for dtype in ("float32", "bfloat16"):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     with capture(model, f"{place}/{dtype}", layers=[1, 6]):
@@ -87,7 +88,7 @@ def test_round_trip(
 def test_eight_bits_come_with_their_scale(
     pocket: LanguageModel, tmp_path: Path
 ) -> None:
-    """Each number is within half the scale of what it was, and the prompt comes back at a deep layer."""
+    """Each number is within half the scale of what it was; the prompt comes back."""
     stored = write_states(
         tmp_path / "s.safetensors", pocket, SHORT, 6, dtype=torch.int8
     )
@@ -101,7 +102,7 @@ def test_eight_bits_come_with_their_scale(
 
 
 def test_another_process_and_its_generation(tmp_path: Path) -> None:
-    """What another process captured while it generated: all tokens but the last, never read."""
+    """What another process captured as it generated: all tokens but the last."""
     command = [sys.executable, "-c", PROGRAM, str(POCKET), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     answers = done.stdout.splitlines()
@@ -117,7 +118,7 @@ def test_another_process_and_its_generation(tmp_path: Path) -> None:
 def test_every_family_is_captured_as_it_runs(
     family: tuple[PreTrainedModel, LanguageModel], prompt: Tensor
 ) -> None:
-    """All layers of an untouched model in one pass: the states that ours has, and the prompt back."""
+    """All layers of an untouched model in one pass: our states, and the prompt."""
     untouched, model = family
     with torch.no_grad(), capture(untouched, layers=range(4)) as tape:
         untouched(prompt[None])
@@ -130,7 +131,7 @@ def test_every_family_is_captured_as_it_runs(
 
 
 def test_the_cheapest_layer_that_does_not_refuse() -> None:
-    """The lowest layer; where no token verifies there, the next; the last refusal is the answer."""
+    """The lowest; where no token verifies, the next; the last refusal is raised."""
     model = small("GPT2", device="cpu")
     ids = torch.tensor([5, 6, 7])
     good = {layer: model.states(ids, layer) for layer in (0, 2, 3)}
@@ -166,7 +167,7 @@ def with_begin(folder: Path, begin: int) -> LanguageModel:
 
 
 def test_the_begin_of_text_token(tmp_path: Path) -> None:
-    """It is recovered as any token, is in the file, and not in the text; another tokenizer's is refused."""
+    """Recovered as any token, in the file, not in the text; another is refused."""
     one, other = with_begin(tmp_path / "a", 3), with_begin(tmp_path / "b", 4)
     path = tmp_path / "s.safetensors"
     assert (
@@ -183,7 +184,7 @@ def test_the_begin_of_text_token(tmp_path: Path) -> None:
     )
     with pytest.raises(
         StatesError,
-        match=r"begin-of-text token 3; the tokenizer of .* puts token 4 first: expected",
+        match=r"begin-of-text token 3; the tokenizer of .* puts token 4 first",
     ):
         read_states(path).invert(other)
     with pytest.raises(
@@ -211,7 +212,7 @@ def test_neither_text_nor_ids_unless_asked(
 
 
 def test_the_layout_is_the_one_in_the_readme(tmp_path: Path) -> None:
-    """Every tensor and every entry of the metadata has its line there, and every line something in the file."""
+    """Every tensor and entry of the metadata has its line, and the other way round."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| ((?:tensor|metadata) [^|]*) \|", readme, re.MULTILINE)
     told = {name for line in lines for name in re.findall(r"`([^`]*)`", line)}
@@ -233,7 +234,7 @@ def test_the_layout_is_the_one_in_the_readme(tmp_path: Path) -> None:
 def test_what_a_running_model_does_wrong(
     untouched: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """Each is refused in the pass that does it, and what was captured before is kept."""
+    """Each is refused in its pass, and what was captured before is kept."""
     ids = torch.tensor([[5, 6, 7]])
     with (
         pytest.raises(StatesError, match="got a batch of 2 prompts"),
@@ -285,7 +286,7 @@ def test_what_a_running_model_does_wrong(
 def test_ctrl_c_keeps_the_whole_passes(
     untouched: PreTrainedModel, pocket: LanguageModel, tmp_path: Path
 ) -> None:
-    """A generation stopped in the middle of its third pass: two passes in the file, all layers of the same length."""
+    """Stopped amid the third pass: two in the file, all layers of one length."""
     passes, path = [], tmp_path / "s.safetensors"
 
     def stop(*_: object) -> None:
@@ -365,7 +366,7 @@ def test_broken_files_are_refused(tmp_path: Path, case: str, message: str) -> No
 def test_what_cannot_be_written_is_refused(
     pocket: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder that is not there, a format that holds no states, one that is too small for them."""
+    """No folder, no format for states, one that is too small, a full disk, a pipe."""
     with pytest.raises(StatesError, match="where no file can be written"):
         write_states(tmp_path / "none" / "s.safetensors", pocket, TEXT, 2)
     with pytest.raises(StatesError, match=r"got dtype torch\.int16"):
@@ -379,7 +380,7 @@ def test_what_cannot_be_written_is_refused(
     ):
         write_states(tmp_path / "s.safetensors", large, TEXT, 0, dtype=torch.float16)
     assert not list(tmp_path.iterdir())
-    # A file that cannot be written leaves the one that was there, and nothing beside it.
+    # What cannot be written leaves the file that was there, and nothing beside it.
     good = tmp_path / "s.safetensors"
     write_states(good, pocket, TEXT, 2)
     before = good.read_bytes()
@@ -413,7 +414,7 @@ def full() -> None:
 def test_passes_of_others_are_not_captured(
     untouched: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """Inversions on the same weights, between the passes and beside them in a thread."""
+    """Others run the same weights between the passes, and beside them in a thread."""
     model = LanguageModel(untouched)
     ids = torch.tensor([[5, 6, 7, 8]])
 

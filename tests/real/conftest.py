@@ -1,4 +1,4 @@
-"""Which real weights are tested: folders and names on the hub from ``SIPIT_LITE_REAL``, or the six of the paper."""
+"""Which real weights: folders and names of ``SIPIT_LITE_REAL``, or the paper's six."""
 
 import os
 
@@ -24,12 +24,12 @@ def pytest_configure() -> None:
     """Say in one line what is missing, before any test runs."""
     if not MODELS:
         raise pytest.UsageError(
-            f"got SIPIT_LITE_REAL={ASKED!r}; expected 'paper' for {', '.join(PAPER)}, or names and folders with "
-            f"{os.pathsep!r} between them"
+            f"got SIPIT_LITE_REAL={ASKED!r}; expected 'paper' for {', '.join(PAPER)}, "
+            f"or names and folders with {os.pathsep!r} between them"
         )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each test once for each model; all tests of a model in a row, so that one model is in memory."""
+    """All tests of a model in a row, so that one model is in memory."""
     if "name" in metafunc.fixturenames:
         metafunc.parametrize("name", MODELS, scope="module")

@@ -1,7 +1,7 @@
 """Real weights through the whole path: states, cached steps, inversion, closest pairs.
 
-Not part of the suite, which needs no download: README says the command. ``SIPIT_LITE_REAL_DTYPE`` is the format that
-the weights are loaded in, float32 unless it says another.
+Not part of the suite, which needs no download: README says the command.
+``SIPIT_LITE_REAL_DTYPE`` is the format of the weights, float32 unless it says another.
 """
 
 import os
@@ -34,7 +34,7 @@ TOKENS = 20
 
 
 def reference(name: str) -> tuple[Tensor, dict[int, Tensor]]:
-    """A held-out prompt, and its states at all layers by transformers alone; nothing of the model is kept."""
+    """A held-out prompt, and its states at all layers by transformers alone."""
     whole = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE).eval().to(DEVICE)
     ids = AutoTokenizer.from_pretrained(name)(bundled("prose")[0], return_tensors="pt")[
         "input_ids"
@@ -81,7 +81,7 @@ def test_states_are_those_of_transformers(
 def test_a_cached_step_is_a_full_pass(
     loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]],
 ) -> None:
-    """The state of the last token over a cached prefix, within the noise floor of the layer."""
+    """The last state over a cached prefix, within the noise floor of the layer."""
     model, ids, _ = loaded
     for layer in depths(model):
         step = OneStepMap.after(model, layer, ids[:-1]).tokens(ids[-1:])[0].double()
@@ -108,7 +108,7 @@ def test_auto_recovers_the_prompt(
 def test_no_collision_among_some_prompts(
     loaded: tuple[LanguageModel, Tensor, dict[int, Tensor]],
 ) -> None:
-    """Prose and code of 16 tokens: the closest pair is farther apart than the noise floor."""
+    """Prose and code of 16 tokens: the closest pair is beyond the noise floor."""
     model, *_ = loaded
     asked = texts(model, 200, Plan(200, 16, source="bundled"))
     for layer, states in zip(
