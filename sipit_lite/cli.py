@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = getattr(error.__cause__, "errors", list)()
         received = f"got {errors[0]['input']!r}; " if errors else ""
         return say(label, received + error.format_message())
-    except (SipItError, sl.LastStateError) as error:
+    except SipItError as error:
         return say(label, error)
     except KeyboardInterrupt as stop:
         # An inversion that was stopped carries what it has.

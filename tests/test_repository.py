@@ -239,5 +239,6 @@ def test_changelog_and_contributing() -> None:
         re.search(rf"^{re.escape(target)}:", makefile, re.M) for target in targets
     )
     assert f"at most {MAX_LINES} lines" in text
+    assert "tests/test_house.py" in text
     named = re.findall(r"`((?:book|tests|sipit_lite)/[\w.-]+)`", text)
     assert named and all((ROOT / name).exists() for name in named)
