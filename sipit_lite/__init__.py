@@ -1,13 +1,8 @@
 """Hidden states that give back the prompt: injectivity and SipIt, small enough to read."""
 
 from sipit_lite.acceptance import Observation, noise_floor
-from sipit_lite.collisions import (
-    CollisionReport,
-    Margins,
-    closest_pairs,
-    continuations,
-    margins,
-)
+from sipit_lite.collisions import CollisionReport, closest_pairs
+from sipit_lite.experiments.margins import Margins, continuations, margins
 from sipit_lite.extensions.laststate import LastStateError, NotRecovered, invert_last
 from sipit_lite.extensions.lens import Lens, LensError
 from sipit_lite.extensions.newton import Newton

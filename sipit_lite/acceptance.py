@@ -67,9 +67,9 @@ class Observation:
     ) -> "Observation":
         """Check the states and work out their acceptance regions.
 
-        ``epsilon`` bounds noise added on purpose, one number or one a position;
-        ``half_width``, one number a position, overrides that of the stored format. Raises
-        ``StatesError`` for what no prompt has, ``ModelError`` for a bad layer.
+        ``epsilon`` bounds noise added on purpose, ``half_width`` overrides that of the
+        stored format: one number, or one a position. Raises ``StatesError`` for what no
+        prompt has, ``ModelError`` for a bad layer.
         """
         model.check_layer(layer)
         values = check_states(states, model)
@@ -125,10 +125,9 @@ def check_states(states: object, model: LanguageModel) -> States:
         kind = type(states).__name__
         raise StatesError(f"got states of type {kind}; expected a torch.Tensor")
     if not states.is_floating_point():
-        raise StatesError(
-            f"got states of {states.dtype}; expected a floating-point format such as "
-            "torch.float32 (integers times their scale, and half of it as half_width)"
-        )
+        hint = "integers come times their scale, with half of it as half_width"
+        got = f"got states of {states.dtype}; expected a floating-point format"
+        raise StatesError(f"{got} such as torch.float32 ({hint})")
     fits = states.ndim == 2 and states.shape[1] == model.d_model
     if not fits or not 1 <= len(states) <= model.n_positions:
         raise StatesError(
@@ -141,15 +140,11 @@ def check_states(states: object, model: LanguageModel) -> States:
         # What overflows in the model's format is no state of its.
         bad = (~values.to(model.dtype).isfinite()).any(1).nonzero()
     except (NotImplementedError, RuntimeError) as error:
-        raise StatesError(
-            f"got states of {states.dtype}, {states.layout}; not convertible to "
-            f"{model.dtype}"
-        ) from error
+        got = f"got states of {states.dtype}, {states.layout}"
+        raise StatesError(f"{got}; not convertible to {model.dtype}") from error
     if len(bad):
-        raise StatesError(
-            f"got NaN or Inf in the state at position {int(bad[0])}; expected finite "
-            f"{model.dtype} numbers"
-        )
+        got = f"got NaN or Inf in the state at position {int(bad[0])}"
+        raise StatesError(f"{got}; expected finite {model.dtype} numbers")
     return values
 
 
@@ -158,9 +153,9 @@ def _check_bound(name: str, value: Bound, values: States) -> Distances:
     bound = torch.as_tensor(0.0 if value is None else value).to(values)
     fits = bound.shape in ((), (len(values),))
     if not fits or not bool(((bound >= 0) & bound.isfinite()).all()):
+        expected = f"or one for each of the {len(values)} positions"
         raise StatesError(
-            f"got {name}={value}; expected one finite number, not negative, or one for "
-            f"each of the {len(values)} positions"
+            f"got {name}={value}; expected one finite number, not negative, {expected}"
         )
     return bound.expand(len(values))
 
@@ -336,9 +331,9 @@ def bit_for_bit(
 ) -> tuple[Distances, float]:
     """Distances and radius, computed anew where several tokens lie within the noise.
 
-    A pass of the same length rounds in the same way, whatever stands behind the
-    position, so the true token comes out bit for bit and the radius is zero. Where no
-    token does (other hardware, other ``passes``), nothing changes.
+    A pass of the same length rounds in the same way, whatever stands behind, so the true
+    token comes out bit for bit, and the radius is zero. Where none does (on other
+    hardware), nothing changes.
     """
     t = len(prefix)
     radius = float(observed.radius[t])

@@ -1,10 +1,9 @@
 """The collision detector: the closest of all N(N − 1)/2 pairs of states, certified.
 
 Each state becomes a point of few coordinates, its principal components and the norm of
-what is left: points are never farther apart than their states (chapter 6). A point too
-far from the box of a leaf of a k-d tree is skipped. So is a pair whose distance as
-points, lowered by all that float32 can have lost, exceeds the best so far. The others
-are computed in float64: no skipped pair is closer than those reported.
+what is left: never farther apart than the states (chapter 6). Skipped is a point too
+distant from the box of a leaf of a k-d tree, or a pair whose distance as points, lowered
+by what float32 can have lost, exceeds the best. Others are computed in float64.
 """
 
 import time
@@ -20,8 +19,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from tqdm import tqdm
 
-from sipit_lite.model import LanguageModel, StatesError
-from sipit_lite.onestep import OneStepMap
+from sipit_lite.model import StatesError
 
 COLLISION = 1e-6  # the paper's threshold on the ℓ2 distance
 RTOL = 1e-5  # the paper's practical collision: torch.allclose
@@ -137,75 +135,6 @@ def closest_pairs(
             sample=_distances(x, i, j).cpu(),
             seconds=time.perf_counter() - start,
         )
-
-
-def continuations(
-    model: LanguageModel,
-    prompts: Sequence[Tensor],
-    layer: int,
-    k: int = 1,
-    *,
-    progress: bool = False,
-) -> Iterator[CollisionReport]:
-    """For each prompt, the closest of its |V| one-token continuations (Fig. 4).
-
-    Rows of a report are tokens; its last distance with k = 1 is the separation margin
-    Δ_{π,t} of the prompt. Raises what ``OneStepMap.after`` and ``closest_pairs`` raise.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> report = next(continuations(model, [model.encode("hidden")], 1))
-    >>> report.compared == 4096 * 4095 // 2
-    True
-    """
-    for prompt in tqdm(prompts, "continuations", disable=None if progress else True):
-        step = OneStepMap.after(model, layer, prompt)
-        yield closest_pairs(step.tokens(model.vocabulary), k)
-
-
-@dataclass(frozen=True, eq=False)
-class Margins:
-    """The margins of one prompt at one layer, one entry a position, float64.
-
-    ``prefix`` is Δ_{π,t}; ``token`` the distance from the prompt's token to the nearest
-    other one, the ``rival``. Noise below Δ_{π,t}/2 harms no token (Theorem 3.2), noise
-    below ``token``/2 does not harm this one.
-    """
-
-    prefix: Float64[Tensor, " pos"]
-    token: Float64[Tensor, " pos"]
-    rival: Int[Tensor, " pos"]
-
-
-def margins(
-    model: LanguageModel,
-    ids: Int[Tensor, " pos"],
-    layer: int,
-    *,
-    progress: bool = False,
-) -> Margins:
-    """Scan the vocabulary after every prefix of a prompt, and compare all pairs.
-
-    Raises ``ModelError`` for a layer outside 0..L or ids that are no prompt.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> scanned = margins(model, model.encode("hidden"), 1)
-    >>> bool((scanned.token >= scanned.prefix).all() and (scanned.prefix > 0).all())
-    True
-    """
-    model.check_ids(ids)
-    step = OneStepMap.after(model, layer)
-    rows = []
-    for token in tqdm(ids.tolist(), "margins", disable=None if progress else True):
-        states = step.tokens(model.vocabulary)
-        apart = vector_norm(states.double() - states[token].double(), dim=1)
-        apart[token] = torch.inf
-        rows.append((closest_pairs(states, 1).minimum, *apart.min(0)))
-        if len(rows) < len(ids):  # the last token may fill the context
-            step = step.extend(token)
-    prefix, distance, rival = torch.tensor(rows, dtype=torch.float64, device="cpu").T
-    return Margins(prefix, distance, rival.long())
 
 
 def first_occurrences(prompts: Sequence[Tensor] | Tensor) -> Int[Tensor, " n"]:

@@ -6,10 +6,7 @@ States are taken after a block and before the final norm, as in the paper (§3).
 
 import copy
 import json
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from numbers import Integral
 from typing import Any
@@ -63,7 +60,7 @@ class LanguageModel:
 
     def __init__(self, hf_model, tokenizer=None, *, name: str | None = None):
         decoder = decoder_of(hf_model)
-        self._parts = landmarks(decoder)
+        self.parts = landmarks(decoder)
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.name = name or decoder.config._name_or_path or type(decoder).__name__
@@ -172,41 +169,13 @@ class LanguageModel:
         training = any(part.training for part in self.decoder.modules())
         cut = _evaluating(self.decoder) if training else copy.copy(self.decoder)
         cut._modules = dict(cut._modules)  # else the cut would cut the decoder
-        blocks, norm = self._parts
+        blocks, norm = self.parts
         setattr(cut, blocks, getattr(cut, blocks)[:layer])
         setattr(cut, norm, nn.Identity())
         # With a device map, these are bound to the decoder before the cut.
         for hooked in ("forward", "_old_forward", "_hf_hook"):
             cut.__dict__.pop(hooked, None)
         return cut
-
-    @contextmanager
-    def tapped(self, layers: Iterable[int], keep: Callable | None = None) -> Iterator:
-        """While the decoder or a cut runs in this thread: layer → its latest states.
-
-        With ``keep``, that is called with each layer and its states, in every thread.
-        """
-        # Not ``output_hidden_states``: it leaves hooks in blocks that all cuts share.
-        blocks = getattr(self.decoder, self._parts[0])
-        states: dict[int, Tensor] = {}
-        thread = threading.get_ident()
-
-        def hook(layer: int, _: Any, args: tuple, kwargs: dict, output: Any) -> None:
-            h = output if isinstance(output, Tensor) else output[0]
-            if layer == 0:  # what enters the first block
-                h = args[0] if args else kwargs["hidden_states"]
-            if keep is not None:
-                keep(layer, h)
-            # All cuts share the blocks: passes of other threads come by here as well.
-            elif threading.get_ident() == thread:
-                states[layer] = h
-
-        with ExitStack() as hooks:
-            for layer in set(layers):
-                take = partial(hook, layer)
-                block = blocks[max(layer - 1, 0)]
-                hooks.enter_context(block.register_forward_hook(take, with_kwargs=True))
-            yield states
 
 
 def decoder_of(model: Any) -> PreTrainedModel:

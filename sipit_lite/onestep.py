@@ -61,10 +61,8 @@ class OneStepMap:
         states, (step,) = self.branch(ids[None])
         return states[0], step
 
-    def branch(
-        self, rows: Int[Tensor, "row pos"]
-    ) -> tuple[Float[Tensor, "row pos d_model"], list["OneStepMap"]]:
-        """The states of several continuations, in one pass, and the map after each."""
+    def branch(self, rows: Tensor) -> tuple[Tensor, list["OneStepMap"]]:
+        """States of continuations, shape (rows, pos, d), and the map after each row."""
         cache = self._cache(len(rows))
         position = self.position + rows.shape[1]
         size = f"{len(rows)} prompts of {position} tokens"
@@ -130,9 +128,7 @@ class OneStepMap:
             stored.values = stored.values.expand(rows, -1, -1, -1)
         return cache
 
-    def _run(
-        self, embeds: Float[Tensor, "row pos d_model"], cache: DynamicCache
-    ) -> Float[Tensor, "row pos d_model"]:
+    def _run(self, embeds: Tensor, cache: DynamicCache) -> Tensor:
         """One pass of the cut model over the cache, which it fills."""
         positions = torch.arange(embeds.shape[1], device=embeds.device) + self.position
         inputs = {"inputs_embeds": embeds, "position_ids": positions[None]}

@@ -1,7 +1,6 @@
 """Policies: in which order candidate tokens are tried. A policy never decides.
 
-Each enumerates all tokens without repetition, so the bound of Theorem 3.1, at most
-T·|V| tests, holds for every one of them.
+Each enumerates all tokens once: the bound of Theorem 3.1, T·|V| tests, holds for all.
 """
 
 import sys
@@ -70,9 +69,9 @@ class Gradient:
     """Descend on a continuous proxy e, try the untried tokens nearest to it.
 
     Algorithm 3 with several candidates a step: the gradient of ½‖F(e) − ĥ_t‖² is clipped
-    to norm 1; the step size falls linearly from ``step_size`` to 1 % of it within each
-    window of ``window`` steps, after which e snaps to the nearest untried embedding.
-    After ``max_steps`` the remaining tokens follow, nearest first.
+    to norm 1; the step size falls linearly to 1 % within a window of ``window`` steps,
+    after which e snaps to the nearest untried embedding. After ``max_steps`` all other
+    tokens follow, nearest first.
     """
 
     proposals_per_step: int = 32
@@ -130,10 +129,7 @@ def clipped_gradient(
 
 
 def nearest(
-    table: Float[Tensor, "vocab d_model"],
-    e: State,
-    allowed: Bool[Tensor, " vocab"],
-    count: int,
+    table: Tensor, e: State, allowed: Bool[Tensor, " vocab"], count: int
 ) -> Int[Tensor, " cand"]:
     """The ``count`` allowed tokens whose embeddings are nearest to e, nearest first.
 

@@ -1,7 +1,6 @@
 """What an inversion gives: a recovered prompt, or an error that carries one."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -43,7 +42,7 @@ class Recovery:
 
     @property
     def certified(self) -> bool:
-        """Whether every residual is below Δ_{π,t}/2: no other token is so close."""
+        """Whether every residual is below Δ_{π,t}/2."""
         return bool((self.headroom > 0).all())
 
 
@@ -54,16 +53,15 @@ class NotVerified(SipItError):
     ``distance``, and ``radius`` the ε_t that it missed.
     """
 
-    def __init__(self, message: str, **known: "int | float | Recovery") -> None:
-        super().__init__(message)
-        self.__dict__.update(known)
+    def __init__(self, message: str, nearest: int, *known: "float | Recovery") -> None:
+        # All of them go to the base: so the error can travel between processes.
+        super().__init__(message, nearest, *known)
+        self.nearest = nearest
+        self.distance, self.radius, self.recovered = known
         self.position = len(self.recovered.tokens)
 
-    def __reduce__(self) -> tuple:
-        # Errors with keywords do not pickle, and outcomes travel between processes.
-        names = ("nearest", "distance", "radius", "recovered")
-        known = {name: getattr(self, name) for name in names}
-        return partial(type(self), str(self), **known), ()
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class Ambiguous(NotVerified):
@@ -74,13 +72,12 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C: ``recovered`` is the verified prefix, ``outcomes`` what is known of all."""
 
     def __init__(self, recovered: Recovery, outcomes: "list[Outcome] | None" = None):
-        count = len(recovered.tokens)
-        super().__init__(f"interrupted after {count} verified tokens")
+        super().__init__(recovered, outcomes)
         self.recovered = recovered
         self.outcomes = outcomes or []
 
-    def __reduce__(self) -> tuple:
-        return type(self), (self.recovered, self.outcomes)
+    def __str__(self) -> str:
+        return f"interrupted after {len(self.recovered.tokens)} verified tokens"
 
 
 Outcome = Recovery | StatesError | NotVerified

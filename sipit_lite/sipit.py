@@ -1,14 +1,14 @@
 """SipIt (Algorithm 1): read the exact prompt back from the hidden states of one layer.
 
 One loop, for one prompt and for many: draft (nothing, without a lens), read the draft,
-accept what agrees, search for the first token that does not, read on behind it. A token
-is accepted only when it is verified, and no other token that was tested verifies too
-(``acceptance``); what cannot be verified is an error that carries the verified prefix.
+accept what agrees, search for the first token that does not, read on behind it. What
+cannot be verified (``acceptance``) is an error that carries the verified prefix.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from sipit_lite.acceptance import (
+    Bound,
     Observation,
     agreeing,
     bit_for_bit,
@@ -53,8 +54,7 @@ def invert(
     Parameters
     ----------
     states
-        Shape (T, d_model), 1 ≤ T ≤ K, any floating-point format; the last layer is
-        taken before the final norm.
+        Shape (T, d_model), any floating-point format, before the final norm.
     policy, lens, seed
         The order of candidates. ``"auto"`` drafts the prompt with ``lens`` and searches
         with ``Newton`` for what the draft misses; without a lens it is ``Gradient()``.
@@ -65,27 +65,24 @@ def invert(
         How far rounding may have moved the numbers of each position, where it is not
         that of their format: half the scale, for what was stored as 8-bit integers.
     passes
-        For models of 16 bits: how many positions each pass computed when the states
-        were made; one pass by default.
+        For 16 bits: how many positions each pass computed; one pass by default.
     certify
-        Test all tokens at each position and measure the margin Δ_{π,t}. All tokens are
-        tested anyway where two could fit: with ``epsilon``, in 16 bits, and where the
-        states are coarser than the model's format.
+        Test all tokens at each position and measure Δ_{π,t}. All are tested anyway with
+        ``epsilon``, in 16 bits, and for states coarser than the model's format.
     on_fail
-        ``"nearest"`` takes the nearest token where none or several verify, marks the
-        position as not ``verified``, and goes on.
+        ``"nearest"`` takes the nearest token where none or several verify, marks it as
+        not ``verified``, and goes on.
 
     Returns
     -------
     Recovery
-        Tokens and text, with the distances that prove them.
 
     Raises
     ------
     StatesError, ModelError, LensError
-        For states that no prompt has, a layer outside 0..L, a lens of another model.
+        For states that no prompt has, a layer outside 0..L, another model's lens.
     NotVerified, Ambiguous, Interrupted
-        Where none or several tokens verify, on Ctrl-C: with the verified prefix.
+        Where none or several tokens verify; on Ctrl-C. With the verified prefix.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -155,10 +152,9 @@ class _Options:
     def __post_init__(self) -> None:
         named = isinstance(self.policy, str) and self.policy != "auto"
         if named or self.on_fail not in ("raise", "nearest"):
-            raise StatesError(
-                f"got policy={self.policy!r}, on_fail={self.on_fail!r}; expected "
-                "'auto' or a policy, 'raise' or 'nearest'"
-            )
+            got = f"got policy={self.policy!r}, on_fail={self.on_fail!r}"
+            expected = "expected 'auto' or a policy, 'raise' or 'nearest'"
+            raise StatesError(f"{got}; {expected}")
         self.model.check_layer(self.layer)
         self.drafts = self.lens is not None and self.policy == "auto"
         if self.lens is not None:
@@ -185,35 +181,26 @@ class _Prompt:
         self.searched = False
         self.error: StatesError | NotVerified | None = None
 
-    def observe(
-        self,
-        states: Tensor,
-        epsilon: float | Tensor | None,
-        half_width: Tensor | None,
-        passes: Sequence[int] | None,
-    ) -> None:
+    def observe(self, states: object, noise: Bound, width: Bound, passes: Any) -> None:
         """Check what was observed; ``error`` says what is wrong with it."""
         options = self.options
         where = (options.model, options.layer)
         try:
-            observed = Observation.of(states, *where, epsilon, half_width)
-            self.observed = observed
-            count = len(observed)
+            self.observed = Observation.of(states, *where, noise, width)
+            count = len(self.observed)
             self.passes = [count] if passes is None else list(passes)
             if min(self.passes, default=0) < 1 or sum(self.passes) != count:
-                raise StatesError(
-                    f"got passes of {self.passes} positions; expected lengths of at "
-                    f"least 1, {count} in all"
-                )
+                expected = f"expected lengths of at least 1, {count} in all"
+                raise StatesError(f"got passes of {self.passes} positions; {expected}")
         except StatesError as error:
             self.error = error
             return
         self.recovery = _blank(self.observed.radius)
         sixteen_bits = torch.finfo(options.model.dtype).bits <= 16
         # Announced noise is no rounding, which a pass of the same length would repeat.
-        self.repeatable = sixteen_bits and epsilon is None
+        self.repeatable = sixteen_bits and noise is None
         # Where two tokens could fit one stored state, only a scan can tell.
-        coarse = sixteen_bits or not self.observed.exact or epsilon is not None
+        coarse = sixteen_bits or not self.observed.exact or noise is not None
         self.exhaustive = coarse or options.certify or options.on_fail == "nearest"
 
     @property
@@ -261,10 +248,8 @@ class _Prompt:
             distance = try_candidates(step, observed, t, order, trusting=trusting)
         radius = float(observed.radius[t])
         if self.repeatable:
-            prefix = self.tokens[:t]
-            distance, radius = bit_for_bit(
-                distance, observed, prefix, self.passes, step
-            )
+            known = (self.tokens[:t], self.passes)
+            distance, radius = bit_for_bit(distance, observed, *known, step)
         self.recovery.margin[t] = margin
         self.settle(t, distance, radius)
 
@@ -314,14 +299,11 @@ class _Prompt:
         t = self.length
         prefix = self.recovered()
         radius = float(self.recovery.radius[t])
-        self.error = kind(
-            f"position {t}: {what}, radius {radius:.3g}; verified so far: {t} tokens "
-            f"{prefix.text!r}",
-            nearest=int(self.recovery.tokens[t]),
-            distance=float(self.recovery.distance[t]),
-            radius=radius,
-            recovered=prefix,
-        )
+        far = f"verified so far: {t} tokens {prefix.text!r}"
+        message = f"position {t}: {what}, radius {radius:.3g}; {far}"
+        nearest = int(self.recovery.tokens[t])
+        distance = float(self.recovery.distance[t])
+        self.error = kind(message, nearest, distance, radius, prefix)
 
     def _quote(self, token: Int[Tensor, ""]) -> str:
         """A token with its text."""
@@ -362,9 +344,7 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
             prompt.read_once_more(states)
 
 
-def _finish(
-    prompt: _Prompt, states: Float[Tensor, "read d_model"], step: OneStepMap, bar: tqdm
-) -> None:
+def _finish(prompt: _Prompt, states: Tensor, step: OneStepMap, bar: tqdm) -> None:
     """Accept the draft, search for the first token it has wrong, read on behind it."""
     prompt.accept_draft(states)
     bar.update(prompt.length)
@@ -392,9 +372,7 @@ def _padded(batch: list[_Prompt]) -> Int[Tensor, "row pos"]:
     return pad_sequence([prompt.tokens for prompt in batch], batch_first=True)
 
 
-def _read(
-    batch: list[_Prompt], start: OneStepMap
-) -> Iterator[tuple[_Prompt, Float[Tensor, "read d_model"], OneStepMap]]:
+def _read(batch: list[_Prompt], start: OneStepMap) -> Iterator[tuple]:
     """Each prompt with the states of its draft and the map after it."""
     rows = _padded(batch)
     if rows.shape[1] == 0:  # nothing is drafted, and no model reads empty prompts

@@ -37,6 +37,7 @@ from transformers import (
 from sipit_lite import LanguageModel, ModelError, load
 from sipit_lite.experiments.perturb import twins
 from sipit_lite.io import loading
+from sipit_lite.io.capture import tapped
 from sipit_lite.io.loading import POCKET, pick_device
 
 NORMS = {"ln_f", "norm", "final_layer_norm"}
@@ -698,7 +699,7 @@ def test_the_text_is_the_prompt(pocket: LanguageModel, ends: str) -> None:
 def test_taps_see_passes_of_their_thread_alone(pocket: LanguageModel) -> None:
     """Another thread's pass over the same blocks, amid ours, is not kept."""
     ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad(), pocket.tapped([0, 2]) as states:
+    with torch.no_grad(), tapped(pocket, [0, 2]) as states:
         pocket.cut(2)(inputs_embeds=pocket.embeddings[ids])
         other = threading.Thread(target=pocket.states, args=("another prompt", 3))
         other.start()

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sipit_lite.acceptance import Observation
+from sipit_lite.io.capture import tapped
 from sipit_lite.model import LanguageModel
 from sipit_lite.policies import State, nearest
 
@@ -144,7 +145,7 @@ def _full_pass(
     model: LanguageModel, rows: Float[Tensor, "pos d_model"], layer: int
 ) -> Float[Tensor, "pos d_model"]:
     """States at one layer of a pass up to the logits, which nobody uses."""
-    with model.tapped([layer]) as states:
+    with tapped(model, [layer]) as states:
         passed = model.decoder(inputs_embeds=rows[None], use_cache=False)
         # The unembedding is taken as large as the table of embeddings.
         _ = passed.last_hidden_state @ model.embeddings.T

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sipit_lite.acceptance import noise_floor, separated
-from sipit_lite.collisions import closest_pairs, continuations
+from sipit_lite.collisions import closest_pairs
 from sipit_lite.experiments import baselines, checks, null_models, survey
+from sipit_lite.experiments.margins import continuations
 from sipit_lite.experiments.paper import DEPTHS
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.corpora import from_source

@@ -10,9 +10,10 @@ the prompt: metadata ``text`` and tensor ``ids``.
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,44 @@ class Tape:
 
 
 @contextmanager
+def tapped(
+    model: LanguageModel, layers: Iterable[int], keep: Callable | None = None
+) -> Iterator[dict[int, Tensor]]:
+    """While the decoder or a cut runs in this thread: layer → its latest states.
+
+    With ``keep``, that is called with each layer and its states, in every thread.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> with tapped(model, [0, 2]) as states:
+    ...     _ = model.states("hidden states", 2)
+    >>> sorted(states)
+    [0, 2]
+    """
+    # Not ``output_hidden_states``: it leaves hooks in blocks that all cuts share.
+    blocks = getattr(model.decoder, model.parts[0])
+    states: dict[int, Tensor] = {}
+    thread = threading.get_ident()
+
+    def hook(layer: int, _: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        h = output if isinstance(output, Tensor) else output[0]
+        if layer == 0:  # what enters the first block
+            h = args[0] if args else kwargs["hidden_states"]
+        if keep is not None:
+            keep(layer, h)
+        # All cuts share the blocks: passes of other threads come by here as well.
+        elif threading.get_ident() == thread:
+            states[layer] = h
+
+    with ExitStack() as hooks:
+        for layer in set(layers):
+            take = partial(hook, layer)
+            block = blocks[max(layer - 1, 0)]
+            hooks.enter_context(block.register_forward_hook(take, with_kwargs=True))
+        yield states
+
+
+@contextmanager
 def capture(
     model: Any,
     path: str | Path | None = None,
@@ -210,7 +249,7 @@ def capture(
     hook = ours.decoder.register_forward_pre_hook(tape.before, with_kwargs=True)
     finished = False
     try:
-        with hook, ours.tapped(wanted, tape.keep):
+        with hook, tapped(ours, wanted, tape.keep):
             yield tape
         finished = True
     finally:

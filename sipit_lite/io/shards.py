@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sipit_lite.io.capture import tapped
 from sipit_lite.memory import advised
 from sipit_lite.model import LanguageModel, ModelError, StatesError
 
@@ -115,7 +116,7 @@ def _last_states(
         for ids in torch.stack(list(group)).split(max(1, TOKENS // length)):
             what = f"{len(ids)} prompts of {length} tokens"
             fits = advised(what, model.dtype, ModelError)
-            with fits, torch.inference_mode(), model.tapped(layers) as states:
+            with fits, torch.inference_mode(), tapped(model, layers) as states:
                 rows = model.embeddings[ids.to(model.device)]
                 cut(inputs_embeds=rows, use_cache=False)
                 last = [states[layer][:, -1] for layer in layers]
