@@ -214,7 +214,7 @@ def bad_commands(folder: Path) -> dict[str, tuple[list, str]]:
         "pairs": ([*many, 4, "--layers", 1, "--closest", 7], "got k=7"),
         "negative": ([*many, 4, "--exhaustive", -1], "got '-1'"),
         "kind": ([*many, 4, "--kinds", "poems"], "got 'poems'"),
-        "shards": ([*many, 4, "--shards", folder / "text" / "l"], "cannot be made"),
+        "shards": ([*many, 4, "--shards", folder / "text" / "l"], "can be written"),
         "bench": (["bench", "unknown"], "'unknown' is not one of 'exactness'"),
         "layer of a bench": (["bench", "scan", "--layer", 99], "No such option"),
         "policy of a bench": (
