@@ -1,4 +1,4 @@
-"""Hidden states that give back the prompt: injectivity and SipIt, small enough to read."""
+"""Hidden states that give back the prompt: injectivity and SipIt, small to read."""
 
 from sipit_lite.acceptance import Observation, noise_floor
 from sipit_lite.collisions import CollisionReport, closest_pairs

@@ -181,7 +181,7 @@ def rounding_half_width(states: States, model: LanguageModel) -> States:
 
 
 def noise_floor(model: LanguageModel, layer: int) -> float:
-    """Relative float noise of a state: the same state by three routes, times ``SAFETY``.
+    """Relative float noise of a state: the same by three routes, times ``SAFETY``.
 
     The routes are one pass over a random prompt, one cached step, and a cached step in
     a full batch; never below half a unit of rounding. Measured once a model and layer:
@@ -239,8 +239,8 @@ def _measured(model: LanguageModel, layer: int) -> tuple[float, bool]:
     # Half of the digits are no rounding: such states depend on what comes later.
     if not spread <= unit**0.5:
         raise ModelError(
-            f"got {model.name}, whose states at layer {layer} differ by {spread:.1e} of "
-            "their norm between one pass and cached steps; expected rounding alone, "
+            f"got {model.name}, whose states at layer {layer} differ by {spread:.1e} "
+            "of their norm between one pass and cached steps; expected rounding alone, "
             f"under {unit**0.5:.1e} (is it causal?)"
         )
     floor = SAFETY * max(unit / 2, spread)
@@ -331,7 +331,7 @@ def bit_for_bit(
 ) -> tuple[Distances, float]:
     """Distances and radius, computed anew where several tokens lie within the noise.
 
-    A pass of the same length rounds in the same way, whatever stands behind, so the true
+    A pass of the same length rounds in the same way, whatever stands behind: the true
     token comes out bit for bit, and the radius is zero. Where none does (on other
     hardware), nothing changes.
     """

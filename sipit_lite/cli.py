@@ -414,7 +414,7 @@ def collisions(
     sipit-lite collisions -n 1000 --layers 3 6 --exhaustive 2
     """
     check_place("figure", figure, ".png")
-    model = with_tokenizer(opened(max(layers) if layers else None))
+    model = opened(max(layers) if layers else None)
     layers = layers or list(range(1, model.n_layers + 1))
     where = {"kinds": kinds, "seed": seed, "source": source, "folder": shards}
     drawn = from_source(model.tokenizer, prompts, length, **where)
@@ -478,7 +478,9 @@ def bench(
     if figure and name not in ("inversion", "laststate"):
         raise bad(f"a figure for the bench {name!r}", "'inversion' or 'laststate'")
     check_place("figure", figure, ".png")
-    model = with_tokenizer(opened(None))
+    model = opened(None)
+    if model.tokenizer is None:
+        raise bad(f"{model.name} without a readable tokenizer", "one for the prompts")
     lines, data = BENCHES[name](model, quick=quick, seed=seed, progress=True)
     if figure and name == "laststate":
         draw(figure, "success_by_length", curves(data["cells"]))
@@ -559,13 +561,6 @@ def reproduce(
         measured = [line for line in lines if line.measured is not None]
         show(run, as_json, paper.comparison(measured))
     return 0
-
-
-def with_tokenizer(model: LanguageModel) -> LanguageModel:
-    """The model, unless it cannot read text."""
-    if model.tokenizer is None:
-        raise bad(f"{model.name} without a readable tokenizer", "one for the prompts")
-    return model
 
 
 def one_or_several(layer: int | None, layers: list[int] | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""The one-step map F(·; π, t): the next state, for every candidate token, after one prefix.
+"""The one-step map F(·; π, t): the next state, for every candidate, after a prefix.
 
 The prefix is read once into a key-value cache, so a candidate costs one token, and
 candidates go through the model together, as rows of one batch.
@@ -97,7 +97,7 @@ class OneStepMap:
                     size //= 2
 
     def embedding(self, e: Rows) -> Rows:
-        """F(e): the next token's embedding replaced by each row; differentiable in e."""
+        """F(e): the next token's embedding replaced by each row; differentiable."""
         if self.position >= self.model.n_positions:
             reads = f"{self.model.name} reads {self.model.n_positions}"
             raise ModelError(f"got a prefix of {self.position} tokens; {reads}")
@@ -106,7 +106,7 @@ class OneStepMap:
     def jacobian(
         self, e: Float[Tensor, " d_model"]
     ) -> Float[Tensor, "d_model d_model"]:
-        """∂F/∂e at one embedding, by one batched reverse pass; row i is that of state i."""
+        """∂F/∂e at one embedding, by one batched reverse pass; row i is of state i."""
         size = f"a Jacobian of {len(e)} rows after {self.position} tokens"
         with torch.enable_grad(), advised(size, self.model.dtype, ModelError):
             # A clone: gradients through a view would drag the whole table along.
@@ -116,7 +116,7 @@ class OneStepMap:
             return torch.autograd.grad(state, e, directions, is_grads_batched=True)[0]
 
     def margin(self) -> float:
-        """Δ_{π,t} by its definition, all pairs in float64; ``margins`` is much sooner."""
+        """Δ_{π,t} by its definition, all pairs in float64; ``margins`` is faster."""
         states = self.tokens(self.model.vocabulary).double()
         return float(torch.nn.functional.pdist(states).min())
 

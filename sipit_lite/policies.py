@@ -68,10 +68,10 @@ class Random:
 class Gradient:
     """Descend on a continuous proxy e, try the untried tokens nearest to it.
 
-    Algorithm 3 with several candidates a step: the gradient of ½‖F(e) − ĥ_t‖² is clipped
-    to norm 1; the step size falls linearly to 1 % within a window of ``window`` steps,
-    after which e snaps to the nearest untried embedding. After ``max_steps`` all other
-    tokens follow, nearest first.
+    Algorithm 3 with several candidates a step: the gradient of ½‖F(e) − ĥ_t‖² is
+    clipped to norm 1; the step size falls linearly to 1 % within a window of ``window``
+    steps, after which e snaps to the nearest untried embedding. After ``max_steps`` all
+    other tokens follow, nearest first.
     """
 
     proposals_per_step: int = 32
@@ -109,7 +109,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Published(Gradient):
-    """Algorithm 3 as published: the mean squared error, one candidate a gradient step."""
+    """Algorithm 3 as published: the mean squared error, one candidate a step."""
 
     proposals_per_step: int = 1
     max_steps: int = sys.maxsize

@@ -69,7 +69,7 @@ class Ambiguous(NotVerified):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: ``recovered`` is the verified prefix, ``outcomes`` what is known of all."""
+    """Ctrl-C: ``recovered`` is a verified prefix, ``outcomes`` what is known of all."""
 
     def __init__(self, recovered: Recovery, outcomes: "list[Outcome] | None" = None):
         super().__init__(recovered, outcomes)

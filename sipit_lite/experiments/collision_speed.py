@@ -1,4 +1,4 @@
-"""The detector against what one would write first, on the same states (chapters 6, 7)."""
+"""The detector against what one would write first, on the same states (chapter 6)."""
 
 import statistics
 from pathlib import Path

@@ -272,8 +272,8 @@ def reproduce(
 
     ``quick`` is a smoke run of seconds on the bundled text; else the numbers of prompts
     are the paper's. ``weights`` says how the caller has loaded the model; ``changes``
-    are parts of ``Plan``. Raises ``PlanError`` for an unknown experiment, a part that it
-    does not use, or a bad value.
+    are parts of ``Plan``. Raises ``PlanError`` for an unknown experiment, a part that
+    it does not use, or a bad value.
 
     >>> from sipit_lite import load
     >>> run = reproduce("layers", load(device="cpu"), quick=True, prompts=40)

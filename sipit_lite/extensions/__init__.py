@@ -1,1 +1,1 @@
-"""What goes beyond the paper: drafts by a lens, the last state alone, many processes."""
+"""What goes beyond the paper: drafts by a lens, the last state, many processes."""

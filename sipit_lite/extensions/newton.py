@@ -1,4 +1,4 @@
-"""Newton's method on the one-step map: a few Jacobians lead to the token (chapter 12)."""
+"""Newton's method on the one-step map: few Jacobians suffice (chapter 12)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ class Start(Policy, Protocol):
 
 @dataclass(frozen=True)
 class Newton:
-    """Levenberg–Marquardt on the one-step map, then the tokens nearest to where it ends.
+    """Levenberg–Marquardt on the one-step map, then the tokens nearest to its end.
 
     A step solves (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀ(ĥ_t − F(e)) with the full Jacobian J at e
-    (chapter 12); λ starts at ``damping``, shrinks after a step that lowered the residual
-    and grows until one does. It starts from the mean embedding, or, with a ``lens``,
-    from the embedding that it expects, after its first candidates were tried.
+    (chapter 12); λ starts at ``damping``, shrinks after a step that lowered the
+    residual and grows until one does. It starts from the mean embedding, or, with a
+    ``lens``, from the embedding that it expects, after its first candidates were tried.
     """
 
     proposals_per_step: int = 8
