@@ -40,12 +40,12 @@ class CollisionReport:
     """The closest pairs of states, and what was done to be sure of them.
 
     ``pairs`` are indices i < j into the rows given, ``distances`` sorted; no other pair
-    is closer. ``compared`` counts all pairs of distinct prompts, ``bounded`` those with a
-    lower bound, ``recomputed`` those let through, ``collisions`` those closer than 1e-6,
+    is closer. ``compared`` counts all pairs of distinct prompts, ``bounded`` those with
+    a bound, ``recomputed`` those let through, ``collisions`` those closer than 1e-6,
     ``practical`` those ``torch.allclose`` in either order. Bounds were lowered by
     ``slack`` · (‖a‖² + ‖b‖²), norms from the centre. ``rows`` are the rows compared; of
-    ``duplicates`` the prompt had occurred. ``nearest`` are the distances of these rows to
-    their nearest neighbours, if wanted; ``sample`` those of random pairs.
+    ``duplicates`` the prompt had occurred. ``nearest`` are the distances of these rows
+    to their nearest neighbours, if wanted; ``sample`` those of random pairs.
     """
 
     pairs: Int[Tensor, "k 2"]
@@ -153,8 +153,8 @@ def float32_slack(axes: int) -> float:
     """What ‖a‖² + ‖b‖² − 2a·b can lose in float32, as a share of ‖a‖² + ‖b‖².
 
     Higham's γ for ``axes`` + 6 operations bounds the product and the sums, for norms
-    computed in float64 and added after the product; 6u is for the rounding of a and b to
-    float32, each moved by 3u/2 of its norm at most. Chapter 6 proves it.
+    computed in float64 and added after the product; 6u is for the rounding of a and b
+    to float32, each moved by 3u/2 of its norm at most. Chapter 6 proves it.
 
     >>> float32_slack(33) < 1e-5
     True
@@ -227,7 +227,7 @@ class _Search:
 
     @cached_property
     def full(self) -> _Bounds:
-        """Bounds by all coordinates, for leaves that the principal axes do not separate."""
+        """Bounds by all coordinates, for leaves that the axes do not separate."""
         parts = [self._scaled(part).float() for part in self.x.split(SAMPLE)]
         return _Bounds(torch.cat(parts))
 
@@ -251,12 +251,12 @@ class _Search:
     def _limits(self, rows: Tensor) -> Float32[Tensor, " m"]:
         """Squares of the scaled distances up to which the pairs of each row matter."""
         limits = torch.maximum(self.floor[rows], self.near[rows]).clamp_min(self.kth)
-        # Rounded upwards; finite, and still above all bounds, which are 4 · TOP² at most.
+        # Rounded upwards; finite, and above all bounds, which are 4 · TOP² at most.
         squares = (limits * self.scale).square() * (1 + 2**-20) + 2.0**-100
         return squares.clamp_max(8 * TOP**2).float()
 
     def _close(self, leaf: Tensor, later: Tensor) -> Int[Tensor, " cols"]:
-        """Those of the later rows whose points may be close enough to the leaf's box."""
+        """Later rows whose points may be close enough to the leaf's box."""
         points = self.coarse.points
         norms = self.coarse.lowered.sqrt()
         low, high = torch.aminmax(points[leaf], dim=0)
@@ -287,7 +287,7 @@ class _Search:
         close = low <= torch.maximum(self._limits(a)[:, None], self._limits(b))
         crowded = int(close.count_nonzero()) * CROWDED > low.numel()
         if crowded and self.bounds is self.coarse:
-            # For good: where the axes do not separate one part, they seldom do the next.
+            # For good: axes that do not separate one part seldom do the next.
             self.bounds = self.full
             self.slack = self.full.slack
             return self._visit(a, b)
