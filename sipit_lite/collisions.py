@@ -2,8 +2,8 @@
 
 Each state becomes a point of few coordinates, its principal components and the norm of
 what is left: never farther apart than the states (chapter 6). Skipped is a point too
-distant from the box of a leaf of a k-d tree, or a pair whose distance as points, lowered
-by what float32 can have lost, exceeds the best. Others are computed in float64.
+distant from the box of a leaf of a k-d tree, or a pair whose distance as points, less
+what float32 can have lost, exceeds the best. Others are computed in float64.
 """
 
 import time
