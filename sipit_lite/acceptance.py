@@ -44,12 +44,6 @@ class Observation:
 
     ``half_width`` is how far rounding to the stored format may have moved each number;
     ``radius`` holds ε_t.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> seen = Observation.of(model.states("hidden states", 3), model, 3)
-    >>> len(seen) == len(seen.radius) and seen.exact
-    True
     """
 
     states: States
@@ -198,9 +192,8 @@ def noise_floor(model: LanguageModel, layer: int) -> float:
 def separated(model: LanguageModel, layer: int) -> bool:
     """Whether states of different tokens are ``APART`` radii from each other.
 
-    Measured once, on random tokens and the nearest neighbours of their embeddings.
-    Where one huge dimension makes all norms, and so all radii, large, no draft is
-    trusted before its rivals were tested.
+    Measured on random tokens and the nearest neighbours of their embeddings. Not so
+    where one huge dimension makes all norms, and so all radii, large.
     """
     return _measured(model, layer)[1]
 
@@ -220,21 +213,20 @@ def _measured(model: LanguageModel, layer: int) -> tuple[float, bool]:
     apart = torch.cdist(table[drawn], table).scatter(1, drawn[:, None], torch.inf)
     sample = torch.cat([drawn, apart.argmin(1)])
     states = model.states(ids, layer)
-    spread = 0.0
-    gap = torch.inf
-    for t in PROBES:
-        if t < length:
-            step = OneStepMap.after(model, layer, ids[:t])
-            sample[-1] = ids[t]
-            rows = step.tokens(sample).double()
-            alone = step.tokens(ids[t : t + 1])[0].double()
-            routes = torch.stack([states[t].double(), alone, rows[-1]])
-            differences = torch.cdist(routes, routes, compute_mode=EXACT)
-            spread = max(spread, float(differences.max() / routes[0].norm()))
-            pairs = torch.cdist(rows, rows, compute_mode=EXACT)
-            same = sample[:, None] == sample
-            least = pairs.masked_fill(same, torch.inf).min()
-            gap = min(gap, float((least / rows.norm(dim=1).max()).nan_to_num()))
+    spreads = []
+    gaps = []
+    for t in [t for t in PROBES if t < length]:
+        step = OneStepMap.after(model, layer, ids[:t])
+        sample[-1] = ids[t]
+        rows = step.tokens(sample).double()
+        alone = step.tokens(ids[t : t + 1])[0].double()
+        routes = torch.stack([states[t].double(), alone, rows[-1]])
+        differences = torch.cdist(routes, routes, compute_mode=EXACT)
+        spreads.append(differences.max() / routes[0].norm())
+        pairs = torch.cdist(rows, rows, compute_mode=EXACT)
+        same = sample[:, None] == sample  # drawn tokens may be each other's neighbours
+        gaps.append(pairs.masked_fill(same, torch.inf).min() / rows.norm(dim=1).max())
+    spread = float(torch.stack(spreads).max())  # NaN, unlike in max(), is not lost
     unit = torch.finfo(model.dtype).eps
     # Half of the digits are no rounding: such states depend on what comes later.
     if not spread <= unit**0.5:
@@ -244,7 +236,7 @@ def _measured(model: LanguageModel, layer: int) -> tuple[float, bool]:
             f"under {unit**0.5:.1e} (is it causal?)"
         )
     floor = SAFETY * max(unit / 2, spread)
-    model.measured[key] = (floor, gap >= APART * floor)
+    model.measured[key] = (floor, bool((torch.stack(gaps) >= APART * floor).all()))
     return model.measured[key]
 
 
@@ -315,6 +307,7 @@ def try_candidates(
     clear = bool(distance[best] <= CLEAR * observed.radius[t])
     if trusting and clear and not related(best[None], step.model):
         return distance
+    # Far out in the radius another token may well be nearer: then all are tested.
     count = CHALLENGERS if clear else len(table)
     rivals = nearest(table, table[best], distance.isnan(), count)
     if len(rivals):
@@ -339,13 +332,14 @@ def bit_for_bit(
     radius = float(observed.radius[t])
     within = (distance <= radius).nonzero()[:, 0]
     if len(within) < 2:
-        return distance, radius
+        return distance, radius  # the noise leaves nothing to decide
     model = step.model
     step = OneStepMap.after(model, step.layer)
     for length in passes:
         if step.position + length > t:
             break
         step = step.follow(prefix[step.position : step.position + length])[1]
+    # The last pass began where the others end, with whatever tokens came behind.
     row = torch.zeros(length, dtype=torch.int64, device=model.device)
     here = t - step.position
     row[:here] = prefix[step.position :]

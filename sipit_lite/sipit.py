@@ -111,11 +111,9 @@ def invert_many(
 ) -> list[Outcome]:
     """Recover many prompts of any lengths: one outcome a prompt, in their order.
 
-    Takes what ``invert`` takes, ``half_width`` and ``passes`` with an entry a prompt,
-    ``epsilon`` as one number or with an entry a prompt; with a ``lens`` prompts share
-    their passes. The outcome of a prompt that cannot be recovered is the error that
-    ``invert`` would raise. Raises ``ModelError``, ``LensError``, and on Ctrl-C
-    ``Interrupted``, with all outcomes so far.
+    Takes what ``invert`` takes, ``half_width`` and ``passes`` with an entry a prompt. The
+    outcome of a prompt that cannot be recovered is the error that ``invert`` would
+    raise. Raises ``ModelError``, ``LensError``, ``Interrupted`` with all outcomes.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -132,6 +130,7 @@ def invert_many(
             prompt.observe(states[i], noise, width, passes[i] if passes else None)
         _recover(prompts, shared, progress)
     except KeyboardInterrupt:
+        # The one that was being read; all others are in the outcomes.
         stopped = next((p for p in prompts if not p.done), prompts[0]).recovered()
         raise Interrupted(stopped, [p.outcome() for p in prompts]) from None
     return [prompt.outcome() for prompt in prompts]
@@ -175,10 +174,10 @@ class _Prompt:
         self.started = time.perf_counter()
         self.generator = torch.Generator().manual_seed(options.seed + SALT)
         self.recovery = _blank(torch.zeros(0))
-        self.tokens = options.model.vocabulary[:0]
+        self.tokens = options.model.vocabulary[:0]  # none yet, on the right device
         self.length = 0
         self.drafted = False
-        self.searched = False
+        self.searched = False  # if not, one pass has read it all
         self.error: StatesError | NotVerified | None = None
 
     def observe(self, states: object, noise: Bound, width: Bound, passes: Any) -> None:
@@ -354,12 +353,13 @@ def _finish(prompt: _Prompt, states: Tensor, step: OneStepMap, bar: tqdm) -> Non
         prompt.search(step)
         if not prompt.done:
             states, step = step.follow(prompt.tokens[t:])
-            prompt.accept_draft(states[1:])
+            prompt.accept_draft(states[1:])  # the first is that of the token just found
         bar.update(prompt.length - t)
 
 
 def _batches(prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
     """Prompts that go through the model together, the longest first."""
+    # Of similar lengths, so that little is padded.
     waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))
     while waiting:
         fitting = max(1, PASS // max(1, len(waiting[-1].tokens)))
