@@ -1,15 +1,14 @@
 """The lens: a regression from hidden states back to embeddings; drafts without search.
 
-Ridge regression on the model's own states (chapter 12): the embedding of a token is
-predicted from its state, the state normalised, and a few thousand fixed random features
-of it. Tokens are ranked by the Mahalanobis distance of what each would leave
-unexplained. A lens only proposes: its drafts are verified like any other candidate.
+Ridge regression (chapter 12): a token's embedding is predicted from its state, the
+state normalised, and random features of it; tokens are ranked by the Mahalanobis
+distance of what each leaves unexplained. A lens only proposes: its drafts are verified.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 from tqdm import tqdm
 
+from sipit_lite.acceptance import States, Tokens
 from sipit_lite.extensions.newton import Newton
 from sipit_lite.io.shards import replacing
 from sipit_lite.io.text import prompts as text_prompts
@@ -28,12 +28,16 @@ from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Batches, State
 
 FORMAT = "sipit-lite lens 1"
+_TENSORS = ("directions", "slope", "intercept", "whiten")
 LENGTHS = (64, 16, 4)  # of the prompts it is fitted on, in turn
 PASS = 2048  # tokens in a pass
 RIDGE = 1e-5  # relative to the sum of squares of each regressor
 HELD = 2**24  # numbers held at once while tokens are ranked: 64 MiB
 FLOOR = 1e-6  # smallest variance of a residual, relative to that of the goals
 FIRST = (16, 112)  # candidates in the first batches: few misses rank further down
+
+Rows = Float[Tensor, "*rows d_model"]
+Pairs = Iterable[tuple[Tensor, Tensor]]  # states and goals, (rows, d) and (rows, out)
 
 
 class LensError(SipItError):
@@ -44,8 +48,7 @@ class LensError(SipItError):
 class Regression:
     """A linear map of ``regressors`` of states, and how to weigh what it leaves over.
 
-    ``directions`` are the weights of the random features; times ``whiten``, residuals
-    have covariance I, so ‖(y − ŷ) ``whiten``‖ is a Mahalanobis distance.
+    ``directions`` weigh the random features; ‖(y − ŷ) ``whiten``‖ is Mahalanobis's.
     """
 
     directions: Float[Tensor, "d_model features"]
@@ -53,18 +56,14 @@ class Regression:
     intercept: Float[Tensor, " outputs"]
     whiten: Float[Tensor, "outputs outputs"]
 
-    def predict(
-        self, states: Float[Tensor, "*rows d_model"]
-    ) -> Float[Tensor, "*rows outputs"]:
+    def predict(self, states: Rows) -> Float[Tensor, "*rows outputs"]:
         """The prediction ŷ for states of any leading shape."""
         return regressors(states, self.directions) @ self.slope + self.intercept
 
 
 @dataclass(frozen=True, eq=False)
 class Lens(Regression):
-    """A regression from the states of one layer of one model to its embeddings.
-
-    It is a drafter (``draft``) and a policy (``proposals``).
+    """From states of one layer to embeddings; a drafter (``draft``) and a policy.
 
     >>> from sipit_lite import load
     >>> from sipit_lite.io.text import prompts
@@ -96,10 +95,8 @@ class Lens(Regression):
         ----------
         prompts
             Token ids; by default ``training_prompts``, prepared once for a model.
-        features
-            How many random features of a state to regress on.
-        seed
-            Of the features, and of the random prompts.
+        features, seed
+            How many random features of a state; the seed of these and of prompts.
 
         Raises
         ------
@@ -112,32 +109,27 @@ class Lens(Regression):
             model.measured[key] = batched(training_prompts(model, seed), tokens)
         # The same for all layers: text takes longer to prepare than to read.
         batches = model.measured[key] if prompts is None else batched(prompts, tokens)
-        count = min(tokens, sum(ids.numel() for ids in batches))
-        if count < model.d_model or features < 0:
-            raise LensError(
-                f"got {count} tokens and features={features}; expected at least "
-                f"{model.d_model} and 0"
-            )
+        seen = min(tokens, sum(ids.numel() for ids in batches))
+        if seen < model.d_model or features < 0:
+            got = f"got {seen} tokens and features={features}"
+            raise LensError(f"{got}; expected at least {model.d_model} and 0")
 
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        def pairs() -> Pairs:
             for ids in tqdm(batches, "lens", disable=None if progress else True):
                 states = model.states(ids, layer).flatten(0, 1)
                 yield states, model.embeddings[ids.to(model.device).flatten()]
 
-        generator = torch.Generator().manual_seed(seed)
-        regression = ridge(pairs(), features, generator)
-        return cls(**vars(regression), model=model, layer=layer)
+        fields = vars(ridge(pairs(), features, torch.Generator().manual_seed(seed)))
+        return cls(**fields, model=model, layer=layer)
 
     embeddings = Regression.predict
 
-    def nearness(
-        self, states: Float[Tensor, "rows d_model"]
-    ) -> Float[Tensor, "rows vocab"]:
+    def nearness(self, states: States) -> Float[Tensor, "rows vocab"]:
         """−½ ‖(E_v − ê) ``whiten``‖² of each token v, up to a constant a row."""
         table, squares = self._whitened
         return torch.addmm(-squares / 2, self.predict(states) @ self.whiten, table.T)
 
-    def draft(self, states: Float[Tensor, "*rows d_model"]) -> Int[Tensor, "*rows"]:
+    def draft(self, states: Rows) -> Int[Tensor, "*rows"]:
         """The likeliest token of each state: no prefix, no search, nothing verified."""
         flat = states.reshape(-1, states.shape[-1])
         # One state by all tokens is a row of the vocabulary's size.
@@ -152,9 +144,7 @@ class Lens(Regression):
         self.check(step.model, step.layer)
         order = self.nearness(observed[None])[0].argsort(descending=True)
         few, more, rest = order.tensor_split((FIRST[0], sum(FIRST)))
-        for batch in (few, more, *rest.split(ROWS)):
-            if len(batch):
-                yield batch
+        yield from filter(len, (few, more, *rest.split(ROWS)))
 
     def search(self) -> Newton:
         """Newton's method, from the embedding that the lens expects."""
@@ -163,23 +153,16 @@ class Lens(Regression):
     def check(self, model: LanguageModel, layer: int) -> None:
         """Raise ``LensError`` unless it was fitted on this model and layer."""
         if self.layer != layer:
-            raise LensError(
-                f"got a lens for layer {self.layer}; expected one for layer {layer}"
-            )
+            got = f"got a lens for layer {self.layer}"
+            raise LensError(f"{got}; expected one for layer {layer}")
         if self.model is not model and self.model.fingerprint != model.fingerprint:
-            raise LensError(
-                f"got a lens that was fitted on {self.model.name}, other weights; "
-                f"expected one for {model.name}"
-            )
+            got = f"got a lens that was fitted on {self.model.name}, other weights"
+            raise LensError(f"{got}; expected one for {model.name}")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; ``LensError`` where that cannot be."""
-        metadata = {
-            "format": FORMAT,
-            "model": self.model.name,
-            "fingerprint": self.model.fingerprint,
-            "layer": str(self.layer),
-        }
+        metadata = {"format": FORMAT, "layer": str(self.layer)}
+        metadata |= {"model": self.model.name, "fingerprint": self.model.fingerprint}
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         with replacing(Path(path), LensError) as part:
             save_file(tensors, part, metadata)
@@ -195,10 +178,15 @@ class Lens(Regression):
                 tensors = {name: stored.get_tensor(name) for name in _TENSORS}
             layer = int(metadata["layer"])
             model.check_layer(layer)
-            _check_forms(list(tensors.values()), model.d_model)
+            d = model.d_model
+            inputs = len(tensors["slope"])  # a state, its normal form, the features
+            shapes = [(d, inputs - 2 * d), (inputs, d), (d,), (d, d)]
+            forms = [(x.dtype, *x.shape) for x in tensors.values()]
+            if forms != [(torch.float32, *shape) for shape in shapes]:
+                raise LensError(f"{_TENSORS}: {forms}, expected {shapes} in float32")
             if metadata.get("fingerprint") != model.fingerprint:
                 raise LensError(f"fitted on {metadata.get('model')}, other weights")
-        except _NO_LENS as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]  # safetensors quotes whole headers
             line = f"got {str(path)!r}, which holds no lens of {model.name} ({reason})"
             raise LensError(line) from error
@@ -212,25 +200,8 @@ class Lens(Regression):
         return table, table.square().sum(1)
 
 
-_TENSORS = ("directions", "slope", "intercept", "whiten")
-_NO_LENS = (OSError, SafetensorError, LookupError, TypeError, ValueError)
-
-
-def _check_forms(tensors: list[Tensor], width: int) -> None:
-    """Raise ``LensError`` unless ``_TENSORS`` fit a model of this width."""
-    features = len(tensors[1]) - 2 * width  # beside the state and its normal form
-    shapes = [(width, features), (2 * width + features, width), (width,), (width,) * 2]
-    forms = [(x.dtype, *x.shape) for x in tensors]
-    if forms != [(torch.float32, *shape) for shape in shapes]:
-        raise LensError(f"{_TENSORS}: {forms}, expected {shapes} in float32")
-
-
-def training_prompts(
-    model: LanguageModel, seed: int = 0
-) -> Iterator[Int[Tensor, " pos"]]:
-    """Yield prompts for ever: half random tokens, half prose and code.
-
-    The text is the training split of the ``installed`` one (``io.text``).
+def training_prompts(model: LanguageModel, seed: int = 0) -> Iterator[Tokens]:
+    """Yield prompts for ever: half random, half prose and code (``io.text``).
 
     >>> from sipit_lite import LanguageModel, load
     >>> model = LanguageModel(load(device="cpu").decoder)  # no tokenizer, so no text
@@ -239,28 +210,22 @@ def training_prompts(
     [64, 16]
     """
     longest = min(LENGTHS[0], model.n_positions)
-    streams = [_random(model, longest, seed)]
+    vocab = model.vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randint(vocab, (longest,), generator=generator) for _ in count())
+    turns = cycle([draws])
     if model.tokenizer is not None:
         text = {"source": "installed", "split": "train"}
         prose = text_prompts(model.tokenizer, "prose", longest, **text)
         code = text_prompts(model.tokenizer, "code", longest, **text)
-        streams = [prose, *streams, code, *streams]
-    turns = cycle(streams)
+        turns = cycle([prose, draws, code, draws])
     # Lengths take turns, a pass each: attention averages over few tokens at the first
     # positions, and states look different there.
     for length in cycle(LENGTHS):
         for stream in islice(turns, PASS // longest):
-            # Text ends, random tokens do not.
-            window = next(stream, None)
+            window = next(stream, None)  # text ends, random tokens do not
             if window is not None:
                 yield from window.split(length)
-
-
-def _random(model: LanguageModel, length: int, seed: int) -> Iterator[Tensor]:
-    """Random tokens for ever."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randint(model.vocab_size, (length,), generator=generator)
 
 
 def batched(prompts: Iterable[Tensor], tokens: int) -> list[Int[Tensor, "row pos"]]:
@@ -277,23 +242,14 @@ def batched(prompts: Iterable[Tensor], tokens: int) -> list[Int[Tensor, "row pos
     return batches
 
 
-def regressors(
-    states: Float[Tensor, "*rows d_model"],
-    directions: Float[Tensor, "d_model features"],
-) -> Float[Tensor, "*rows inputs"]:
+def regressors(states: Rows, directions: Tensor) -> Float[Tensor, "*rows inputs"]:
     """What is regressed on: the state, the state normalised, GELU features of that."""
     states = states.float()  # whatever the model computes in
     normal = layer_norm(states, states.shape[-1:])
     return torch.cat([states, normal, gelu(normal @ directions)], -1)
 
 
-def ridge(
-    pairs: Iterable[
-        tuple[Float[Tensor, "rows d_model"], Float[Tensor, "rows outputs"]]
-    ],
-    features: int,
-    generator: torch.Generator,
-) -> Regression:
+def ridge(pairs: Pairs, features: int, generator: torch.Generator) -> Regression:
     """Least squares with an intercept, in one pass over batches of states and goals.
 
     >>> x = torch.linspace(-1, 1, 20)[:, None] * torch.tensor([1.0, 0.5])
@@ -302,7 +258,7 @@ def ridge(
     [16.0, 13.0]
     """
     sums: list[Tensor] = []
-    count = 0
+    rows = 0
     for states, goals in pairs:
         if not sums:
             width = states.shape[1]
@@ -311,21 +267,19 @@ def ridge(
         x = regressors(states, directions)
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         y = goals.float()
-        products = [x.T @ x, x.T @ y, y.T @ y]
         # Summed in float64: rounding adds up over hundreds of batches.
-        sums = sums or [torch.zeros_like(p, dtype=torch.float64) for p in products]
-        for total, product in zip(sums, products, strict=True):
-            total += product
-        count += len(x)
+        products = [product.double() for product in (x.T @ x, x.T @ y, y.T @ y)]
+        sums = list(map(torch.add, sums, products)) if sums else products
+        rows += len(x)
     xx, xy, yy = sums
     scale = xx.diagonal()
     # By each regressor's own size, so that units do not matter.
     damped = xx + RIDGE * torch.diag(scale + RIDGE * scale.mean())
     weight = torch.linalg.solve(damped, xy)
     cross = weight.T @ xy
-    residual = (yy - cross - cross.T + weight.T @ xx @ weight) / count
+    residual = (yy - cross - cross.T + weight.T @ xx @ weight) / rows
     values, vectors = torch.linalg.eigh((residual + residual.T) / 2)
     # Without any residual a direction would outweigh all others; below is rounding.
-    values = values.clamp(min=FLOOR * yy.diagonal().mean() / count)
+    values = values.clamp(min=FLOOR * yy.diagonal().mean() / rows)
     whiten = (vectors / values.sqrt()).float()
     return Regression(directions, weight[:-1].float(), weight[-1].float(), whiten)
