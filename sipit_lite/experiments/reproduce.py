@@ -26,6 +26,7 @@ from sipit_lite.experiments.margins import continuations
 from sipit_lite.experiments.paper import DEPTHS
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.corpora import from_source
+from sipit_lite.io.files import replacing
 from sipit_lite.io.loading import shortened
 from sipit_lite.io.shards import last_states
 from sipit_lite.io.text import different, distinct, windows
@@ -353,14 +354,8 @@ def result_path(
 def keep_result(run: dict[str, Any], path: Path) -> None:
     """Write a run beside and rename it, so that a full disk spoils no earlier one."""
     text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # In the same folder, where a rename is atomic.
-    part = path.with_name(path.name + ".part")
-    try:
+    with replacing(path, PlanError) as part:
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise PlanError(f"got {str(path)!r}, not written ({error})") from None
 
 
 def texts(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from sipit_lite.acceptance import States, Tokens
 from sipit_lite.extensions.newton import Newton
-from sipit_lite.io.shards import replacing
+from sipit_lite.io.files import replacing
 from sipit_lite.io.text import prompts as text_prompts
 from sipit_lite.model import LanguageModel, SipItError
 from sipit_lite.onestep import ROWS, OneStepMap
@@ -164,7 +164,7 @@ class Lens(Regression):
         metadata = {"format": FORMAT, "layer": str(self.layer)}
         metadata |= {"model": self.model.name, "fingerprint": self.model.fingerprint}
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
-        with replacing(Path(path), LensError) as part:
+        with replacing(path, LensError) as part:
             save_file(tensors, part, metadata)
 
     @classmethod

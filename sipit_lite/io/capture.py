@@ -7,7 +7,6 @@ every text; ``passes``, how many positions each forward pass computed. By reques
 the prompt: metadata ``text`` and tensor ``ids``.
 """
 
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,15 +18,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sipit_lite.io.files import read, replacing
 from sipit_lite.model import LanguageModel, StatesError
 from sipit_lite.recovery import NotVerified, Recovery
 from sipit_lite.sipit import invert
 
 FORMAT = "sipit-lite states 2"
+LAYER = re.compile(r"layer\.\d{1,6}")
 STEPS = 127  # of an 8-bit integer, on either side of zero
 
 
@@ -35,9 +36,8 @@ STEPS = 127  # of an 8-bit integer, on either side of zero
 class Captured:
     """The states of one prompt at one or more layers, and where they come from.
 
-    ``states`` maps a layer to its states, shape (T, d), ``scales`` a layer of 8-bit
-    integers to its scale, shape (T,); ``begin`` is the token that the tokenizer puts
-    first, ``passes`` the positions of each forward pass; ``text`` may be there.
+    ``states`` maps a layer to its states, shape (T, d), ``scales`` one of 8-bit
+    integers to its scale, shape (T,); ``text`` may be there. The rest as in a file.
     """
 
     states: Mapping[int, Tensor]
@@ -96,9 +96,8 @@ class Captured:
         Without a layer, from that of the lens, or the cheapest that does not refuse.
         """
         self.check(model)
-        lens = options.get("lens")
-        if layer is None and lens is not None:
-            layer = lens.layer
+        if layer is None:
+            layer = getattr(options.get("lens"), "layer", None)
         refusal: Exception = StatesError("got a Captured without states")
         for number in sorted(self.states) if layer is None else [layer]:
             states = self.at(number)
@@ -148,16 +147,16 @@ class Tape:
         # Where this pass begins, and where the last one ended.
         start = 0 if cache is None else int(cache.get_seq_length())
         seen = sum(self.passes)
-        place = f"a pass from position {start} after {seen} captured ones"
-        problems = {
-            f"a batch of {len(given)} prompts; expected one": len(given) != 1,
-            "a prompt with padding; expected a mask of ones": padded,
-            "a model in training mode; expected model.eval()": decoder.training,
-            f"{place}; expected one prompt a capture, with its cache": start != seen,
-        }
-        for message, present in problems.items():
-            if present:
-                raise StatesError(f"inside capture, got {message}")
+        got = "inside capture, got a"
+        if len(given) != 1:
+            raise StatesError(f"{got} batch of {len(given)} prompts; expected one")
+        if padded:
+            raise StatesError(f"{got} prompt with padding; expected a mask of ones")
+        if decoder.training:
+            raise StatesError(f"{got} model in training mode; expected model.eval()")
+        if start != seen:
+            place = f"pass from position {start} after {seen} captured ones"
+            raise StatesError(f"{got} {place}; expected one prompt, with its cache")
         self.passes.append(given.shape[1])
         self.thread = thread
 
@@ -173,14 +172,7 @@ def tapped(
 ) -> Iterator[dict[int, Tensor]]:
     """While the decoder or a cut runs in this thread: layer → its latest states.
 
-    With ``keep``, that is called with each layer and its states, in every thread.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> with tapped(model, [0, 2]) as states:
-    ...     _ = model.states("hidden states", 2)
-    >>> sorted(states)
-    [0, 2]
+    ``keep`` gets each layer and its states instead, from every thread.
     """
     # Not ``output_hidden_states``: it leaves hooks in blocks that all cuts share.
     blocks = getattr(model.decoder, model.parts[0])
@@ -216,22 +208,20 @@ def capture(
 ) -> Iterator[Tape]:
     """Record the hidden states of one prompt while any ``transformers`` decoder runs.
 
-    A generation adds its tokens pass by pass, all but the last, which the model never
-    reads. An error or Ctrl-C inside leaves, and writes, the passes that are complete.
-    Raises ``StatesError`` for a bad layer or format, and, inside, for a batch, padding,
-    dropout or another prompt.
+    A generation adds its tokens pass by pass, all but the last, which no model reads.
+    An error or Ctrl-C inside leaves, and writes, the passes that are complete.
 
     Parameters
     ----------
-    path
-        The file to write at the end, if any.
-    layers, dtype
-        0 (embeddings) to L, by default L; the format to round to, as ``torch.int8``.
-    tokenizer
-        With it, the file says which begin-of-text token comes first.
+    path: the file to write at the end, if any
+    layers, dtype: 0 (embeddings) to L, by default L; the format, as ``torch.int8``
+    tokenizer: with it, the file says which begin-of-text token comes first
 
-    Examples
-    --------
+    Raises
+    ------
+    StatesError: for a bad layer or format; inside, for a batch, padding, dropout or
+        another prompt.
+
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
     >>> with capture(model.decoder, layers=[3]) as tape:  # or any other of transformers
@@ -270,8 +260,8 @@ def write_states(
     """Write the hidden states of a text at one or more layers into a safetensors file.
 
     ``dtype`` rounds them first; ``keep_text`` writes the text and its ids as well.
-    Raises ``ModelError`` for an empty or too long text or a bad layer, ``StatesError``
-    where the file cannot be written or ``dtype`` cannot hold the states.
+    Raises ``ModelError`` for a bad text or layer, ``StatesError`` where the file cannot
+    be written or ``dtype`` cannot hold the states.
     """
     layers = [layers] if isinstance(layers, int) else sorted(set(layers))
     ids = model.encode(text)
@@ -290,56 +280,43 @@ def read_states(path: str | Path) -> Captured:
 
     Raises ``StatesError`` where it is missing, truncated, or without the fields.
     """
+    got = f"got {str(path)!r}"
     if not Path(path).is_file():
-        raise StatesError(f"got {str(path)!r}, where there is no file of states")
-    states = {}
+        raise StatesError(f"{got}, where there is no file of states")
+    try:
+        tensors, metadata = read(path)
+    except (SafetensorError, OSError) as error:
+        raise StatesError(
+            f"{got}, not a complete safetensors file ({error})"
+        ) from error
+    named = {int(name[6:]): x for name, x in tensors.items() if LAYER.fullmatch(name)}
+    states = dict(sorted(named.items()))  # by number: as names, 10 is before 2
     scales = {}
     try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        for name, x in tensors.items():
-            if match := re.fullmatch(r"layer\.(\d{1,6})", name):
-                layer = int(match[1])
-                states[layer] = x
-                # Integers are states only times their scale.
-                if name + ".scale" in tensors or not x.is_floating_point():
-                    scales[layer] = tensors[name + ".scale"]
         if not states or metadata["format"] != FORMAT:
             raise KeyError(FORMAT)
+        for layer, x in states.items():
+            # Integers are states only times their scale.
+            if not x.is_floating_point() or f"layer.{layer}.scale" in tensors:
+                scales[layer] = tensors[f"layer.{layer}.scale"]
         begin = int(metadata["begin"]) if "begin" in metadata else None
-        passes = tuple(int(count) for count in metadata.get("passes", "").split())
-        states = dict(sorted(states.items()))  # by number: as names, 10 is before 2
-        known = (metadata["model"], scales, begin, passes or None, metadata.get("text"))
-        return Captured(states, *known)
-    except (SafetensorError, OSError) as error:
-        refusal = f"got {str(path)!r}, not a complete safetensors file ({error})"
-        raise StatesError(refusal) from error
+        passes = tuple(map(int, metadata.get("passes", "").split())) or None
+        text = metadata.get("text")
+        return Captured(states, metadata["model"], scales, begin, passes, text)
     except (KeyError, ValueError) as error:  # a field is missing, or is no number
         there = f"tensors {sorted(tensors)} and metadata {sorted(metadata)}"
-        expected = (
-            f"'layer.ℓ', 'layer.ℓ.scale' for 8-bit integers; 'format' ({FORMAT!r})"
-        )
-        message = f"{there}; expected tensors {expected}, 'model' ({str(error)[:60]})"
-        raise StatesError(f"got {str(path)!r} with {message}") from error
+        fields = f"'layer.ℓ', 'layer.ℓ.scale' for 8-bit integers; 'format' ({FORMAT!r})"
+        expected = f"expected tensors {fields}, 'model' ({str(error)[:60]})"
+        raise StatesError(f"{got} with {there}; {expected}") from error
 
 
 def _save(path: str | Path, captured: Captured, extra: Mapping[str, Tensor]) -> None:
-    """Write beside, then rename: a full disk does not cost the file that was there."""
+    """Write captured states in the format at the head of this file."""
     tensors = {f"layer.{layer}": x.contiguous() for layer, x in captured.states.items()}
     tensors |= {f"layer.{layer}.scale": x for layer, x in captured.scales.items()}
     passes = " ".join(map(str, captured.passes or ())) or None
-    metadata = {"format": FORMAT, "model": captured.model, "begin": captured.begin}
-    metadata |= {"text": captured.text, "passes": passes}
+    metadata = {name: getattr(captured, name) for name in ("model", "begin", "text")}
+    metadata |= {"format": FORMAT, "passes": passes}
     written = {name: str(x) for name, x in metadata.items() if x is not None}
-    beside = Path(f"{path}.{os.getpid()}.part")
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("not a file")  # a rename would do away with /dev/null
-        save_file(tensors | dict(extra), beside, written)
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        refusal = f"got {str(path)!r}, where no file can be written ({error})"
-        raise StatesError(refusal) from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path, StatesError, folders=False) as part:
+        save_file(tensors | dict(extra), part, written)

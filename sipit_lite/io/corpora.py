@@ -1,8 +1,6 @@
 """Prompts from the corpora of the paper, streamed from the Hugging Face hub.
 
-Documents are read as they are needed; the seed fixes the order of the files and which
-window becomes a prompt. Needs ``sipit-lite[datasets]`` and a network; any other
-iterables of documents go the same way without either.
+Needs ``sipit-lite[datasets]`` and a network; other iterables of documents need neither.
 """
 
 import json
@@ -13,14 +11,14 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sipit_lite.io.files import digest, read, replacing
 from sipit_lite.io.loading import hub_in_reach
-from sipit_lite.io.shards import digest, replacing
 from sipit_lite.io.text import TextError, distinct
 from sipit_lite.model import edge_tokens
 
@@ -55,10 +53,6 @@ def from_source(
     """``count`` different prompts: ``sampled`` from the corpora, else ``distinct``.
 
     ``folder`` keeps what was streamed. Raises ``TextError`` as these two do.
-
-    >>> from sipit_lite import load
-    >>> len(from_source(load(device="cpu").tokenizer, 5, 8))
-    5
     """
     if tokenizer is None:
         raise TextError("got a model without a tokenizer; expected one that has it")
@@ -82,14 +76,13 @@ def sampled(
 ) -> list[Int[Tensor, " pos"]]:
     """``count`` different prompts of ``length`` tokens, the streams in turn.
 
-    A document gives one window at most, which ``seed`` and its text choose, behind the
-    tokenizer's begin token, if it has one. Where that prompt is there already, the next
-    document of the stream steps in, so that the streams stay even.
+    A document gives one window, which ``seed`` and its text choose, behind the begin
+    token of the tokenizer; the next one steps in where that prompt is there already.
 
     Parameters
     ----------
-    path: keeps prompts and places, also when an error or Ctrl-C ends the run; the same
-        call goes on from there. A stream without ``state_dict`` is read again.
+    path: keeps prompts and places, also after an error or Ctrl-C; the same call goes
+        on from there, and reads a stream without ``state_dict`` again
 
     Raises
     ------
@@ -110,19 +103,17 @@ def sampled(
     # What has to be the same for prompts to go on with.
     words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     of = json.dumps([sha256(words).hexdigest(), length, begin, seed, list(streams)])
-    prompts, places = _stored(path, of)
+    prompts, places = ({}, {}) if path is None else _stored(path, of)
     for name, place in places.items():
         if hasattr(streams[name], "load_state_dict"):
             streams[name].load_state_dict(place)
-    texts = [_texts(name, stream) for name, stream in streams.items()]
-    names = list(streams)
+    texts = {name: _texts(name, stream) for name, stream in streams.items()}
     bar = tqdm(total=count, desc="prompts", disable=not progress or None)
     bar.update(min(len(prompts), count))
     try:
         while len(prompts) < count:
-            turn = len(prompts) % len(names)  # shares stay even
-            name = names[turn]
-            for text in texts[turn]:
+            name = list(streams)[len(prompts) % len(streams)]  # shares stay even
+            for text in texts[name]:
                 window = _window(tokenizer, text, length - len(first), seed)
                 if window and first + window not in prompts:
                     break
@@ -148,17 +139,17 @@ def open_corpora(seed: int = 0) -> dict[str, Iterable[Document]]:
     try:
         import datasets
     except ImportError as error:
-        way = "expected pip install 'sipit-lite[datasets]'"
-        got = "got source='corpora' without the package datasets"
-        raise CorporaError(f"{got}; {way}, {OTHERWISE}") from error
+        expected = f"expected pip install 'sipit-lite[datasets]', {OTHERWISE}"
+        refusal = f"got source='corpora' without the package datasets; {expected}"
+        raise CorporaError(refusal) from error
     # It warns that resuming loses the shuffle buffer; one of size 1 is empty.
     datasets.logging.set_verbosity_error()
     streams = {}
     for corpus, (name, configuration, column) in CORPORA.items():
-        options = {"split": "train", "streaming": True}
         try:
             if not hub_in_reach():
                 raise ConnectionError("no network")
+            options = {"split": "train", "streaming": True}
             stream = datasets.load_dataset(name, configuration, **options)
             stream = stream.select_columns([column])
         except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -192,24 +183,21 @@ def _texts(name: str, stream: Iterable[Document]) -> Iterator[str]:
     # Every library has errors of its own for a network that fails.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise CorporaError(
-            f"got {name!r}, whose stream broke off ({reason}); expected documents with "
-            "'text'; with a path, the same call goes on from what it kept"
-        ) from error
+        expected = "expected documents with 'text'; with a path, the same call goes on"
+        got = f"got {name!r}, whose stream broke off ({reason})"
+        raise CorporaError(f"{got}; {expected}") from error
 
 
-def _stored(path: str | Path | None, of: str) -> tuple[dict, dict]:
+def _stored(path: str | Path, of: str) -> tuple[dict, dict]:
     """Prompts and places from an intact file of the same settings; else none."""
-    if path is not None:
-        try:
-            with safe_open(path, framework="pt") as stored:
-                ids = stored.get_tensor("ids")
-                metadata = stored.metadata() or {}
-            if (metadata["of"], metadata["digest"]) == (of, digest([ids])):
-                prompts = dict.fromkeys(map(tuple, ids.tolist()))
-                return prompts, json.loads(metadata["places"])
-        except (OSError, SafetensorError, KeyError, ValueError):
-            pass  # not there yet, or damaged: made anew
+    try:
+        tensors, metadata = read(path)
+        ids = tensors["ids"]
+        if (metadata["of"], metadata["digest"]) == (of, digest([ids])):
+            places = json.loads(metadata["places"])
+            return dict.fromkeys(map(tuple, ids.tolist())), places
+    except (OSError, SafetensorError, KeyError, ValueError):
+        pass  # not there yet, or damaged: made anew
     return {}, {}
 
 
@@ -218,5 +206,5 @@ def _store(path: str | Path | None, of: str, prompts: Mapping, places: Mapping) 
     if path is not None and prompts:
         ids = torch.tensor(list(prompts))
         metadata = {"of": of, "digest": digest([ids]), "places": json.dumps(places)}
-        with replacing(Path(path), CorporaError) as part:
+        with replacing(path, CorporaError) as part:
             save_file({"ids": ids}, part, metadata)

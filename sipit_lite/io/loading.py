@@ -3,15 +3,14 @@
 import copy
 import os
 import pickle
+import re
 import socket
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
-from numbers import Integral
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -51,9 +50,8 @@ class Footprint:
         rest = self.bytes - self.n_layers * self.bytes_per_block  # embeddings and norm
         layers = max(0, (self.free - rest) // max(self.bytes_per_block, 1))
         size = (rest + layers * self.bytes_per_block) / GIB
-        fewer = f"layers={layers} of {self.n_layers} takes {size:.2f} GiB"
-        coarser = f"dtype=torch.bfloat16 takes {half:.2f} GiB"
-        return f"{coarser}; {fewer}; device_map='auto' spreads it"
+        ways = f"layers={layers} of {self.n_layers} takes {size:.2f} GiB; device_map="
+        return f"dtype=torch.bfloat16 takes {half:.2f} GiB; {ways}'auto' spreads it"
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -80,28 +78,20 @@ def load(
 
     Parameters
     ----------
-    name
-        By default the environment variable ``SIPIT_LITE_MODEL``, or else pocket-gpt2.
-    device, dtype
-        ``"auto"`` takes CUDA where there is one; the format to compute in.
-    layers
-        Keep the first so many blocks; the others are not even read.
-    device_map, quantization_config
-        Go to ``transformers`` as they are, and need ``sipit-lite[quantised]``.
-    random_init, seed
-        Draw the weights from the architecture's own initialisation (Theorem 2.2);
-        ``"gpt2"`` then needs no download, and may come without a tokenizer.
-    progress
-        Say on standard error what the weights will take, before any is read.
+    name: by default the environment variable ``SIPIT_LITE_MODEL``, or else pocket-gpt2
+    device, dtype: ``"auto"`` takes CUDA where there is one; the format to compute in
+    layers: keep the first so many blocks; the others are not even read
+    device_map, quantization_config: as ``transformers`` has them; need the extra
+        ``sipit-lite[quantised]``
+    random_init, seed: weights as the architecture draws them (Theorem 2.2); ``"gpt2"``
+        then needs no download, and may come without a tokenizer
+    progress: say on standard error what the weights will take, before any is read
 
     Raises
     ------
-    ModelError
-        Where no such model is in reach, or it is gated, not causal, no decoder, needs
-        code of its own, or does not fit into the memory that is free.
+    ModelError: where no such model is in reach, or it is gated, not causal, no decoder,
+        needs code of its own, or does not fit into the memory that is free.
 
-    Examples
-    --------
     >>> load(device="cpu").name
     'pocket-gpt2'
     """
@@ -154,9 +144,6 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     """The device of that name; ``"auto"`` is CUDA where there is one, else the CPU.
 
     Raises ``ModelError`` for a device that torch does not know or cannot reach.
-
-    >>> pick_device("cpu")
-    device(type='cpu')
     """
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -165,8 +152,6 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         expected = "expected 'auto', 'cpu', or a CUDA device in reach"
         raise ModelError(f"got device {str(device)!r}; {expected}") from error
-    if torch.device(device).type == "mps":
-        warnings.warn("MPS has computed wrong GPT-2 states elsewhere", stacklevel=2)
     return torch.device(device)
 
 
@@ -181,22 +166,19 @@ def hub_in_reach() -> bool:
 
 
 def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
-    """The configuration with the first ``layers`` blocks alone, at least one.
+    """The configuration with the first ``layers`` blocks alone, at least one; or all.
 
-    None keeps all. Raises ``ModelError`` for more layers than there are.
-
-    >>> shortened(GPT2Config(), 3).num_hidden_layers
-    3
+    Raises ``ModelError`` for more layers than there are.
     """
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if layers is None or depth is None:
-        return config
-    integral = isinstance(layers, Integral) and not isinstance(layers, bool)
-    if not integral or not 0 <= layers <= depth:
-        there = f"the model has layers 0 (embeddings) to {depth}"
-        raise ModelError(f"got layer {layers!r} as the last to keep; {there}")
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
+    depth = getattr(text, "num_hidden_layers", None)
+    if layers is None or depth is None:
+        return config
+    # True is an integer to Python.
+    if isinstance(layers, bool) or layers not in range(depth + 1):
+        there = f"the model has layers 0 (embeddings) to {depth}"
+        raise ModelError(f"got layer {layers!r} as the last to keep; {there}")
     text.num_hidden_layers = max(layers, 1)  # layer 0 is what enters the first block
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: max(layers, 1)]
@@ -218,20 +200,20 @@ def footprint(
     decoder = model.get_decoder()
     blocks = getattr(decoder, landmarks(decoder)[0])
     width = (bits or 8 * dtype.itemsize) / 8  # bytes of a number in the blocks
-    total = sum(weight.numel() for weight in model.parameters())
+    total = model.num_parameters()
     matrices = sum(w.numel() for w in blocks.parameters() if w.ndim == 2)
     size = round((total - matrices) * dtype.itemsize + matrices * width)
     per_block = round(sum(w.numel() for w in blocks[0].parameters()) * width)
     free = psutil.virtual_memory().available
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free, _ = torch.cuda.mem_get_info(device)
     return Footprint(total, size, per_block, len(blocks), dtype, str(device), free)
 
 
 def _config(name: str, place: str, random_init: bool, common: dict) -> PreTrainedConfig:
-    """The configuration of a decoder-only model; that of GPT-2 124M needs no file."""
+    """The configuration of a decoder-only model."""
     if random_init and name == "gpt2":
-        return GPT2Config()  # whose defaults are GPT-2 124M
+        return GPT2Config()  # whose defaults are GPT-2 124M: no file is needed
     config = AutoConfig.from_pretrained(place, **common)
     if config.is_encoder_decoder:
         kind = f"a sequence-to-sequence model ({config.model_type}); expected a decoder"
@@ -242,7 +224,6 @@ def _config(name: str, place: str, random_init: bool, common: dict) -> PreTraine
 def _reason(name: str, error: BaseException) -> str:
     """Why a model could not be loaded, in one line."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    extras = isinstance(error, ImportError) or "accelerate" in reason
     got = f"got model {name!r}"
     # The cause may be several errors deep: transformers wraps those of the hub.
     cause: BaseException | None = error
@@ -257,7 +238,7 @@ def _reason(name: str, error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         expected = "expected an architecture of transformers"
         return f"{got}, which comes with code of its own, never run here; {expected}"
-    if extras or "bitsandbytes" in reason:
+    if isinstance(error, ImportError) or re.search("accelerate|bitsandbytes", reason):
         needs = "options that need more packages: pip install 'sipit-lite[quantised]'"
         return f"{got} with {needs} ({reason})"
     expected = f"expected {POCKET!r}, a folder with config.json and weights, or a model"
@@ -268,8 +249,7 @@ def _stored(place: str, options: dict) -> nn.Module:
     """The model with its weights, none missing: transformers would draw those."""
     options["output_loading_info"] = True
     model, report = AutoModel.from_pretrained(place, **options)
-    missing = sorted(report["missing_keys"])
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         lacking = f"without {len(missing)} of its weights, among them {missing[0]!r}"
         raise ModelError(f"got {place!r} {lacking}")
     return model
@@ -277,16 +257,16 @@ def _stored(place: str, options: dict) -> nn.Module:
 
 def _check_causal(model: LanguageModel) -> None:
     """Refuse an encoder with the parts of a decoder: later tokens change its states."""
-    if model.vocab_size == 1 or model.n_positions == 1:
+    if 1 in (model.vocab_size, model.n_positions):
         return
     # One first token, two second ones: a causal model cannot tell them apart there.
     ids = torch.tensor([[0, 0], [0, model.vocab_size - 1]])
     one, other = model.states(ids, 1)[:, 0].double()
     moved = float((one - other).norm() / one.norm())
     if moved > torch.finfo(model.dtype).eps ** 0.5:
-        moves = f"whose first state moves by {moved:.1e} of its norm with the second"
+        got = f"got {model.name}, whose first state moves by {moved:.1e} of its norm"
         expected = "expected a causal decoder (this may be an encoder)"
-        raise ModelError(f"got {model.name}, {moves} token; {expected}")
+        raise ModelError(f"{got} with the second token; {expected}")
 
 
 def _tokenizer(place: str, common: dict) -> Any:

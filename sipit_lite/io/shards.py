@@ -1,22 +1,19 @@
 """Last-token states of many prompts, in one pass each, and their shards on disk."""
 
-import os
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from hashlib import sha256
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sipit_lite.io.capture import tapped
+from sipit_lite.io.files import digest, read, replacing
 from sipit_lite.memory import advised
 from sipit_lite.model import LanguageModel, ModelError, StatesError
 
@@ -36,8 +33,8 @@ def last_states(
 
     Parameters
     ----------
-    folder: keeps the states in files, so that a stopped run goes on and processes share
-        the work; damaged ones, or of another model, layers or prompts, are made anew
+    folder: keeps the states in files, so that a stopped run goes on; processes share
+        it; damaged ones, or of another model, layers or prompts, are made anew
 
     Raises
     ------
@@ -76,35 +73,6 @@ def last_states(
     return states
 
 
-@contextmanager
-def replacing(path: Path, kind: type[Exception]) -> Iterator[Path]:
-    """A new path to write to, which takes the name of ``path`` if all goes well.
-
-    Until then an earlier file stays intact. An error of ``kind`` says what failed.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}-{uuid4().hex}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        got = f"got {str(path)!r}, where no file can be written"
-        raise kind(f"{got} ({' '.join(str(error).split())})") from error
-    finally:
-        # It is gone already, unless something failed.
-        with suppress(OSError):
-            part.unlink()
-
-
-def digest(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 of tensors' formats, shapes and bytes."""
-    hashed = sha256()
-    for tensor in tensors:
-        hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        hashed.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return hashed.hexdigest()
-
-
 def _last_states(
     model: LanguageModel, prompts: Sequence[Tensor], layers: Sequence[int]
 ) -> Float[Tensor, "layers prompts d_model"]:
@@ -114,8 +82,8 @@ def _last_states(
     parts = []
     for length, group in groupby(prompts, key=len):
         for ids in torch.stack(list(group)).split(max(1, TOKENS // length)):
-            what = f"{len(ids)} prompts of {length} tokens"
-            fits = advised(what, model.dtype, ModelError)
+            got = f"{len(ids)} prompts of {length} tokens"
+            fits = advised(got, model.dtype, ModelError)
             with fits, torch.inference_mode(), tapped(model, layers) as states:
                 rows = model.embeddings[ids.to(model.device)]
                 cut(inputs_embeds=rows, use_cache=False)
@@ -130,12 +98,11 @@ def _shard(
     """A shard from the disk if it is intact and the right one, else a new one."""
     of = digest([*prompts, torch.tensor(layers)]) + model.fingerprint
     try:
-        with safe_open(path, framework="pt") as stored:
-            states = stored.get_tensor("states")
-            metadata = stored.metadata() or {}
-        if (metadata.get("of"), metadata.get("digest")) == (of, digest([states])):
+        tensors, metadata = read(path)
+        states = tensors["states"]
+        if metadata == {"of": of, "digest": digest([states])}:
             return states
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, KeyError):
         pass  # not there yet, or damaged
     # Before the work, so that a folder that cannot be made costs no time.
     with replacing(path, StatesError) as part:

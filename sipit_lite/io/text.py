@@ -1,22 +1,22 @@
 """Prompts to feed a model: windows of text, or random tokens, all offline.
 
-``"bundled"`` text is a small fixed set of passages of the Python standard library.
-``"installed"`` text is every docstring and source file of the running Python: millions
-of tokens, others on every machine.
+``"bundled"`` text is a few passages of the Python standard library, the same anywhere;
+``"installed"`` text all docstrings and source files of the running Python.
 """
 
 import ast
-import hashlib
 import json
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from itertools import chain, zip_longest
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -31,8 +31,8 @@ SOURCES = ("bundled", "installed")
 HELD_OUT_ONE_IN = 16
 # Larger sources are generated tables, not code that people wrote.
 MAX_FILE_BYTES = 200_000
-# One line that begins and ends as a sentence does; signs of code, tables, examples.
-_SENTENCES = re.compile(r"[A-Z][^\n]*[.:!?]", re.DOTALL)
+# A line that begins and ends as sentences do; signs of code, tables, examples.
+_SENTENCES = re.compile(r"[A-Z].*[.:!?]")
 _NOT_PROSE = re.compile(r">>>|\.\. |--|==|\|| {4}|[{}<>\\]")
 
 
@@ -53,7 +53,7 @@ def prompts(
 
     Parameters
     ----------
-    kind, source, split: one of ``KINDS``, ``SOURCES``, ``SPLITS`` (installed text only)
+    kind, source, split: of ``KINDS``, ``SOURCES``, ``SPLITS`` (of installed text)
     seed: shuffles the bundled passages, or draws the random tokens
 
     Raises
@@ -72,10 +72,9 @@ def prompts(
     generator = torch.Generator().manual_seed(seed)
     while kind == "random":
         yield torch.randint(len(tokenizer), (length,), generator=generator)
-    if source == "installed":
-        # Not shuffled, which would mean to read all files first.
-        passages: Iterable[str] = installed(kind, split)
-    else:
+    # Not shuffled, which would mean to read all files first.
+    passages: Iterable[str] = installed(kind, split)
+    if source == "bundled":
         texts = bundled(kind)
         passages = (texts[i] for i in torch.randperm(len(texts), generator=generator))
     for passage in passages:
@@ -86,45 +85,33 @@ def prompts(
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    length: int,
-    *,
-    kinds: Sequence[str] = ("prose", "code"),
-    **options: object,
+    tokenizer: Any, count: int, length: int, *, kinds: Any = KINDS[:2], **options: Any
 ) -> list[Int[Tensor, " pos"]]:
     """``prompts`` of several kinds in turn, until ``count`` differ or the text ends.
 
-    Repeated ones stay in; where one kind ends, the others go on. ``options`` are those
-    of ``prompts``.
+    Repeated ones stay in. ``options`` are those of ``prompts``.
     """
     options = {"split": "train"} | options  # bulk work leaves held-out text alone
     streams = [prompts(tokenizer, kind, length, **options) for kind in kinds]
     taken = []
     seen = set()
-    for ids in chain.from_iterable(zip_longest(*streams)):
+    # ``zip_longest`` puts None where a kind has ended.
+    for ids in filter(torch.is_tensor, chain.from_iterable(zip_longest(*streams))):
         if len(seen) >= count:
             break
-        # ``zip_longest`` puts None where a kind has ended.
-        if ids is not None:
-            taken.append(ids)
-            seen.add(tuple(ids.tolist()))
+        taken.append(ids)
+        seen.add(tuple(ids.tolist()))
     return taken
 
 
 def distinct(
-    tokenizer: PreTrainedTokenizerBase, count: int, length: int, **options: object
+    tokenizer: Any, count: int, length: int, **options: Any
 ) -> list[Int[Tensor, " pos"]]:
-    """``windows`` without repeated ones; ``TextError`` where the text holds too few.
-
-    >>> from sipit_lite import load
-    >>> len(distinct(load().tokenizer, 50, 8, source="bundled"))
-    50
-    """
+    """``windows`` without repeated ones; ``TextError`` where the text holds too few."""
     chosen = different(windows(tokenizer, count, length, **options))
     if len(chosen) < count:
-        held = f"the text holds {len(chosen)} prompts of {length} tokens"
-        raise TextError(f"got count={count}; {held} ({options})")
+        there = f"the text holds {len(chosen)} prompts of {length} tokens ({options})"
+        raise TextError(f"got count={count}; {there}")
     return chosen
 
 
@@ -140,22 +127,14 @@ def different(prompts: Iterable[Tensor]) -> list[Tensor]:
 
 @cache
 def bundled(kind: str) -> tuple[str, ...]:
-    """The held-out passages that travel with the package.
-
-    >>> all(len(passage) >= 300 for passage in bundled("prose"))
-    True
-    """
+    """The held-out passages that travel with the package, of 300 characters or more."""
     path = files("sipit_lite") / "pocket_gpt2" / "held_out.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
     return tuple(passage["text"] for passage in stored[kind])
 
 
 def installed(kind: str, split: str = "train") -> Iterator[str]:
-    """Yield the documents of the running Python, one per source file.
-
-    >>> len(next(installed("code", "held-out"))) > 0
-    True
-    """
+    """Yield the documents of the running Python, one per source file."""
     # No paragraph stands in both splits: licences and copies are in many files.
     unwanted = _held_out(kind) if split == "train" else frozenset()
     for text in _documents(kind, split):
@@ -169,7 +148,7 @@ def _documents(kind: str, split: str) -> Iterator[str]:
     if kind == "prose":
         for name, text in sorted(topics.items()):
             if _split_of(f"pydoc_data/topics/{name}") == split:
-                yield _prose(paragraphs(text))
+                yield _prose([text])
     for folder in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
         for path in sorted(Path(folder).rglob("*.py")):
             name = path.relative_to(folder)
@@ -180,11 +159,7 @@ def _documents(kind: str, split: str) -> Iterator[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """Split text at blank lines.
-
-    >>> paragraphs("one\\n\\n\\ntwo\\nlines")
-    ['one', 'two\\nlines']
-    """
+    """Split text at blank lines."""
     return [p for p in re.split(r"\n\s*\n", text.strip("\n")) if p.strip()]
 
 
@@ -197,21 +172,21 @@ def is_prose(paragraph: str) -> bool:
     letters = sum(c.isalpha() or c.isspace() for c in paragraph)
     if len(paragraph) < 60 or letters < 0.88 * len(paragraph):
         return False
-    line = " ".join(paragraph.split())
-    return bool(_SENTENCES.fullmatch(line)) and not _NOT_PROSE.search(paragraph)
+    sentences = _SENTENCES.fullmatch(" ".join(paragraph.split()))
+    return bool(sentences) and not _NOT_PROSE.search(paragraph)
 
 
 @cache
 def _held_out(kind: str) -> frozenset[str]:
     """All paragraphs of the held-out documents."""
     documents = map(paragraphs, _documents(kind, "held-out"))
-    return frozenset(p.strip() for p in chain.from_iterable(documents))
+    return frozenset(map(str.strip, chain.from_iterable(documents)))
 
 
 def _split_of(name: str) -> str:
     """The split of a file, by the hash of its name: no release moves it across."""
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    return "held-out" if number % HELD_OUT_ONE_IN == 0 else "train"
+    byte = sha256(name.encode()).digest()[3]
+    return "held-out" if byte % HELD_OUT_ONE_IN == 0 else "train"
 
 
 def _read(path: Path, kind: str) -> str:
@@ -231,12 +206,11 @@ def _read(path: Path, kind: str) -> str:
     # Whatever may carry a docstring.
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
-    docstrings = (ast.get_docstring(node) or "" for node in nodes)
-    return _prose(chain.from_iterable(map(paragraphs, docstrings)))
+    return _prose(ast.get_docstring(node) or "" for node in nodes)
 
 
-def _prose(candidates: Iterable[str]) -> str:
+def _prose(texts: Iterable[str]) -> str:
     """Join the paragraphs that are prose, each once, unwrapped to one line."""
     # Docstrings are copied from function to function.
-    lines = (" ".join(p.split()) for p in candidates if is_prose(p))
-    return "\n\n".join(dict.fromkeys(lines))
+    candidates = filter(is_prose, chain.from_iterable(map(paragraphs, texts)))
+    return "\n\n".join(dict.fromkeys(" ".join(p.split()) for p in candidates))

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sipit_lite.io import text as prompts
-from sipit_lite.io.shards import replacing
+from sipit_lite.io.files import replacing
 
 VOCAB = 4096
 CONTEXT = 256

@@ -143,7 +143,7 @@ def test_two_processes_share_a_folder(
     parts = set()
 
     def overtaken(tensors: dict, path: Path, metadata: dict) -> None:
-        parts.add(path.name)
+        parts.add(path)
         if len(parts) == 1:
             last_states(pocket, prompts, [2], folder=tmp_path)
         honest(tensors, path, metadata)

@@ -1,0 +1,53 @@
+"""Files that are complete or not there, and what safetensors files hold."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+@contextmanager
+def replacing(
+    path: str | Path, kind: type[Exception], *, folders: bool = True
+) -> Iterator[Path]:
+    """A new path to write to, which takes the place of ``path`` if all goes well.
+
+    Until then an earlier file stays. An error of ``kind`` says what failed. Folders
+    that are missing are made by default.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")  # a rename would do away with /dev/null
+        if folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside it, where a rename is atomic; no two processes share this folder.
+        with TemporaryDirectory(".part", dir=path.parent) as beside:
+            part = Path(beside, path.name)
+            yield part
+            part.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        refusal = f"got {str(path)!r}, where no file can be written ({reason})"
+        raise kind(refusal) from error
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        return tensors, stored.metadata() or {}
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """SHA-256 of tensors' formats, shapes and bytes."""
+    hashed = sha256()
+    for tensor in tensors:
+        hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        hashed.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()
