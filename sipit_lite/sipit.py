@@ -111,8 +111,8 @@ def invert_many(
 ) -> list[Outcome]:
     """Recover many prompts of any lengths: one outcome a prompt, in their order.
 
-    Takes what ``invert`` takes, ``half_width`` and ``passes`` with an entry a prompt. The
-    outcome of a prompt that cannot be recovered is the error that ``invert`` would
+    Takes what ``invert`` takes, ``half_width`` and ``passes`` with one entry a prompt.
+    The outcome of a prompt that cannot be recovered is the error that ``invert`` would
     raise. Raises ``ModelError``, ``LensError``, ``Interrupted`` with all outcomes.
 
     >>> from sipit_lite import load
