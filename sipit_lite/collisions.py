@@ -45,7 +45,7 @@ class CollisionReport:
     ``practical`` those ``torch.allclose`` in either order. Bounds were lowered by
     ``slack`` · (‖a‖² + ‖b‖²), norms from the centre. ``rows`` are the rows compared; of
     ``duplicates`` the prompt had occurred. ``nearest`` are the distances of these rows
-    to their nearest neighbours, if wanted; ``sample`` those of random pairs.
+    to their nearest neighbours, if wanted.
     """
 
     pairs: Int[Tensor, "k 2"]
@@ -59,7 +59,6 @@ class CollisionReport:
     rows: Int[Tensor, " n"]
     duplicates: int
     nearest: Float64[Tensor, " n"] | None
-    sample: Float64[Tensor, " m"]
     seconds: float
 
     @property
@@ -74,8 +73,6 @@ def closest_pairs(
     *,
     prompts: Sequence[Tensor] | Tensor | None = None,
     nearest: bool = False,
-    sample: int = 0,
-    seed: int = 0,
     progress: bool = False,
 ) -> CollisionReport:
     """Find the k closest pairs of rows: those of all pairs compared in float64.
@@ -86,7 +83,6 @@ def closest_pairs(
     prompts : one for each row; a row whose prompt occurred before is left out and
         counted, while equal states of different prompts are collisions
     nearest : whether the nearest neighbour of every row is wanted too
-    sample : how many random pairs to report, drawn with ``seed``
 
     Raises ``StatesError`` for rows that are not finite (it says which), another format,
     shape or number of prompts, or a k that is not between 1 and the number of pairs.
@@ -117,9 +113,6 @@ def closest_pairs(
         pairs, distances = _pairs_of_rows(search, group)
         equal = int((sizes * (sizes - 1) // 2).sum())
         near = search.near.where(sizes == 1, 0.0)
-        generator = torch.Generator().manual_seed(seed)
-        i = torch.randint(len(x), (sample,), generator=generator)
-        j = (i + torch.randint(1, len(x), (sample,), generator=generator)) % len(x)
         return CollisionReport(
             pairs=rows[pairs],
             distances=distances,
@@ -132,7 +125,6 @@ def closest_pairs(
             rows=rows,
             duplicates=len(states) - len(rows),
             nearest=near[group].cpu() if nearest else None,
-            sample=_distances(x, i, j).cpu(),
             seconds=time.perf_counter() - start,
         )
 

@@ -56,8 +56,8 @@ def invert(
     states
         Shape (T, d_model), any floating-point format, before the final norm.
     policy, lens, seed
-        The order of candidates. ``"auto"`` drafts the prompt with ``lens`` and searches
-        with ``Newton`` for what the draft misses; without a lens it is ``Gradient()``.
+        The order of candidates: ``"auto"`` drafts with ``lens`` and searches by the
+        lens's own policy for what it misses; without a lens it is ``Gradient()``.
     epsilon
         Bound on noise ‖ĥ_t − h_t‖₂ that was added on purpose, one number or one a
         position; without it ε_t is the measured noise floor alone.
@@ -132,8 +132,10 @@ def invert_many(
     except KeyboardInterrupt:
         # The one that was being read; all others are in the outcomes.
         stopped = next((p for p in prompts if not p.done), prompts[0]).recovered()
-        raise Interrupted(stopped, [p.outcome() for p in prompts]) from None
-    return [prompt.outcome() for prompt in prompts]
+        raise Interrupted(
+            stopped, [p.error or p.recovered() for p in prompts]
+        ) from None
+    return [prompt.error or prompt.recovered() for prompt in prompts]
 
 
 @dataclass
@@ -213,10 +215,6 @@ class _Prompt:
         recovery.text = self.options.model.decode(recovery.tokens)
         recovery.seconds = time.perf_counter() - self.started
         return recovery
-
-    def outcome(self) -> Outcome:
-        """The error, or what is settled."""
-        return self.recovered() if self.error is None else self.error
 
     def accept_draft(self, states: Float[Tensor, "read d_model"]) -> None:
         """Settle the drafted tokens that agree, up to the first that does not."""
@@ -338,7 +336,8 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     searched = [prompt for prompt in prompts if prompt.searched and not prompt.error]
     for batch in _batches(searched):
         # No cache this time: were the one-step map wrong, this pass would show it.
-        together = options.model.states(_padded(batch), options.layer)
+        rows = pad_sequence([prompt.tokens for prompt in batch], batch_first=True)
+        together = options.model.states(rows, options.layer)
         for prompt, states in zip(batch, together, strict=True):
             prompt.read_once_more(states)
 
@@ -367,14 +366,10 @@ def _batches(prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
         waiting = waiting[:-fitting]
 
 
-def _padded(batch: list[_Prompt]) -> Int[Tensor, "row pos"]:
-    """Tokens of several prompts; padding stands behind, where no position looks."""
-    return pad_sequence([prompt.tokens for prompt in batch], batch_first=True)
-
-
 def _read(batch: list[_Prompt], start: OneStepMap) -> Iterator[tuple]:
     """Each prompt with the states of its draft and the map after it."""
-    rows = _padded(batch)
+    # Padding stands behind a prompt, where none of its positions looks.
+    rows = pad_sequence([prompt.tokens for prompt in batch], batch_first=True)
     if rows.shape[1] == 0:  # nothing is drafted, and no model reads empty prompts
         yield from ((prompt, prompt.observed.states[:0], start) for prompt in batch)
         return

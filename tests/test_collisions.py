@@ -234,18 +234,6 @@ def test_minus_zero_equals_zero() -> None:
     assert (report.minimum, report.collisions) == (0.0, 1)
 
 
-def test_random_pairs_are_distances_of_different_rows() -> None:
-    """The sample is seeded, and every value is a distance of the cloud."""
-    x = cloud("gaussian", 30, 8, 4)
-    sample = closest_pairs(x, 1, sample=100, seed=5).sample
-    every = distances(x)[torch.triu(torch.ones(30, 30, dtype=torch.bool), 1)]
-    assert (
-        len(sample) == 100
-        and ((sample[:, None] - every[None]).abs().amin(1) < 1e-12).all()
-    )
-    assert torch.equal(sample, closest_pairs(x, 1, sample=100, seed=5).sample)
-
-
 def test_most_pairs_are_never_compared_where_pruning_helps() -> None:
     """Rows along a line: nearly all blocks are skipped, and the answer is that of all pairs."""
     x = torch.zeros(4000, 64)
@@ -317,7 +305,7 @@ def test_nothing_of_the_caller_changes() -> None:
     """The global generator is left alone, also where axes and samples are drawn."""
     x = cloud("gaussian", 300, 64, 8)
     before = torch.random.get_rng_state()
-    closest_pairs(x, 2, nearest=True, sample=5)
+    closest_pairs(x, 2, nearest=True)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -325,9 +313,7 @@ def test_nothing_of_the_caller_changes() -> None:
 def test_whatever_the_caller_has_set(setting: str) -> None:
     """Inference mode, autocast, default type and default device do not matter."""
     x = cloud("gaussian", 1200, 40, 9) + 3.0
-    expected = closest_pairs(
-        x, 3, nearest=True, sample=4, prompts=torch.arange(1200)[:, None]
-    )
+    expected = closest_pairs(x, 3, nearest=True, prompts=torch.arange(1200)[:, None])
     prompts = torch.arange(1200)[:, None]
     modes = {
         "inference": torch.inference_mode(),
@@ -337,13 +323,13 @@ def test_whatever_the_caller_has_set(setting: str) -> None:
     if setting == "dtype":
         torch.set_default_dtype(torch.bfloat16)
         try:
-            report = closest_pairs(x, 3, nearest=True, sample=4, prompts=prompts)
+            report = closest_pairs(x, 3, nearest=True, prompts=prompts)
         finally:
             torch.set_default_dtype(torch.float32)
     else:
         with modes[setting]:
-            report = closest_pairs(x, 3, nearest=True, sample=4, prompts=prompts)
-    for name in ("pairs", "distances", "nearest", "sample", "rows"):
+            report = closest_pairs(x, 3, nearest=True, prompts=prompts)
+    for name in ("pairs", "distances", "nearest", "rows"):
         assert torch.equal(getattr(report, name), getattr(expected, name)), name
 
 

@@ -103,7 +103,7 @@ def survey_layer(
     """
     # Few rows have few pairs.
     k = min(CLOSEST, len(x) * (len(x) - 1) // 2)
-    report = closest_pairs(x, k, nearest=True, sample=RANDOM_PAIRS, seed=seed)
+    report = closest_pairs(x, k, nearest=True)
     row = {
         "pairs": report.compared,
         "recomputed": report.recomputed,
@@ -111,10 +111,21 @@ def survey_layer(
         "collisions": report.collisions,
         "practical": report.practical,
         "nearest": quantiles(report.nearest),
-        "random": quantiles(report.sample),
+        "random": quantiles(random_distances(x, RANDOM_PAIRS, seed)),
         "seconds": report.seconds,
     }
     return short(row | null_models(x, seed=seed)), report
+
+
+def random_distances(
+    x: Float[Tensor, "n d_model"], count: int, seed: int = 0
+) -> Float64[Tensor, " count"]:
+    """Distances of random pairs of different rows, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    i = torch.randint(len(x), (count,), generator=generator)
+    # A shift by less than all rows never comes back to the same one.
+    j = (i + torch.randint(1, len(x), (count,), generator=generator)) % len(x)
+    return torch.linalg.vector_norm(x[i].double() - x[j].double(), dim=1)
 
 
 def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, Any]:
