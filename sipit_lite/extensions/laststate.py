@@ -1,12 +1,10 @@
 """The prompt from one vector: the state of its last token at one layer (chapter 17).
 
-The paper proves that the last-token state determines the prompt and leaves an algorithm
-open. This one holds a belief, a probability for every token at every position, and
-sharpens it: draw prompts from the belief, linearise the model at one of them, measure
-on all how wrong the linear model is, and score every token against what is left of the
-state. Then blocks of positions are forgotten and recovered while the rest stays fixed.
-What is returned was read by the model once more and agrees with the state within the
-noise floor; else the search ends in an error.
+The paper leaves an algorithm open. This one sharpens a belief, a probability for every
+token at every position: draw prompts from it, linearise the model at one of them,
+measure on all how wrong that is, and score every token against the rest of the state.
+Then blocks of positions are forgotten and recovered. What is returned was read once
+more and agrees with the state within the noise floor; else there is an error.
 """
 
 import math
@@ -22,11 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from sipit_lite.acceptance import Observation
+from sipit_lite.acceptance import Observation, State, States, Tokens
 from sipit_lite.extensions.lens import Regression, ridge
 from sipit_lite.model import LanguageModel, SipItError, StatesError
 from sipit_lite.onestep import ROWS
-from sipit_lite.policies import State
 from sipit_lite.recovery import Interrupted, Recovery
 from sipit_lite.sipit import SALT
 
@@ -47,11 +44,12 @@ TILT = 1.0  # standard deviation by which a restart tilts the logarithm of its p
 FAR = 8.0  # distance that a length is taken to have before its first step
 RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's place
 
-Prompt = Int[Tensor, " pos"]
 Prompts = Int[Tensor, "row pos"]
 OverVocab = Float[Tensor, " vocab"]
-States = Float[Tensor, "row d_model"]
+Rows = Float[Tensor, "block vocab"]
+Table = Float[Tensor, "vocab vocab"] | None
 Square = Float[Tensor, "d_model d_model"]
+Squares = Float[Tensor, "block d_model d_model"]
 
 
 class LastStateError(SipItError):
@@ -63,12 +61,9 @@ class NotRecovered(LastStateError):
 
     # Defaults, since pickle makes an error from its message before it knows the rest.
     def __init__(
-        self,
-        message: str,
-        recovered: Recovery | None = None,
-        other: Prompt | None = None,
+        self, line: str, recovered: Recovery | None = None, other: Tokens | None = None
     ):
-        super().__init__(message)
+        super().__init__(line)
         self.recovered = recovered
         self.other = other
 
@@ -106,11 +101,10 @@ def invert_last(
     ----------
     state, layer
         Shape (d_model,), before the final norm; by default of the last layer.
-    length
+    length, longest
         T where it is known, else all lengths up to ``longest`` (16) are tried.
     epsilon
-        A bound on noise that was added to the state on purpose, ℓ2. Half the distance
-        to a prompt that was not read may hide that one.
+        A bound on noise that was added to the state on purpose, ℓ2.
     ends
         A regression for this model and layer; by default it is fitted, once.
     restarts, seconds
@@ -119,16 +113,14 @@ def invert_last(
     Returns
     -------
     Recovery
-        Read by the model once more, alone; NaN at all positions but the last, the only
-        one observed. ``runner_up`` is the distance of the closest of its ``rivals``.
+        NaN at all positions but the last; ``runner_up`` is the closest of ``rivals``.
 
     Raises
     ------
     StatesError, ModelError, LastStateError
         For a state that no prompt has; a bad layer; a bad length or budget.
     NotRecovered, Collision, Stopped
-        Where no prompt read agrees with the state; where several do; on Ctrl-C. All
-        three carry the closest prompt as ``recovered``.
+        No prompt read agrees; several do; Ctrl-C. All carry the closest prompt.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -140,18 +132,18 @@ def invert_last(
     started = time.perf_counter()
     layer = model.n_layers if layer is None else layer
     if isinstance(state, Tensor) and state.ndim != 1:
-        raise StatesError(
-            f"got a state of shape {tuple(state.shape)}; expected one position's, "
-            f"({model.d_model},)"
-        )
+        shape = tuple(state.shape)
+        raise StatesError(f"got a state of shape {shape}; expected ({model.d_model},)")
     rows = state[None] if isinstance(state, Tensor) else state  # refused there
     observed = Observation.of(rows, model, layer, epsilon)
     longest = min(LONGEST, model.n_positions) if longest is None else longest
-    lengths = {"length": length, "longest": longest}
-    _check(model, layer, lengths, {"restarts": restarts, "seconds": seconds})
+    _check(model, layer, {"length": length, "longest": longest})
+    for name, value in {"restarts": restarts, "seconds": seconds}.items():
+        if not value > 0:  # NaN too
+            raise LastStateError(f"got {name}={value}; expected a budget above 0")
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
     ends.check(model, layer, length or longest)
-    # What the regression says of last token and length; it may know longer prompts.
+    # The regression may know longer prompts.
     said = ends.read(observed.states[0]).to(model.dtype)[:, : length or longest]
     law = Law.of(model, ends)
     last = LastMap(model, layer)
@@ -167,8 +159,7 @@ def invert_last(
                 best = best.or_closer(step)
                 bar.set_postfix_str(f"distance {best.distance:.3g}")
                 bar.update()
-                spent = time.perf_counter() - started
-                if search.agrees(best) or spent > seconds:
+                if search.agrees(best) or time.perf_counter() - started > seconds:
                     break
         return checked(search, best, started, None if length else longest)
     except KeyboardInterrupt:
@@ -206,9 +197,7 @@ class LastMap:
             parts = [self.embeddings(table[rows]) for rows in prompts.split(ROWS)]
         return torch.cat(parts)
 
-    def jacobians(
-        self, e: Float[Tensor, "pos d_model"], block: slice
-    ) -> Float[Tensor, "block d_model d_model"]:
+    def jacobians(self, e: Float[Tensor, "pos d_model"], block: slice) -> Squares:
         """∂F/∂e_t for the positions t of a block, by one batched reverse pass."""
         with torch.enable_grad():
             free = e[block].detach().clone().requires_grad_()
@@ -217,9 +206,8 @@ class LastMap:
             state = self.embeddings(row[None])[0]
             each = torch.eye(len(state)).to(state)
             # Layer 0 does not depend on earlier positions: zeros, not an error.
-            (slopes,) = torch.autograd.grad(
-                state, free, each, is_grads_batched=True, materialize_grads=True
-            )
+            how = {"is_grads_batched": True, "materialize_grads": True}
+            (slopes,) = torch.autograd.grad(state, free, each, **how)
         return slopes.transpose(0, 1)  # position first, then number of the state
 
 
@@ -227,8 +215,7 @@ class LastMap:
 class Ends(Regression):
     """What a last-token state says of the last token and of T, by one regression.
 
-    Fitted on random prompts and on prompts that the model wrote itself; ``frequency``
-    holds how often it wrote each token. Like a lens, it only proposes.
+    ``frequency``: how often the model itself writes each token.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -267,21 +254,19 @@ class Ends(Regression):
                 goals = torch.cat([model.embeddings[ids.flatten()], length], 1)
                 yield model.states(ids, layer).flatten(0, 1), goals
 
-        regression = vars(ridge(pairs(), features, generator))
+        fields = vars(ridge(pairs(), features, generator))
         # Half a sighting for all, so that no token is impossible.
         counts = torch.bincount(written.flatten(), minlength=model.vocab_size) + 0.5
-        fields = {"model": model, "layer": layer, "longest": longest}
-        return cls(**regression, **fields, frequency=counts / counts.sum())
+        return cls(*fields.values(), model, layer, longest, counts / counts.sum())
 
     def check(self, model: LanguageModel, layer: int, length: int) -> None:
         """Raise ``LastStateError`` unless it fits this model, layer and length."""
         same = self.model is model
         if not same or self.layer != layer or self.longest < length:
-            raise LastStateError(
-                f"got a fit for layer {self.layer} and up to {self.longest} tokens of "
-                f"{'this' if same else 'another'} model; expected one for layer "
-                f"{layer} of {model.name} and {length} tokens"
-            )
+            whose = "this" if same else "another"
+            got = f"layer {self.layer} and up to {self.longest} tokens of {whose} model"
+            needed = f"layer {layer} of {model.name} and {length} tokens"
+            raise LastStateError(f"got a fit for {got}; expected one for {needed}")
 
     def read(self, state: State) -> Float[Tensor, "vocab longest"]:
         """Log-probabilities of each last token and length together."""
@@ -289,8 +274,8 @@ class Ends(Regression):
         # terms cancel, but not in float32.
         whiten = self.whiten.double()
         tokens, lengths = whiten.split([self.model.d_model, self.longest])
-        predicted = self.predict(state).double() @ whiten
-        away = self.model.embeddings.double() @ tokens - predicted
+        away = self.model.embeddings.double() @ tokens
+        away -= self.predict(state).double() @ whiten
         # ‖away + length‖², multiplied out for all pairs of a token and a length
         squares = away.square().sum(1)[:, None] + 2 * away @ lengths.T
         squares = squares + lengths.square().sum(1)
@@ -317,7 +302,7 @@ def _next_law(model: LanguageModel, e: Tensor, cache: DynamicCache | None) -> Te
 
 def _written(
     model: LanguageModel, count: int, length: int, generator: torch.Generator
-) -> Int[Tensor, "{count} {length}"]:
+) -> Prompts:
     """Prompts that the model writes itself after a random token; else random ones."""
     ids = torch.randint(model.vocab_size, (count, length), generator=generator)
     ids = ids.to(model.device)
@@ -331,10 +316,8 @@ def _written(
     return ids
 
 
-def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
-    """P(v | u): how likely the model thinks each token v after the prompt ⟨u⟩ alone.
-
-    None beyond ``LARGEST`` tokens, or without the table of embeddings as unembedding.
+def followers(model: LanguageModel) -> Table:
+    """P(v | u) after ⟨u⟩ alone; None beyond ``LARGEST`` tokens, or if not tied.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -353,16 +336,11 @@ def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """What is expected of a prompt before its state is looked at: a Markov chain.
+    """What is expected of a prompt before its state is looked at: a Markov chain."""
 
-    ``anywhere`` holds the probability of each token; ``after`` the law of a token by
-    the one before it, of which ``NEIGHBOURS`` is believed, or None where tokens are
-    independent; ``last`` is log-evidence about the last token.
-    """
-
-    anywhere: OverVocab
-    after: Float[Tensor, "vocab vocab"] | None = None
-    last: OverVocab | None = None
+    anywhere: OverVocab  # the probability of each token
+    after: Table = None  # by the token before, where these are not independent
+    last: OverVocab | None = None  # log-evidence about the last token
 
     @classmethod
     def of(cls, model: LanguageModel, ends: Ends) -> "Law":
@@ -391,12 +369,8 @@ class Law:
         lead = self.after @ likelihood
         return NEIGHBOURS * lead + (1 - NEIGHBOURS) * (likelihood @ self.anywhere)
 
-    def given(
-        self, ids: Prompt, block: slice, evidence: Float[Tensor, "block vocab"]
-    ) -> Float[Tensor, "block vocab"]:
-        """Log-probabilities of the tokens of a block, given evidence and all others.
-
-        The log-evidence is multiplied along the chain, forward and backward.
+    def given(self, ids: Tokens, block: slice, evidence: Rows) -> Rows:
+        """Log-probabilities of a block's tokens, given log-evidence and all others.
 
         >>> law = Law(torch.tensor([0.5, 0.5]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
         >>> ids = torch.tensor([0, 1, 0])
@@ -426,8 +400,8 @@ class Law:
 class Belief:
     """Log-probabilities of every token at the ``block`` of positions of ``ids``."""
 
-    log: Float[Tensor, "block vocab"]
-    ids: Prompt
+    log: Rows
+    ids: Tokens
     block: slice
 
     def draw(self, count: int, generator: torch.Generator) -> Prompts:
@@ -443,9 +417,7 @@ class Belief:
         prompts[:, self.block] = drawn.T.to(self.ids)
         return prompts
 
-    def moments(
-        self, table: Float[Tensor, "vocab d_model"]
-    ) -> tuple[Float[Tensor, "block d_model"], Float[Tensor, "block d_model d_model"]]:
+    def moments(self, table: Float[Tensor, "vocab d_model"]) -> tuple[States, Squares]:
         """Mean and covariance of the embedding at each position."""
         law = self.log.exp()
         mean = law @ table
@@ -464,12 +436,10 @@ def sharpened(
 ) -> Belief:
     """One round: the belief after the state is compared with a linear model of the map.
 
-    The model is c + Σ J_t (e_t − m_t), right on average on the ``drawn`` prompts, whose
-    last-token ``states`` are known; R is the covariance of its error there, J_t the
-    Jacobian at position t, m_t and C_t mean and covariance of the embedding. What the
-    ``observed`` state says of a token at t is the logarithm of a normal density with
-    covariance R + Σ J_u C_u J_uᵀ over the other positions u (chapter 17). What that
-    makes of the law of prompts is the new belief, of which ``DAMPING`` is taken.
+    The model is c + Σ J_t (e_t − m_t), right on average on the ``drawn`` prompts with
+    these ``states``. A token at t is scored by a normal density with covariance
+    S = R + Σ J_u C_u J_uᵀ over other positions u: R is that of the model's error, C_u
+    that of an embedding (chapter 17). ``DAMPING`` of the new belief is taken.
     """
     table = last.model.embeddings
     mean, spread = belief.moments(table)
@@ -501,9 +471,8 @@ def sharpened(
 def error_covariance(error: States, residual: State, explained: Square) -> Square:
     """Covariance of the error of a linear model, half way to a multiple of I.
 
-    There are fewer samples than dimensions. What neither error nor spread explains of
-    the residual goes to all directions: a belief that has settled on wrong tokens is
-    not certain any more.
+    What neither error nor spread explains of the residual goes to all directions: a
+    belief that has settled on wrong tokens is not certain any more.
 
     >>> zero, residual = torch.zeros(2, 2), torch.tensor([3.0, 4.0])
     >>> error_covariance(zero, residual, zero).diagonal().tolist()
@@ -523,7 +492,7 @@ def error_covariance(error: States, residual: State, explained: Square) -> Squar
 class Guess(NamedTuple):
     """A prompt, the distance of its last state, and how many prompts were read."""
 
-    ids: Prompt
+    ids: Tokens
     distance: float
     tested: int
 
@@ -572,12 +541,8 @@ class Search:
                 yield guess
                 current = current.or_closer(guess)
 
-    def rounds(self, ids: Prompt, block: slice, count: int, tilt: float) -> Guess:
-        """The closest prompt read while a block is recovered, in so many rounds.
-
-        It starts from what the law says, as if there were random evidence of size
-        ``tilt``, and ends early where the belief is sure or a prompt agrees.
-        """
+    def rounds(self, ids: Tokens, block: slice, count: int, tilt: float) -> Guess:
+        """The closest prompt while a block is recovered; ``tilt``: random evidence."""
         shape = (len(ids[block]), len(self.law.anywhere))
         noise = torch.randn(shape, generator=self.generator).to(self.law.anywhere)
         belief = Belief(self.law.given(ids, block, tilt * noise), ids, block)
@@ -592,8 +557,8 @@ class Search:
             if k == count or stuck or self.agrees(best):
                 break
             settled = likeliest
-            observed = self.observed.states[0]
-            belief = sharpened(belief, self.law, observed, self.last, drawn, states)
+            state = self.observed.states[0]
+            belief = sharpened(belief, self.law, state, self.last, drawn, states)
         return best
 
     def integer(self, low: int, high: int) -> int:
@@ -604,11 +569,9 @@ class Search:
 def _by_promise(
     searches: dict[int, Iterator[Guess]], likely: Tensor
 ) -> Iterator[Guess]:
-    """Yield steps of the searches of several lengths, the most promising one first.
-
-    A step is taken to cost as much as it has tokens. Time is shared out in proportion
-    to √(probability of the length) / distance: what comes close is followed up.
-    """
+    """Yield steps of searches by length, the most promising one first."""
+    # A step costs as much as it has tokens; time is shared out in proportion to
+    # √(probability of the length) / distance: what comes close is followed up.
     weight = likely.exp().clamp_min(1e-9).sqrt().tolist()
     spent = dict.fromkeys(searches, 0)
     nearest = dict.fromkeys(searches, FAR)
@@ -630,21 +593,16 @@ def _recovery(
     """A prompt as a ``Recovery``, not verified: NaN at all positions but the last."""
     ids = guess.ids.cpu()
     values = [guess.distance, runner_up, float(search.observed.radius)]
-    columns = torch.full((3, len(ids)), torch.nan)
-    columns[:, -1] = torch.tensor(values)
-    tested = torch.zeros(len(ids), dtype=torch.long)
+    columns = torch.full((4, len(ids)), torch.nan)
+    columns[:3, -1] = torch.tensor(values)
+    *measured, margin = columns
+    tested = torch.zeros_like(ids)
     tested[-1] = guess.tested
+    text = search.last.model.decode(ids)
+    seconds = time.perf_counter() - started
+    rest = {"text": text, "seconds": seconds, "layer": search.last.layer}
     return Recovery(
-        tokens=ids,
-        text=search.last.model.decode(ids),
-        distance=columns[0],
-        runner_up=columns[1],
-        radius=columns[2],
-        tested=tested,
-        verified=torch.zeros(len(ids), dtype=torch.bool),
-        margin=torch.full((len(ids),), torch.nan),
-        seconds=time.perf_counter() - started,
-        layer=search.last.layer,
+        ids, *measured, tested, torch.zeros_like(ids).bool(), margin, **rest
     )
 
 
@@ -656,17 +614,13 @@ def checked(
     state = model.states(best.ids, search.last.layer)[-1:]
     again = search.read(best.ids[None], state)._replace(tested=best.tested)
     recovered = _recovery(search, again, started)
-    line = (
-        f"{recovered.text!r} ({len(best.ids)} tokens) is {again.distance:.3g} away, "
-        f"radius {float(search.observed.radius):.3g}"
-    )
+    line = f"{recovered.text!r} ({len(best.ids)} tokens) is {again.distance:.3g} away"
+    line += f", radius {float(search.observed.radius):.3g}"
     # Alone and in a batch: two routes, as the noise floor was measured.
     if not (search.agrees(again) and search.agrees(best)):
-        raise NotRecovered(
-            "no prompt was found whose last state is the observed one: the closest of "
-            f"{best.tested} read, {line}, after {recovered.seconds:.0f} s",
-            recovered,
-        )
+        line = f"the closest of {best.tested} read, {line}"
+        line = f"no prompt was found with the observed last state: {line}"
+        raise NotRecovered(f"{line}, after {recovered.seconds:.0f} s", recovered)
     rival = Guess(best.ids, torch.inf, 0)
     for prompts in rivals(model, best.ids, longest):
         rival = rival.or_closer(search.read(prompts, search.last.tokens(prompts)))
@@ -674,17 +628,15 @@ def checked(
     if search.agrees(rival):
         other = rival.ids.cpu()
         line += f"; so is {model.decode(other)!r} ({len(other)} tokens)"
-        line += f", {rival.distance:.3g} away"
-        raise Collision(line, recovered, other)
+        raise Collision(f"{line}, {rival.distance:.3g} away", recovered, other)
     return replace(recovered, verified=torch.ones_like(recovered.verified))
 
 
-def rivals(model: LanguageModel, ids: Prompt, longest: int | None) -> list[Tensor]:
+def rivals(model: LanguageModel, ids: Tokens, longest: int | None) -> list[Tensor]:
     """The prompts most likely to share a last state with one, by their lengths.
 
-    Those with one token changed for another of near embedding; up to ``longest``
-    tokens, also those with the first token once less or more, since a model that knows
-    relative positions cannot always count a repeated token (chapter 5).
+    One token has a near embedding; or the first one stands once less or more, since
+    models of relative positions cannot always count repeated tokens (chapter 5).
 
     >>> from sipit_lite import load
     >>> near, *others = rivals(load(device="cpu"), torch.tensor([5, 6]), 3)
@@ -703,29 +655,15 @@ def rivals(model: LanguageModel, ids: Prompt, longest: int | None) -> list[Tenso
     return [near.flatten(0, 1), *fitting]
 
 
-def _check(
-    model: LanguageModel,
-    layer: int,
-    lengths: dict[str, int | None],
-    budgets: dict[str, float | int],
-) -> None:
+def _check(model: LanguageModel, layer: int, lengths: dict[str, int | None]) -> None:
     """Raise ``LastStateError`` for a question that cannot be answered."""
     if torch.finfo(model.dtype).bits <= 16:
-        raise LastStateError(
-            f"got a model that computes in {model.dtype}; expected torch.float32 or "
-            "torch.float64, whatever the state's"
-        )
+        got = f"got a model that computes in {model.dtype}"
+        raise LastStateError(f"{got}; expected torch.float32 or torch.float64")
+    reads = f"{model.name} reads 1 to {model.n_positions} tokens"
     for name, value in lengths.items():
         if value is not None and not 1 <= value <= model.n_positions:
-            raise LastStateError(
-                f"got {name}={value}; {model.name} reads 1 to {model.n_positions} "
-                "tokens"
-            )
+            raise LastStateError(f"got {name}={value}; {reads}")
     if layer == 0 and lengths["length"] != 1:
-        raise LastStateError(
-            "got layer 0, whose last state knows the last token alone; expected "
-            "length=1, or layer 1"
-        )
-    for name, value in budgets.items():
-        if not value > 0:
-            raise LastStateError(f"got {name}={value}; expected a budget above 0")
+        got = "got layer 0, whose last state knows the last token alone"
+        raise LastStateError(f"{got}; expected length=1, or layer 1")
