@@ -1,9 +1,8 @@
 """Defences of hidden states: what is still recovered of the prompt, and what they cost.
 
-A client keeps the first blocks, changes the states, and sends them to a server that
-runs the rest. The attacker sees what the server sees, has the model, and knows the
-defence and its strength, all but the noise itself (Kerckhoffs): whatever a known
-function does to the states, the attacker does to those of all candidates (chapter 15).
+A client runs the first blocks, changes the states, and sends them to a server. The
+attacker sees these, and knows the model and the defence, all but the noise itself
+(Kerckhoffs): it does to all candidates what a known function does (chapter 15).
 """
 
 import json
@@ -48,9 +47,8 @@ class DefenceError(SipItError):
 class Defence:
     """What a client does to each state, and what an attacker who knows it concludes.
 
-    The attack that stands here is on a known function: it is applied to all candidates,
-    and what is left to chance is float noise, ``floor`` times the norm of the state.
-    Raises ``DefenceError`` for a strength outside ``limits``.
+    Here the attack on a known function: all that is left to chance is float noise,
+    ``floor`` times the norm. Raises ``DefenceError`` for a strength outside ``limits``.
     """
 
     limits: tuple[float, float] = (0, 0)
@@ -177,6 +175,7 @@ class Dropping(Defence):
         return torch.arange(self.period - 1, length, self.period)
 
 
+Masks = Sequence[Defence]
 STRENGTHS: tuple[Defence, ...] = (
     *map(Noise, (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
     *map(Rounding, (8, 6, 4, 3, 2, 1)),
@@ -188,7 +187,6 @@ STRENGTHS: tuple[Defence, ...] = (
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Wilson's 95 % interval for a probability: the p with |p̂ − p| ≤ z √(p(1 − p)/n).
 
-    Unlike p̂ ± z √(p̂(1 − p̂)/n) it does not shrink to a point where p̂ is 0 or 1.
     Raises ``DefenceError`` unless 0 ≤ successes ≤ trials and there is a trial.
 
     >>> [round(end, 3) for end in wilson(10, 10)]
@@ -206,10 +204,9 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 def continued(
     model: LanguageModel, states: States, layer: int, positions: Ids | None = None
 ) -> Float[Tensor, "pos vocab"]:
-    """Logits of the next token, as the server of split inference computes them.
+    """Logits of the next token, as the server computes them from what it receives.
 
-    The blocks after ``layer`` and the final norm run on the states that it receives;
-    ``positions`` says where these belong, if not one after the other from the start.
+    ``positions`` says where the states belong, if not at the start, without gaps.
     Raises ``ModelError`` for a bad layer, or an unembedding that is not the embeddings.
 
     >>> model = load(device="cpu")
@@ -264,8 +261,7 @@ def extra_losses(
 ) -> Float[Tensor, " predicted"]:
     """What a defence costs at each predicted token: loss with it minus loss without it.
 
-    Only positions that are sent are compared. Raises ``DefenceError`` where the texts
-    predict no token, and what ``continued`` raises.
+    Raises ``DefenceError`` where the texts predict no token; else as ``continued``.
 
     >>> model = load(device="cpu")
     >>> texts = [model.encode("the hidden states of a prompt")]
@@ -285,20 +281,15 @@ def extra_losses(
 
 
 class Score(NamedTuple):
-    """How many tokens and prompts an attack recovered.
+    """How many tokens and prompts an attack recovered."""
 
-    Of the ``trials``, one a token: ``recovered``, ``verified`` where just one candidate
-    fitted, ``false`` of these. Of the ``prompts``: ``complete``, all tokens recovered,
-    so that an attacker without any prefix gets them too, and ``certain``, all verified.
-    """
-
-    trials: int
+    trials: int  # tokens
     recovered: int
-    verified: int
-    false: int
+    verified: int  # just one candidate fitted
+    false: int  # of the verified ones
     prompts: int
-    complete: int
-    certain: int
+    complete: int  # prompts with all tokens recovered: no prefix has to be granted
+    certain: int  # prompts with all tokens verified
 
     @classmethod
     def of(cls, tables: Sequence[Bool[Tensor, "_ 3"]]) -> "Score":
@@ -311,16 +302,11 @@ class Score(NamedTuple):
 
 
 def recovery(
-    model: LanguageModel,
-    texts: Texts,
-    layer: int,
-    defences: Sequence[Defence],
-    seed: int = 0,
+    model: LanguageModel, texts: Texts, layer: int, defences: Masks, seed: int = 0
 ) -> list[Score]:
-    """Attack defended states with all tokens of the vocabulary: one score a defence.
+    """Attack defended states with all tokens, after the true prefix; one score each.
 
-    The likeliest token by what was sent and what the model expects, after the true
-    prefix: no error spreads. Raises ``ModelError`` for a bad layer or prompt.
+    Raises ``ModelError`` for a bad layer or prompt.
 
     >>> model = load(device="cpu")
     >>> recovery(model, [model.encode("hidden")], 1, [Rounding(8)])[0].recovered
@@ -354,7 +340,6 @@ def recovery_of_dropped(
 ) -> Score:
     """Attack states of which some were dropped, run by run with ``repair``.
 
-    The true prefix of each run is granted; tokens behind the last state sent are lost.
     Raises ``DefenceError`` for a text without any, ``ModelError`` as ``recovery`` does.
     """
     level = torch.full_like(model.embeddings[:, 0], 1 / model.vocab_size)
@@ -371,21 +356,17 @@ def recovery_of_dropped(
             search = Search(last, observed, law, torch.Generator().manual_seed(t))
             run = slice(t + 1 - defence.period, t + 1)
             tokens, verified = repair(search, ids[: run.start], defence.period)
-            right = (tokens == ids[run]).cpu()
-            table[run, 0] = right
+            table[run, 0] = (tokens == ids[run]).cpu()
             table[run, 1] = verified
-            table[run, 2] = verified & ~right
+            table[run, 2] = verified & ~table[run, 0]
         tables.append(table)
     return Score.of(tables)
 
 
-def repair(
-    search: Search, prefix: Int[Tensor, " known"], count: int
-) -> tuple[Int[Tensor, " unknown"], bool]:
-    """The ``count`` tokens after a prefix of which only the last state was sent.
+def repair(search: Search, prefix: Tensor, count: int) -> tuple[Tensor, bool]:
+    """The closest ``count`` tokens after a prefix by the last state, as in chapter 17.
 
-    They end a prompt that is recovered from its last state, as in chapter 17. Returns
-    the closest tokens that were read, and whether their state is the observed one.
+    Returns also whether their state is the observed one.
     """
     ids = torch.cat([prefix, torch.zeros(count).to(prefix)])
     block = slice(len(prefix), len(ids))
@@ -399,9 +380,7 @@ def repair(
     return best.ids[block], search.agrees(best)
 
 
-def keys_and_values(
-    step: OneStepMap, tokens: Int[Tensor, " cand"]
-) -> Float[Tensor, "cand width"]:
+def keys_and_values(step: OneStepMap, tokens: Ids) -> Float[Tensor, "pos width"]:
     """Key, then value, that each candidate would add to the cache of the last block.
 
     Raises ``ModelError`` for layer 0, which has no block.
@@ -439,9 +418,8 @@ def study(
 ) -> dict:
     """Every defence at every strength, on ``count`` openings of passages (chapter 15).
 
-    A row has the counts of ``Score``, the mean extra loss on longer openings, and its
-    standard error. The layer is the middle one unless given. Raises ``DefenceError``
-    where there are not so many passages.
+    A row has the counts of ``Score``, the mean extra loss and its standard error.
+    Raises ``DefenceError`` where there are not so many passages.
     """
     layer = max(1, model.n_layers // 2) if layer is None else layer
     short = list(openings(model, length))[:count]
@@ -457,10 +435,10 @@ def study(
     rows = []
     for defence, score in zip(STRENGTHS, scores, strict=True):
         extra = extra_losses(model, long, layer, defence).double()
+        error = extra.std() / len(extra) ** 0.5
         row = {"defence": type(defence).__name__.lower()}
         row["strength"] = astuple(defence)[0]
-        row["extra"] = round(float(extra.mean()), 4)
-        row["error"] = round(float(extra.std() / len(extra) ** 0.5), 4)
+        row |= {"extra": round(float(extra.mean()), 4), "error": round(float(error), 4)}
         rows.append(row | score._asdict())
     clean = torch.cat([losses(model, ids, layer, Defence()) for ids in long])
     settings = {"model": model.name, "layer": layer, "count": count, "length": length}

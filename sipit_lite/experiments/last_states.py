@@ -9,12 +9,13 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModel
 
+from sipit_lite.acceptance import Tokens
 from sipit_lite.experiments.baselines import greedy_coordinate, hard_prompts
 from sipit_lite.experiments.checks import Check, progress_bar
 from sipit_lite.experiments.defences import wilson
@@ -39,6 +40,7 @@ BESIDE = {2: 20.0, 3: 20.0, 6: 30.0}  # for the comparison, of five prompts of e
 WIDTHS = (64, 128, 256)  # of models with random weights
 NOISES = (0.1, 1.0, 3.0)
 FEW = 512  # tokens that are called frequent in the bundled text, and as many rare
+Lines = dict[str, list[list[float | int]]]
 
 
 def laststate(
@@ -46,14 +48,8 @@ def laststate(
 ) -> tuple[list[Check], dict]:
     """``invert_last`` at the last layer on held-out prose and random tokens.
 
-    Last token and length are not given. Two other searches get the same states and
-    seconds, and the true length.
-
-    Returns
-    -------
-    checks, data
-        The worse kind for each length; ``cells`` (``summary``), ``beside``
-        (``compared``).
+    Two other searches get the same states and seconds, and the true length. Returns
+    the checks, and ``cells`` (``summary``) and ``beside`` (``compared``) as data.
     """
     ends = _ends(model, model.n_layers, 4 if quick else 16, quick)
     cells = []
@@ -77,19 +73,16 @@ def laststate(
 
 def checks(cells: list[dict]) -> list[Check]:
     """The lines of the closing table: the worse of the two kinds for each length."""
-    lines = []
-    # Cells of both kinds come under one length.
-    by_length: dict[int, list[dict]] = {}
+    shares: dict[int, list[float]] = {}  # of both kinds, by length
+    seconds: dict[int, list[float]] = {}
     for row in cells:
-        by_length.setdefault(row["length"], []).append(row)
-    for length, rows in by_length.items():
-        worse = min(row["exact"] / row["prompts"] for row in rows)
-        lines.append(Check.of(f"exact, T = {length}", worse))
+        shares.setdefault(row["length"], []).append(row["exact"] / row["prompts"])
+        seconds.setdefault(row["length"], []).append(row["seconds"])
+    lines = [Check.of(f"exact, T = {n}", min(both)) for n, both in shares.items()]
     wrong = sum(row["false successes"] for row in cells)
     lines.append(Check.of("false successes", wrong))
-    for length in sorted({3, 4, 6} & by_length.keys()):
-        slower = max(row["seconds"] for row in by_length[length])
-        lines.append(Check.of(f"seconds, last state, T = {length}", slower))
+    for n in sorted({3, 4, 6} & seconds.keys()):
+        lines.append(Check.of(f"seconds, last state, T = {n}", max(seconds[n])))
     return lines
 
 
@@ -107,14 +100,14 @@ def reported(cells: list[dict], beside: list[dict]) -> dict[str, float]:
     return values
 
 
-def curves(rows: list[dict]) -> dict[str, list[list[float | int]]]:
-    """For each kind of prompt: lengths, exact shares, and both ends of their intervals.
+def curves(rows: list[dict]) -> Lines:
+    """By kind of prompt: lengths, exact shares, and both ends of their intervals.
 
     >>> row = {"kind": "prose", "length": 2, "prompts": 4, "exact": 3, "low": 0.3}
     >>> curves([row | {"high": 0.95}, row | {"length": 1, "high": 0.96}])
     {'prose': [[1, 2], [0.75, 0.75], [0.3, 0.3], [0.96, 0.95]]}
     """
-    lines: dict[str, list[list[float | int]]] = {}
+    lines: Lines = {}
     for row in sorted(rows, key=lambda row: row["length"]):
         point = (row["length"], row["exact"] / row["prompts"], row["low"], row["high"])
         line = lines.setdefault(row["kind"], [[], [], [], []])
@@ -126,10 +119,9 @@ def curves(rows: list[dict]) -> dict[str, list[list[float | int]]]:
 def summary(runs: list[dict]) -> dict:
     """Counts over runs of ``one``, with Wilson's 95 % interval of the exact share.
 
-    The true prompt explains its state exactly, so a search without result ended in a
-    local minimum: ``other length`` counts those whose closest prompt had another
-    length, ``local minimum`` those of the right one, and ``wrong prior`` those of the
-    latter where the law of prompts alone prefers the closest to the true one.
+    Of searches without result, ``other length`` counts those whose closest prompt had
+    another length, ``local minimum`` those of the right one, and ``wrong prior`` those
+    of the latter where the law of prompts prefers the closest to the true one.
 
     >>> run = {"exact": True, "false success": False, "collision": False, "length": 3}
     >>> run |= {"right length": True, "likelier": True, "seconds": 1.0}
@@ -141,14 +133,11 @@ def summary(runs: list[dict]) -> dict:
     low, high = wilson(exact, len(runs))
     answered = ("exact", "collision", "false success")
     # What is neither returned nor refused as ambiguous was not reached.
-    missed = [run for run in runs if not any(run[name] for name in answered)]
+    missed = [run for run in runs if not any(map(run.get, answered))]
     local = [run for run in missed if run["right length"]]
-    return {
-        "length": runs[0]["length"],
-        "prompts": len(runs),
-        "exact": exact,
-        "low": low,
-        "high": high,
+    row = {"length": runs[0]["length"], "prompts": len(runs)}
+    row |= {"exact": exact, "low": low, "high": high}
+    return row | {
         "false successes": sum(run["false success"] for run in runs),
         "collisions": sum(run["collision"] for run in runs),
         "other length": len(missed) - len(local),
@@ -162,25 +151,21 @@ def summary(runs: list[dict]) -> dict:
 def one(
     model: LanguageModel,
     ends: Ends,
-    ids: Int[Tensor, " pos"],
+    ids: Tokens,
     seconds: float,
     length: int | None = None,
     noise: float = 0.0,
 ) -> dict:
-    """One prompt through ``invert_last``: what came of it, in how many seconds.
-
-    ``noise`` is the ℓ2 norm of what is added to the state, and its ``epsilon``.
-    """
+    """What comes of one prompt by ``invert_last``, after noise of this ℓ2 norm."""
     state = model.states(ids, ends.layer)[-1]
     if noise:
         state = noisy(state[None], noise)[0]
     options = {"ends": ends, "longest": ends.longest, "epsilon": noise or None}
+    options |= {"layer": ends.layer, "length": length, "seconds": seconds}
     started = time.perf_counter()
     error = None
     try:
-        recovered = invert_last(
-            state, model, ends.layer, length, seconds=seconds, **options
-        )
+        recovered = invert_last(state, model, **options)
     except NotRecovered as refusal:
         error = refusal
         recovered = refusal.recovered  # the closest prompt, a guess
@@ -200,7 +185,7 @@ def one(
     }
 
 
-def log_probability(law: Law, ids: Int[Tensor, " pos"]) -> float:
+def log_probability(law: Law, ids: Tokens) -> float:
     """The logarithm of the prior probability of a prompt.
 
     >>> law = Law(torch.tensor([0.5, 0.5]))
@@ -217,8 +202,7 @@ def log_probability(law: Law, ids: Int[Tensor, " pos"]) -> float:
 def compared(
     model: LanguageModel, ends: Ends, drawn: Iterable[Tensor], seconds: float
 ) -> dict:
-    """How many prompts of known length come back by three searches, in equal time."""
-    # Both are given the length, so ours is too.
+    """How many prompts come back by three searches that know T, in equal time."""
     others = {"greedy coordinate": greedy_coordinate, "HardPrompts": hard_prompts}
     exact = dict.fromkeys(["invert_last", *others], 0)
     for ids in drawn:
@@ -239,7 +223,7 @@ class Condition:
     value: str | int | float
     model: LanguageModel
     layer: int
-    prompts: list[Int[Tensor, " pos"]]
+    prompts: list[Tokens]
     noise: float = 0.0
 
 
@@ -248,10 +232,7 @@ def reach(
 ) -> tuple[list[Check], dict]:
     """``invert_last`` under one changed condition after another; lengths are known.
 
-    Returns
-    -------
-    checks, data
-        ``rows`` has a ``summary`` for each condition.
+    Returns one check, and ``rows`` with a ``summary`` for each condition as data.
     """
     length, count, seconds = (2, 1, 2.0) if quick else (5, 12, 15.0)
     rows = []
@@ -261,10 +242,8 @@ def reach(
     for change in progress_bar(changes, "reach", progress):
         longest = len(change.prompts[0]) if quick else 16
         ends = _ends(change.model, change.layer, longest, quick)
-        runs = []
-        for ids in change.prompts:
-            run = one(change.model, ends, ids, seconds, len(ids), change.noise)
-            runs.append(run)
+        run = partial(one, change.model, ends, seconds=seconds, noise=change.noise)
+        runs = [run(ids, length=len(ids)) for ids in change.prompts]
         row = {"what": change.what, "value": change.value} | summary(runs)
         for name in ("runs", "other length", "local minimum", "wrong prior"):
             del row[name]
@@ -311,7 +290,7 @@ def conditions(
 
 
 def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
-    """A model of another width with the weights that training would have started with.
+    """A model of another width with random weights.
 
     >>> from sipit_lite import load
     >>> untrained(load(device="cpu"), 64).d_model
@@ -322,8 +301,8 @@ def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         decoder = AutoModel.from_config(config).eval().requires_grad_(False)
-    name = f"untrained, width {width}"
-    return LanguageModel(decoder.to(model.device), model.tokenizer, name=name)
+    decoder = decoder.to(model.device)
+    return LanguageModel(decoder, model.tokenizer, name=f"untrained, width {width}")
 
 
 def _ends(model: LanguageModel, layer: int, longest: int, quick: bool) -> Ends:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from sipit_lite.acceptance import Observation, State, States, Tokens
-from sipit_lite.extensions.lens import Regression, ridge
+from sipit_lite.extensions.lens import Pairs, Regression, ridge
 from sipit_lite.model import LanguageModel, SipItError, StatesError
 from sipit_lite.onestep import ROWS
 from sipit_lite.recovery import Interrupted, Recovery
@@ -168,14 +168,7 @@ def invert_last(
 
 @dataclass(frozen=True, eq=False)
 class LastMap:
-    """F(e_1, …, e_T) = h_T: the last-token state of a layer as a map of embeddings.
-
-    >>> from sipit_lite import load
-    >>> model, ids = load(device="cpu"), torch.tensor([5, 6, 7])
-    >>> state = LastMap(model, 6).tokens(ids[None])[0]
-    >>> torch.allclose(state, model.states(ids, 6)[-1])
-    True
-    """
+    """F(e_1, …, e_T) = h_T: the last-token state of a layer as a map of embeddings."""
 
     model: LanguageModel
     layer: int
@@ -213,22 +206,12 @@ class LastMap:
 
 @dataclass(frozen=True, eq=False)
 class Ends(Regression):
-    """What a last-token state says of the last token and of T, by one regression.
-
-    ``frequency``: how often the model itself writes each token.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> ends = Ends.fit(model, 6, longest=4, tokens=2000, features=0)
-    >>> likely = ends.read(model.states("hidden states", 6)[-1])
-    >>> tuple(likely.shape), model.decode(likely.logsumexp(1).argmax()[None])
-    ((4096, 4), ' states')
-    """
+    """What a last-token state says of the last token and of T, by one regression."""
 
     model: LanguageModel
     layer: int
     longest: int
-    frequency: OverVocab
+    frequency: OverVocab  # how often the model itself writes each token
 
     @classmethod
     def fit(
@@ -239,16 +222,15 @@ class Ends(Regression):
         *,
         tokens: int = 20_000,
         features: int = 512,
-        seed: int = 0,
     ) -> "Ends":
         """Fit on so many tokens, in prompts of ``longest`` and all their beginnings."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         shape = (max(1, tokens // longest // 2), longest)
         drawn = torch.randint(model.vocab_size, shape, generator=generator)
         written = _written(model, *shape, generator)  # half random, half plausible
         prompts = torch.cat([drawn.to(model.device), written])
 
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        def pairs() -> Pairs:
             for ids in prompts.split(ROWS):
                 length = torch.eye(longest, device=model.device).repeat(len(ids), 1)
                 goals = torch.cat([model.embeddings[ids.flatten()], length], 1)
@@ -276,7 +258,7 @@ class Ends(Regression):
         tokens, lengths = whiten.split([self.model.d_model, self.longest])
         away = self.model.embeddings.double() @ tokens
         away -= self.predict(state).double() @ whiten
-        # ‖away + length‖², multiplied out for all pairs of a token and a length
+        # ‖away + length‖² multiplied out, for all pairs
         squares = away.square().sum(1)[:, None] + 2 * away @ lengths.T
         squares = squares + lengths.square().sum(1)
         likely = (-TRUST / 2 * squares).flatten().log_softmax(0)
@@ -310,20 +292,13 @@ def _written(
     tied = model.decoder.config.tie_word_embeddings
     for t in range(1, length if tied else 1):
         law = _next_law(model, model.embeddings[ids[:, t - 1 : t]], cache)
-        # On the CPU: the same prompts on every device.
-        drawn = torch.multinomial(law.float().cpu(), 1, generator=generator)
-        ids[:, t] = drawn[:, 0]
+        law = law.float().cpu()  # the same prompts on every device
+        ids[:, t] = torch.multinomial(law, 1, generator=generator)[:, 0]
     return ids
 
 
 def followers(model: LanguageModel) -> Table:
-    """P(v | u) after ⟨u⟩ alone; None beyond ``LARGEST`` tokens, or if not tied.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> model.decode(followers(model)[model.encode(" such")[0]].argmax()[None])
-    ' as'
-    """
+    """P(v | u) after ⟨u⟩ alone; None beyond ``LARGEST`` tokens, or if not tied."""
     tied = model.decoder.config.tie_word_embeddings
     if not tied or model.vocab_size > LARGEST:
         return None
@@ -526,6 +501,7 @@ class Search:
             prompts = self.last.model.vocabulary[:, None]
             yield self.read(prompts, self.last.tokens(prompts))
             return
+        drawing = {"generator": self.generator}
         nothing = torch.zeros(length, dtype=torch.long, device=self.last.model.device)
         for restart in range(restarts):
             # The first start is the law itself, later ones are tilted at random.
@@ -533,9 +509,9 @@ class Search:
             yield current
             for k in range(BLOCKS):
                 # A block of one seldom helps: its neighbours are wrong as well.
-                size = self.integer(min(2, length - 1), length)
-                first = self.integer(0, length - size + 1)
-                tilt = TILT * float(torch.rand(1, generator=self.generator)) * (k > 0)
+                size = int(torch.randint(min(2, length - 1), length, (1,), **drawing))
+                first = int(torch.randint(length - size + 1, (1,), **drawing))
+                tilt = TILT * float(torch.rand(1, **drawing)) * (k > 0)
                 block = slice(first, first + size)
                 guess = self.rounds(current.ids, block, BLOCK, tilt)
                 yield guess
@@ -560,10 +536,6 @@ class Search:
             state = self.observed.states[0]
             belief = sharpened(belief, self.law, state, self.last, drawn, states)
         return best
-
-    def integer(self, low: int, high: int) -> int:
-        """A random integer from ``low`` to ``high`` − 1."""
-        return int(torch.randint(low, high, (1,), generator=self.generator))
 
 
 def _by_promise(
@@ -598,12 +570,10 @@ def _recovery(
     *measured, margin = columns
     tested = torch.zeros_like(ids)
     tested[-1] = guess.tested
+    unsure = torch.zeros_like(ids).bool()
     text = search.last.model.decode(ids)
-    seconds = time.perf_counter() - started
-    rest = {"text": text, "seconds": seconds, "layer": search.last.layer}
-    return Recovery(
-        ids, *measured, tested, torch.zeros_like(ids).bool(), margin, **rest
-    )
+    rest = (text, time.perf_counter() - started, search.last.layer)
+    return Recovery(ids, *measured, tested, unsure, margin, *rest)
 
 
 def checked(
@@ -618,8 +588,7 @@ def checked(
     line += f", radius {float(search.observed.radius):.3g}"
     # Alone and in a batch: two routes, as the noise floor was measured.
     if not (search.agrees(again) and search.agrees(best)):
-        line = f"the closest of {best.tested} read, {line}"
-        line = f"no prompt was found with the observed last state: {line}"
+        line = f"no prompt was found: the closest of {best.tested} read, {line}"
         raise NotRecovered(f"{line}, after {recovered.seconds:.0f} s", recovered)
     rival = Guess(best.ids, torch.inf, 0)
     for prompts in rivals(model, best.ids, longest):
@@ -637,11 +606,6 @@ def rivals(model: LanguageModel, ids: Tokens, longest: int | None) -> list[Tenso
 
     One token has a near embedding; or the first one stands once less or more, since
     models of relative positions cannot always count repeated tokens (chapter 5).
-
-    >>> from sipit_lite import load
-    >>> near, *others = rivals(load(device="cpu"), torch.tensor([5, 6]), 3)
-    >>> near.shape, [rows.tolist() for rows in others]
-    (torch.Size([16, 2]), [[[6]], [[5, 5, 6]]])
     """
     table = model.embeddings.float()
     count = min(RIVALS, model.vocab_size - 1)
