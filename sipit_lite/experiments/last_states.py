@@ -41,6 +41,7 @@ WIDTHS = (64, 128, 256)  # of models with random weights
 NOISES = (0.1, 1.0, 3.0)
 FEW = 512  # tokens that are called frequent in the bundled text, and as many rare
 Lines = dict[str, list[list[float | int]]]
+BRIEF = partial(Ends.fit, tokens=2000, features=0)  # for quick runs: a second
 
 
 def laststate(
@@ -51,7 +52,8 @@ def laststate(
     Two other searches get the same states and seconds, and the true length. Returns
     the checks, and ``cells`` (``summary``) and ``beside`` (``compared``) as data.
     """
-    ends = _ends(model, model.n_layers, 4 if quick else 16, quick)
+    fit = BRIEF if quick else fitted_ends
+    ends = fit(model, model.n_layers, 4 if quick else 16)
     cells = []
     for length, count in ({1: 1, 2: 1} if quick else PROMPTS).items():
         seconds = 3.0 if quick else SECONDS.get(length, 60.0)
@@ -235,13 +237,14 @@ def reach(
     Returns one check, and ``rows`` with a ``summary`` for each condition as data.
     """
     length, count, seconds = (2, 1, 2.0) if quick else (5, 12, 15.0)
+    fit = BRIEF if quick else fitted_ends
     rows = []
     values = {}
     # A quick run takes one condition of most sorts.
     changes = list(conditions(model, length, count, seed))[:: 5 if quick else 1]
     for change in progress_bar(changes, "reach", progress):
         longest = len(change.prompts[0]) if quick else 16
-        ends = _ends(change.model, change.layer, longest, quick)
+        ends = fit(change.model, change.layer, longest)
         run = partial(one, change.model, ends, seconds=seconds, noise=change.noise)
         runs = [run(ids, length=len(ids)) for ids in change.prompts]
         row = {"what": change.what, "value": change.value} | summary(runs)
@@ -290,12 +293,7 @@ def conditions(
 
 
 def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
-    """A model of another width with random weights.
-
-    >>> from sipit_lite import load
-    >>> untrained(load(device="cpu"), 64).d_model
-    64
-    """
+    """A model of another width with random weights."""
     config = copy.deepcopy(model.decoder.config)
     config.hidden_size = width  # heads get narrower, not fewer
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -303,10 +301,3 @@ def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
         decoder = AutoModel.from_config(config).eval().requires_grad_(False)
     decoder = decoder.to(model.device)
     return LanguageModel(decoder, model.tokenizer, name=f"untrained, width {width}")
-
-
-def _ends(model: LanguageModel, layer: int, longest: int, quick: bool) -> Ends:
-    """The regression of the package, or one of a second for a quick run."""
-    if quick:
-        return Ends.fit(model, layer, longest, tokens=2000, features=0)
-    return fitted_ends(model, layer, longest)

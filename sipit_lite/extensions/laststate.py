@@ -227,7 +227,7 @@ class Ends(Regression):
         generator = torch.Generator().manual_seed(0)
         shape = (max(1, tokens // longest // 2), longest)
         drawn = torch.randint(model.vocab_size, shape, generator=generator)
-        written = _written(model, *shape, generator)  # half random, half plausible
+        written = _written(model, shape, generator)  # half random, half plausible
         prompts = torch.cat([drawn.to(model.device), written])
 
         def pairs() -> Pairs:
@@ -252,8 +252,7 @@ class Ends(Regression):
 
     def read(self, state: State) -> Float[Tensor, "vocab longest"]:
         """Log-probabilities of each last token and length together."""
-        # The lengths sum to one, so one direction has hardly any residual: its huge
-        # terms cancel, but not in float32.
+        # Lengths sum to one: a direction without residual cancels, not in float32.
         whiten = self.whiten.double()
         tokens, lengths = whiten.split([self.model.d_model, self.longest])
         away = self.model.embeddings.double() @ tokens
@@ -282,15 +281,12 @@ def _next_law(model: LanguageModel, e: Tensor, cache: DynamicCache | None) -> Te
         return (read.last_hidden_state[:, -1] @ table.T).softmax(-1)
 
 
-def _written(
-    model: LanguageModel, count: int, length: int, generator: torch.Generator
-) -> Prompts:
+def _written(model: LanguageModel, shape: tuple, generator: torch.Generator) -> Prompts:
     """Prompts that the model writes itself after a random token; else random ones."""
-    ids = torch.randint(model.vocab_size, (count, length), generator=generator)
-    ids = ids.to(model.device)
+    ids = torch.randint(model.vocab_size, shape, generator=generator).to(model.device)
     cache = DynamicCache()
     tied = model.decoder.config.tie_word_embeddings
-    for t in range(1, length if tied else 1):
+    for t in range(1, shape[1] if tied else 1):
         law = _next_law(model, model.embeddings[ids[:, t - 1 : t]], cache)
         law = law.float().cpu()  # the same prompts on every device
         ids[:, t] = torch.multinomial(law, 1, generator=generator)[:, 0]
