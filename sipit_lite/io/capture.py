@@ -2,9 +2,9 @@
 
 A safetensors file holds the states of one prompt. Tensors: ``layer.ℓ``, shape (T, d),
 and, for 8-bit integers, ``layer.ℓ.scale``, shape (T,): the states are their product.
-Metadata: ``format``, ``model``; ``begin``, the token that the tokenizer puts before
-every text; ``passes``, how many positions each forward pass computed. By request alone,
-the prompt: metadata ``text`` and tensor ``ids``.
+Metadata: ``format``, ``model``; ``begin``, the token that the tokenizer puts first;
+``passes``, the positions of each forward pass. By request alone, the prompt: metadata
+``text`` and tensor ``ids``.
 """
 
 import re
@@ -48,9 +48,7 @@ class Captured:
     text: str | None = None
 
     @classmethod
-    def of(
-        cls, states: Mapping[int, Tensor], model: LanguageModel, dtype: Any, passes: Any
-    ) -> "Captured":
+    def of(cls, states: Mapping, model: Any, dtype: Any, passes: Any) -> "Captured":
         """States rounded to a format; ``StatesError`` for one that cannot hold them."""
         if not (dtype in (None, torch.int8) or dtype.is_floating_point):
             raise StatesError(f"got dtype {dtype}; expected torch.float32, int8, ...")
@@ -219,8 +217,7 @@ def capture(
 
     Raises
     ------
-    StatesError: for a bad layer or format; inside, for a batch, padding, dropout or
-        another prompt.
+    StatesError: for a bad layer or format, batch, padding, dropout or another prompt.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")

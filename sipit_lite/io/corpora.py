@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -15,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from sipit_lite.io.files import digest, read, replacing
 from sipit_lite.io.loading import hub_in_reach
@@ -41,7 +41,7 @@ class CorporaError(TextError):
 
 
 def from_source(
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
     count: int,
     length: int,
     *,
@@ -57,15 +57,14 @@ def from_source(
     if tokenizer is None:
         raise TextError("got a model without a tokenizer; expected one that has it")
     if source != "corpora":
-        options = {"kinds": kinds, "seed": seed, "source": source}
-        return distinct(tokenizer, count, length, **options)
+        return distinct(tokenizer, count, length, kinds=kinds, seed=seed, source=source)
     path = None if folder is None else Path(folder) / FILE
     options = {"seed": seed, "path": path, "progress": True}
     return sampled(tokenizer, count, length, open_corpora(seed), **options)
 
 
 def sampled(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     count: int,
     length: int,
     streams: Mapping[str, Iterable[Document]],
@@ -79,14 +78,8 @@ def sampled(
     A document gives one window, which ``seed`` and its text choose, behind the begin
     token of the tokenizer; the next one steps in where that prompt is there already.
 
-    Parameters
-    ----------
-    path: keeps prompts and places, also after an error or Ctrl-C; the same call goes
-        on from there, and reads a stream without ``state_dict`` again
-
-    Raises
-    ------
-    CorporaError: for a stream that breaks off, or ends before its share is complete.
+    ``path`` keeps prompts and places, also after an error or Ctrl-C: the same call goes
+    on from there. Raises ``CorporaError`` for a stream that breaks off or ends early.
 
     >>> from sipit_lite import load
     >>> streams = {"a": [{"text": "one two three"}], "b": [{"text": "hidden states"}]}
@@ -162,9 +155,7 @@ def open_corpora(seed: int = 0) -> dict[str, Iterable[Document]]:
     return streams
 
 
-def _window(
-    tokenizer: PreTrainedTokenizerBase, text: str, size: int, seed: int
-) -> tuple[int, ...]:
+def _window(tokenizer: Any, text: str, size: int, seed: int) -> tuple[int, ...]:
     """One of the windows that do not overlap; empty where the text is too short."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < size:

@@ -50,14 +50,13 @@ class Footprint:
         rest = self.bytes - self.n_layers * self.bytes_per_block  # embeddings and norm
         layers = max(0, (self.free - rest) // max(self.bytes_per_block, 1))
         size = (rest + layers * self.bytes_per_block) / GIB
-        ways = f"layers={layers} of {self.n_layers} takes {size:.2f} GiB; device_map="
-        return f"dtype=torch.bfloat16 takes {half:.2f} GiB; {ways}'auto' spreads it"
+        fewer = f"layers={layers} of {self.n_layers} takes {size:.2f} GiB"
+        return f"dtype=torch.bfloat16 takes {half:.2f} GiB; {fewer}; device_map='auto'"
 
     def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
         size = f"{self.parameters:,} parameters, {self.n_layers} blocks, take "
         place = f"on {self.device}, where {self.free / GIB:.2f} GiB are free"
-        return f"{size}{self.bytes / GIB:.2f} GiB in {name} {place}"
+        return f"{size}{self.bytes / GIB:.2f} GiB in {self.dtype} {place}"
 
 
 def load(
@@ -81,16 +80,13 @@ def load(
     name: by default the environment variable ``SIPIT_LITE_MODEL``, or else pocket-gpt2
     device, dtype: ``"auto"`` takes CUDA where there is one; the format to compute in
     layers: keep the first so many blocks; the others are not even read
-    device_map, quantization_config: as ``transformers`` has them; need the extra
-        ``sipit-lite[quantised]``
-    random_init, seed: weights as the architecture draws them (Theorem 2.2); ``"gpt2"``
-        then needs no download, and may come without a tokenizer
+    device_map, quantization_config: of ``transformers``; ``sipit-lite[quantised]``
+    random_init, seed: weights as the architecture draws them; no download for "gpt2"
     progress: say on standard error what the weights will take, before any is read
 
     Raises
     ------
-    ModelError: where no such model is in reach, or it is gated, not causal, no decoder,
-        needs code of its own, or does not fit into the memory that is free.
+    ModelError: for one out of reach, gated, not causal, or too large for the memory.
 
     >>> load(device="cpu").name
     'pocket-gpt2'
@@ -130,9 +126,8 @@ def load(
         raise
     except Exception as error:  # whatever transformers raises becomes one line
         if needed is not None and is_out_of_memory(error):
-            fitting = f"expected one that fits: {needed.advice}"
-            refusal = f"got {name!r}, out of memory: {needed}; {fitting}"
-            raise ModelError(refusal) from error
+            refusal = f"got {name!r}, out of memory: {needed}; expected one that fits: "
+            raise ModelError(refusal + needed.advice) from error
         raise ModelError(_reason(name, error)) from error
     name += f" at random initialisation, seed {seed}" if random_init else ""
     model = LanguageModel(decoder, tokenizer, name=name)
@@ -141,10 +136,7 @@ def load(
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device of that name; ``"auto"`` is CUDA where there is one, else the CPU.
-
-    Raises ``ModelError`` for a device that torch does not know or cannot reach.
-    """
+    """The device of that name, in reach, else ``ModelError``; ``"auto"`` prefers CUDA."""
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -166,10 +158,7 @@ def hub_in_reach() -> bool:
 
 
 def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
-    """The configuration with the first ``layers`` blocks alone, at least one; or all.
-
-    Raises ``ModelError`` for more layers than there are.
-    """
+    """The configuration with the first blocks alone; ``ModelError`` for too many."""
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     depth = getattr(text, "num_hidden_layers", None)
@@ -188,9 +177,7 @@ def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
 def footprint(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, bits: Any = None
 ) -> Footprint:
-    """What the weights of a model will take, worked out from its configuration alone.
-
-    ``bits`` is how many a number takes in the matrices of quantised blocks.
+    """What weights will take, ``bits`` a number in the matrices of quantised blocks.
 
     >>> footprint(GPT2Config(), torch.bfloat16, torch.device("cpu")).parameters
     124439808

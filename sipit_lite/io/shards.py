@@ -31,15 +31,10 @@ def last_states(
 ) -> Float[Tensor, "layers prompts d_model"]:
     """Last-token states of many prompts of any lengths, on the CPU, in one pass each.
 
-    Parameters
-    ----------
-    folder: keeps the states in files, so that a stopped run goes on; processes share
-        it; damaged ones, or of another model, layers or prompts, are made anew
-
-    Raises
-    ------
-    ModelError: for a bad layer or prompt, or a pass that does not fit into memory.
-    StatesError: for no prompt or layer, or a folder that cannot be written to.
+    ``folder`` keeps them in files, which processes share and a stopped run goes on
+    from; those of another model, layer or prompt are made anew. Raises ``ModelError``
+    for a bad layer or prompt, or one that does not fit into memory; ``StatesError`` for
+    none of them, or a folder that cannot be written to.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -56,12 +51,11 @@ def last_states(
         model.check_ids(prompt)
     # Neighbours in this order can share a batch.
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    starts = list(range(0, len(prompts), SHARD))
-    # Processes that share a folder seldom compute the same shard.
-    random.Random().shuffle(starts)
+    starts = range(0, len(prompts), SHARD)
     states = torch.empty(len(layers), len(prompts), model.d_model, dtype=model.dtype)
     bar = tqdm(total=len(prompts), desc="last states", disable=not progress or None)
-    for start in starts:
+    # Shuffled: processes that share a folder seldom compute the same shard.
+    for start in random.Random().sample(starts, len(starts)):
         rows = by_length[start : start + SHARD]
         part = [prompts[row] for row in rows]
         if folder is None:

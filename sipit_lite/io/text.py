@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from sipit_lite.model import SipItError
 
@@ -41,7 +40,7 @@ class TextError(SipItError):
 
 
 def prompts(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     kind: str,
     length: int,
     *,
@@ -51,14 +50,9 @@ def prompts(
 ) -> Iterator[Int[Tensor, " pos"]]:
     """Yield windows of text that do not overlap, or random tokens without end.
 
-    Parameters
-    ----------
-    kind, source, split: of ``KINDS``, ``SOURCES``, ``SPLITS`` (of installed text)
-    seed: shuffles the bundled passages, or draws the random tokens
-
-    Raises
-    ------
-    TextError: for another kind, source or split, or a length below one.
+    ``kind``, ``source`` and ``split`` (of installed text) are of ``KINDS``, ``SOURCES``,
+    ``SPLITS``; ``seed`` shuffles the passages or draws the tokens. Raises ``TextError``
+    for others, or a length below one.
 
     >>> from sipit_lite import load
     >>> [len(ids) for ids, _ in zip(prompts(load().tokenizer, "prose", 8), range(3))]
@@ -116,12 +110,7 @@ def distinct(
 
 
 def different(prompts: Iterable[Tensor]) -> list[Tensor]:
-    """The prompts without those that occurred before.
-
-    >>> [ids.tolist() for ids in different(torch.tensor([[1, 2], [3, 4], [1, 2]]))]
-    [[1, 2], [3, 4]]
-    """
-    # A dictionary keeps the place of the first of equal keys.
+    """The prompts without those that occurred before, in their order."""
     return list({tuple(ids.tolist()): ids for ids in prompts}.values())
 
 
@@ -138,8 +127,7 @@ def installed(kind: str, split: str = "train") -> Iterator[str]:
     # No paragraph stands in both splits: licences and copies are in many files.
     unwanted = _held_out(kind) if split == "train" else frozenset()
     for text in _documents(kind, split):
-        wanted = [p for p in paragraphs(text) if p.strip() not in unwanted]
-        if wanted:
+        if wanted := [p for p in paragraphs(text) if p.strip() not in unwanted]:
             yield "\n\n".join(wanted)
 
 
@@ -164,11 +152,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph is English sentences, not a table, example or signature.
-
-    >>> is_prose("Return how many times the value occurs in the list, as an integer.")
-    True
-    """
+    """Whether a paragraph is English sentences, not a table, example or signature."""
     letters = sum(c.isalpha() or c.isspace() for c in paragraph)
     if len(paragraph) < 60 or letters < 0.88 * len(paragraph):
         return False
@@ -192,9 +176,8 @@ def _split_of(name: str) -> str:
 def _read(path: Path, kind: str) -> str:
     """The source of a file, or the prose of its docstrings; empty where unreadable."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            return ""
-        source = path.read_text(encoding="utf-8")
+        large = path.stat().st_size > MAX_FILE_BYTES
+        source = "" if large else path.read_text(encoding="utf-8")
         if kind == "code":
             return source
         # Old sources warn of invalid escapes, which is not our caller's concern.
