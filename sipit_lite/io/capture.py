@@ -209,15 +209,10 @@ def capture(
     A generation adds its tokens pass by pass, all but the last, which no model reads.
     An error or Ctrl-C inside leaves, and writes, the passes that are complete.
 
-    Parameters
-    ----------
-    path: the file to write at the end, if any
-    layers, dtype: 0 (embeddings) to L, by default L; the format, as ``torch.int8``
-    tokenizer: with it, the file says which begin-of-text token comes first
-
-    Raises
-    ------
-    StatesError: for a bad layer or format, batch, padding, dropout or another prompt.
+    ``layers`` are 0 (embeddings) to L, by default L; ``dtype`` is a format to round to,
+    as ``torch.int8``; with a tokenizer, the file says which token it puts first. Raises
+    ``StatesError`` for bad ones, and inside for a batch, padding, dropout or another
+    prompt.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -264,11 +259,9 @@ def write_states(
     ids = model.encode(text)
     states = {layer: model.states(ids, layer).cpu() for layer in layers}
     captured = Captured.of(states, model, dtype, [len(ids)])
-    extra = {}
-    if keep_text:  # never unless asked for: the file is there to show what states tell
-        captured = replace(captured, text=text)
-        extra["ids"] = ids.cpu()
-    _save(path, captured, extra)
+    # By default not the text: the file is there to show what states tell.
+    captured = replace(captured, text=text if keep_text else None)
+    _save(path, captured, {"ids": ids.cpu()} if keep_text else {})
     return captured
 
 
@@ -283,9 +276,8 @@ def read_states(path: str | Path) -> Captured:
     try:
         tensors, metadata = read(path)
     except (SafetensorError, OSError) as error:
-        raise StatesError(
-            f"{got}, not a complete safetensors file ({error})"
-        ) from error
+        refusal = f"{got}, not a complete safetensors file ({error})"
+        raise StatesError(refusal) from error
     named = {int(name[6:]): x for name, x in tensors.items() if LAYER.fullmatch(name)}
     states = dict(sorted(named.items()))  # by number: as names, 10 is before 2
     scales = {}

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sipit_lite.io.files import digest, read, replacing
+from sipit_lite.io.files import digest, intact, replacing
 from sipit_lite.io.loading import hub_in_reach
 from sipit_lite.io.text import TextError, distinct
 from sipit_lite.model import edge_tokens
@@ -80,12 +79,6 @@ def sampled(
 
     ``path`` keeps prompts and places, also after an error or Ctrl-C: the same call goes
     on from there. Raises ``CorporaError`` for a stream that breaks off or ends early.
-
-    >>> from sipit_lite import load
-    >>> streams = {"a": [{"text": "one two three"}], "b": [{"text": "hidden states"}]}
-    >>> tokenizer = load(device="cpu").tokenizer
-    >>> [tokenizer.decode(ids) for ids in sampled(tokenizer, 2, 2, streams)]
-    ['one two', 'hidden states']
     """
     begin, _ = edge_tokens(tokenizer)
     first = () if begin is None else (begin,)  # as the tokenizer itself would
@@ -96,7 +89,10 @@ def sampled(
     # What has to be the same for prompts to go on with.
     words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     of = json.dumps([sha256(words).hexdigest(), length, begin, seed, list(streams)])
-    prompts, places = ({}, {}) if path is None else _stored(path, of)
+    stored, metadata = ({}, {}) if path is None else intact(path, of)
+    # As a set that keeps its order.
+    prompts = dict.fromkeys(map(tuple, stored["ids"].tolist())) if stored else {}
+    places = json.loads(metadata.get("places", "{}"))
     for name, place in places.items():
         if hasattr(streams[name], "load_state_dict"):
             streams[name].load_state_dict(place)
@@ -113,10 +109,11 @@ def sampled(
             else:
                 got = f"got {name!r}, a stream that ended after {len(prompts)} prompts"
                 raise CorporaError(f"{got} of {length} tokens; expected its share")
-            prompts[first + window] = None  # as a set that keeps its order
+            prompts[first + window] = None
             if hasattr(streams[name], "state_dict"):
                 places[name] = streams[name].state_dict()
             bar.update()
+            # For what ends a run without an exception.
             if len(prompts) % SAVE_EVERY == 0:
                 _store(path, of, prompts, places)
     finally:
@@ -177,19 +174,6 @@ def _texts(name: str, stream: Iterable[Document]) -> Iterator[str]:
         expected = "expected documents with 'text'; with a path, the same call goes on"
         got = f"got {name!r}, whose stream broke off ({reason})"
         raise CorporaError(f"{got}; {expected}") from error
-
-
-def _stored(path: str | Path, of: str) -> tuple[dict, dict]:
-    """Prompts and places from an intact file of the same settings; else none."""
-    try:
-        tensors, metadata = read(path)
-        ids = tensors["ids"]
-        if (metadata["of"], metadata["digest"]) == (of, digest([ids])):
-            places = json.loads(metadata["places"])
-            return dict.fromkeys(map(tuple, ids.tolist())), places
-    except (OSError, SafetensorError, KeyError, ValueError):
-        pass  # not there yet, or damaged: made anew
-    return {}, {}
 
 
 def _store(path: str | Path | None, of: str, prompts: Mapping, places: Mapping) -> None:

@@ -51,3 +51,13 @@ def digest(tensors: Sequence[Tensor]) -> str:
         hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         hashed.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return hashed.hexdigest()
+
+
+def intact(path: str | Path, of: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What ``read`` gives of a complete file made from the same; else nothing."""
+    try:
+        tensors, metadata = read(path)
+    except (OSError, SafetensorError):
+        return {}, {}  # not there yet, or damaged: made anew
+    right = {"of": of, "digest": digest(list(tensors.values()))}
+    return (tensors, metadata) if right.items() <= metadata.items() else ({}, {})

@@ -105,7 +105,15 @@ def load(
     needed = None
     try:
         with _quiet():
-            config = shortened(_config(name, place, random_init, common), layers)
+            if random_init and name == "gpt2":
+                config = GPT2Config()  # its defaults are GPT-2 124M: no file is needed
+            else:
+                config = AutoConfig.from_pretrained(place, **common)
+            if config.is_encoder_decoder:
+                kind = f"sequence-to-sequence model ({config.model_type})"
+                expected = "expected a decoder-only language model"
+                raise ModelError(f"got {name!r}, a {kind}; {expected}")
+            config = shortened(config, layers)
             needed = footprint(config, dtype, target, bits)
             if name != POCKET and progress:
                 print(f"{name}: {needed}", file=sys.stderr, flush=True)
@@ -136,7 +144,7 @@ def load(
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device of that name, in reach, else ``ModelError``; ``"auto"`` prefers CUDA."""
+    """The device of that name, else ``ModelError``; ``"auto"`` prefers CUDA."""
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -177,11 +185,7 @@ def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
 def footprint(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, bits: Any = None
 ) -> Footprint:
-    """What weights will take, ``bits`` a number in the matrices of quantised blocks.
-
-    >>> footprint(GPT2Config(), torch.bfloat16, torch.device("cpu")).parameters
-    124439808
-    """
+    """What weights will take, ``bits`` a number in the matrices of quantised blocks."""
     with torch.device("meta"):  # shapes without numbers
         model = AutoModel.from_config(config, dtype=dtype, **OURS)
     decoder = model.get_decoder()
@@ -195,17 +199,6 @@ def footprint(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     return Footprint(total, size, per_block, len(blocks), dtype, str(device), free)
-
-
-def _config(name: str, place: str, random_init: bool, common: dict) -> PreTrainedConfig:
-    """The configuration of a decoder-only model."""
-    if random_init and name == "gpt2":
-        return GPT2Config()  # whose defaults are GPT-2 124M: no file is needed
-    config = AutoConfig.from_pretrained(place, **common)
-    if config.is_encoder_decoder:
-        kind = f"a sequence-to-sequence model ({config.model_type}); expected a decoder"
-        raise ModelError(f"got {name!r}, {kind}-only language model")
-    return config
 
 
 def _reason(name: str, error: BaseException) -> str:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sipit_lite.io.capture import tapped
-from sipit_lite.io.files import digest, read, replacing
+from sipit_lite.io.files import digest, intact, replacing
 from sipit_lite.memory import advised
 from sipit_lite.model import LanguageModel, ModelError, StatesError
 
@@ -91,13 +90,9 @@ def _shard(
 ) -> Float[Tensor, "layers prompts d_model"]:
     """A shard from the disk if it is intact and the right one, else a new one."""
     of = digest([*prompts, torch.tensor(layers)]) + model.fingerprint
-    try:
-        tensors, metadata = read(path)
-        states = tensors["states"]
-        if metadata == {"of": of, "digest": digest([states])}:
-            return states
-    except (OSError, SafetensorError, KeyError):
-        pass  # not there yet, or damaged
+    stored, _ = intact(path, of)
+    if stored:
+        return stored["states"]
     # Before the work, so that a folder that cannot be made costs no time.
     with replacing(path, StatesError) as part:
         states = _last_states(model, prompts, layers).contiguous()

@@ -50,7 +50,7 @@ def prompts(
 ) -> Iterator[Int[Tensor, " pos"]]:
     """Yield windows of text that do not overlap, or random tokens without end.
 
-    ``kind``, ``source`` and ``split`` (of installed text) are of ``KINDS``, ``SOURCES``,
+    ``kind``, ``source``, ``split`` (of installed text) are of ``KINDS``, ``SOURCES``,
     ``SPLITS``; ``seed`` shuffles the passages or draws the tokens. Raises ``TextError``
     for others, or a length below one.
 
