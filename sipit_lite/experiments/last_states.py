@@ -60,7 +60,7 @@ def laststate(
         for kind in KINDS:
             drawn = sample(model, kind, count, length, seed)
             bar = progress_bar(drawn, f"{kind}, T = {length}", progress)
-            runs = [one(model, ends, ids, seconds) for ids in bar]
+            runs = [one(ends, ids, seconds) for ids in bar]
             cells.append({"kind": kind} | summary(runs))
     beside = []
     for length, seconds in ({2: 1.0} if quick else BESIDE).items():
@@ -68,7 +68,7 @@ def laststate(
             drawn = sample(model, kind, 1 if quick else 5, length, seed)
             bar = progress_bar(drawn, f"beside, {kind}, T = {length}", progress)
             row = {"kind": kind, "length": length, "prompts": len(drawn)}
-            beside.append(row | compared(model, ends, bar, seconds))
+            beside.append(row | compared(ends, bar, seconds))
     data = {"reported": reported(cells, beside), "cells": cells, "beside": beside}
     return checks(cells), data
 
@@ -151,29 +151,24 @@ def summary(runs: list[dict]) -> dict:
 
 
 def one(
-    model: LanguageModel,
-    ends: Ends,
-    ids: Tokens,
-    seconds: float,
-    length: int | None = None,
-    noise: float = 0.0,
+    ends: Ends, ids: Tokens, limit: float, length: int | None = None, noise: float = 0.0
 ) -> dict:
     """What comes of one prompt by ``invert_last``, after noise of this ℓ2 norm."""
-    state = model.states(ids, ends.layer)[-1]
+    state = ends.model.states(ids, ends.layer)[-1]
     if noise:
         state = noisy(state[None], noise)[0]
     options = {"ends": ends, "longest": ends.longest, "epsilon": noise or None}
-    options |= {"layer": ends.layer, "length": length, "seconds": seconds}
+    options |= {"layer": ends.layer, "length": length, "seconds": limit}
     started = time.perf_counter()
     error = None
     try:
-        recovered = invert_last(state, model, **options)
+        recovered = invert_last(state, ends.model, **options)
     except NotRecovered as refusal:
         error = refusal
         recovered = refusal.recovered  # the closest prompt, a guess
     spent = time.perf_counter() - started
     same = torch.equal(recovered.tokens, ids.cpu())
-    law = Law.of(model, ends)
+    law = Law.of(ends.model, ends)
     # A wrong prompt that is likelier than the true one would blame the prior.
     likelihood = log_probability(law, recovered.tokens.to(ids))
     return {
@@ -201,17 +196,15 @@ def log_probability(law: Law, ids: Tokens) -> float:
     return float(each.log().sum())
 
 
-def compared(
-    model: LanguageModel, ends: Ends, drawn: Iterable[Tensor], seconds: float
-) -> dict:
+def compared(ends: Ends, drawn: Iterable[Tensor], seconds: float) -> dict:
     """How many prompts come back by three searches that know T, in equal time."""
     others = {"greedy coordinate": greedy_coordinate, "HardPrompts": hard_prompts}
     exact = dict.fromkeys(["invert_last", *others], 0)
     for ids in drawn:
-        exact["invert_last"] += one(model, ends, ids, seconds, len(ids))["exact"]
-        state = model.states(ids, ends.layer)[-1]
+        exact["invert_last"] += one(ends, ids, seconds, len(ids))["exact"]
+        state = ends.model.states(ids, ends.layer)[-1]
         for name, search in others.items():
-            attempt = search(state, model, ends.layer, len(ids), limit=seconds)
+            attempt = search(state, ends.model, ends.layer, len(ids), limit=seconds)
             same = torch.equal(attempt.tokens, ids.cpu())
             exact[name] += attempt.finished and same
     return {"seconds": seconds, "exact": exact}
@@ -245,7 +238,7 @@ def reach(
     for change in progress_bar(changes, "reach", progress):
         longest = len(change.prompts[0]) if quick else 16
         ends = fit(change.model, change.layer, longest)
-        run = partial(one, change.model, ends, seconds=seconds, noise=change.noise)
+        run = partial(one, ends, limit=seconds, noise=change.noise)
         runs = [run(ids, length=len(ids)) for ids in change.prompts]
         row = {"what": change.what, "value": change.value} | summary(runs)
         for name in ("runs", "other length", "local minimum", "wrong prior"):
