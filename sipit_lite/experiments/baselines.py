@@ -1,14 +1,13 @@
-"""What SipIt is compared against, as published (paper §3 and appendix).
+"""What SipIt is compared against, as published (paper §3 and appendix; chapters 11–13).
 
-For the comparisons of chapters 11 to 13 and ``sipit-lite bench inversion`` alone. Every
-look at a candidate reads the full prefix through the full model, as the official code
-does, final norm and logits included.
+As in the official code, every look at a candidate reads the full prefix through the
+full model, final norm and logits included.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from math import inf
 
 import torch
 from jaxtyping import Float, Int
@@ -27,10 +26,9 @@ BATCH = 256  # prompts that it reads in a step
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """What a baseline recovered: ``tokens`` so far, and whether that is the prompt.
+    """What a baseline recovered, and whether that is the prompt (``finished``).
 
-    ``tested`` counts candidates for each position started. Not ``finished`` means that
-    the time limit came first.
+    ``tested`` counts candidates for each position that was started.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -40,61 +38,45 @@ class Attempt:
 
 
 def published(
-    states: Tensor,
-    model: LanguageModel,
-    layer: int,
-    *,
-    seed: int = 0,
-    limit: float = torch.inf,
+    states: Tensor, model: LanguageModel, layer: int, seed: int = 0, limit: float = inf
 ) -> Attempt:
     """SipIt with the gradient policy (Algorithms 1 and 3) as the official code runs it.
 
-    Ends after ``limit`` seconds. Accepts within the measured radius: the official
-    ``torch.allclose`` to 1e-5 refuses true tokens whose state was computed in another
-    batch. Raises ``StatesError`` for states that no prompt has, as all baselines do.
+    Ends after ``limit`` seconds. Accepts within the measured radius, not to 1e-5, which
+    refuses true tokens read in another batch. Raises ``StatesError`` for bad states.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
     >>> published(model.states("a", 1), model, 1).finished
     True
     """
-    generator = torch.Generator().manual_seed(seed)
-    policy = partial(_descent, model, layer, generator)
-    return _sequential(states, model, layer, policy, limit)
+    return _sequential(states, model, layer, _descent, seed, limit)
 
 
 def brute_force(
-    states: Tensor,
-    model: LanguageModel,
-    layer: int,
-    *,
-    seed: int = 0,
-    limit: float = torch.inf,
+    states: Tensor, model: LanguageModel, layer: int, seed: int = 0, limit: float = inf
 ) -> Attempt:
     """SipIt with the random policy (Algorithms 1 and 2), up to ``limit`` seconds."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def order(prefix: list[int], target: Tensor) -> list[int]:
-        return torch.randperm(model.vocab_size, generator=generator).tolist()
-
-    return _sequential(states, model, layer, order, limit)
+    return _sequential(states, model, layer, _shuffled, seed, limit)
 
 
 def _sequential(
     states: Tensor,
     model: LanguageModel,
     layer: int,
-    policy: Callable[[list[int], Tensor], Iterable[int]],
+    policy: Callable[..., Iterable[int]],
+    seed: int,
     limit: float,
 ) -> Attempt:
     """Algorithm 1, one candidate a step."""
+    generator = torch.Generator().manual_seed(seed)
     observed = Observation.of(states, model, layer)
     started = time.perf_counter()
     prefix = []
     tested = []
     for t, target in enumerate(observed.states):
         tested.append(0)  # candidates at this position
-        for token in policy(prefix, target):
+        for token in policy(model, layer, generator, prefix, target):
             tested[-1] += 1
             ids = torch.tensor([*prefix, token], device=model.device)
             with torch.no_grad():
@@ -102,14 +84,22 @@ def _sequential(
             if torch.linalg.vector_norm(state - target) <= observed.radius[t]:
                 prefix.append(token)
                 break
+            # One candidate is read in any case.
             if time.perf_counter() - started > limit:
                 break
         # Without the token of this position there is no prefix for the next one.
         if len(prefix) == t:
             break
+    finished = len(prefix) == len(observed)
     seconds = time.perf_counter() - started
-    tokens = torch.tensor(prefix).long()
-    return Attempt(tokens, torch.tensor(tested), len(tokens) == len(observed), seconds)
+    return Attempt(torch.tensor(prefix).long(), torch.tensor(tested), finished, seconds)
+
+
+def _shuffled(
+    model: LanguageModel, layer: int, generator: torch.Generator, *place: object
+) -> list[int]:
+    """Every token once, in a random order, wherever it is."""
+    return torch.randperm(model.vocab_size, generator=generator).tolist()
 
 
 def _descent(
@@ -133,9 +123,9 @@ def _descent(
         error = (states[-1] - target).square().mean()
         gradient = torch.autograd.grad(error, proxy)[0]
         # Clipped to length 1; the rate falls from 1 to 0.01 within a window.
-        clipped = gradient * (1.0 / max(float(gradient.norm()), 1.0))
+        gradient = gradient * (1.0 / max(float(gradient.norm()), 1.0))
         rate = 1 - 0.99 * (step % window) / (window - 1)
-        proxy = proxy.detach() - rate * clipped
+        proxy = proxy.detach() - rate * gradient
         token = int(nearest(table, proxy, untried, 1))
         untried[token] = False  # so each token comes once
         yield token
@@ -161,19 +151,18 @@ def hard_prompts(
     steps: int | None = None,
     rate: float = 0.1,
     seed: int = 0,
-    limit: float = torch.inf,
+    limit: float = inf,
 ) -> Attempt:
     """HardPrompts (PEZ): all embeddings at once by Adam, projected onto tokens.
 
-    Runs T·|V|/4 steps as in the paper unless ``steps`` is given, and returns the
-    closest prompt met. With a ``length``, ``states`` is the last one alone of a prompt
-    of so many tokens, and the first prompt that verifies ends the search.
+    The closest prompt met in ``steps``, T·|V|/4 as in the paper by default. With a
+    ``length``, ``states`` is the last one of a prompt of so many tokens, and the first
+    prompt that verifies ends the search.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> state = model.states("a", 1)[-1]
-    >>> hard_prompts(state, model, 1, 1, limit=0.1).tokens.shape
-    torch.Size([1])
+    >>> len(hard_prompts(model.states("a", 1)[-1], model, 1, 1, limit=0.1).tokens)
+    1
     """
     observed = Observation.of(states if length is None else states[None], model, layer)
     started = time.perf_counter()
@@ -186,7 +175,7 @@ def hard_prompts(
         steps = len(observed) * len(table) // 4
     proxy = table[best].clone().requires_grad_()
     optimiser = torch.optim.Adam([proxy], rate)
-    least = torch.inf
+    least = inf
     taken = 0
     finished = False
     # Without a length all steps are run, as published.
@@ -195,15 +184,14 @@ def hard_prompts(
         ids = torch.cdist(proxy.detach(), table).argmin(1)
         hard = table[ids].clone().requires_grad_()
         if length is None:
-            reached = _full_pass(model, hard, layer)
+            missing = _full_pass(model, hard, layer) - observed.states
         else:
-            reached = _last_states(cut, hard[None])
-        distance = torch.linalg.vector_norm(reached - observed.states, dim=1)
-        error = (reached - observed.states).square().sum()
+            missing = _last_states(cut, hard[None]) - observed.states
+        error = missing.square().sum()
         if error.item() < least:
             best = ids
             least = error.item()
-            finished = bool((distance <= observed.radius).all())
+            finished = bool((missing.norm(dim=1) <= observed.radius).all())
         # The gradient is that of the projection, the step that of the proxy.
         proxy.grad = torch.autograd.grad(error, hard)[0]
         optimiser.step()
@@ -220,19 +208,18 @@ def greedy_coordinate(
     length: int,
     *,
     seed: int = 0,
-    limit: float = torch.inf,
+    limit: float = inf,
 ) -> Attempt:
     """Greedy coordinate gradient (GCG) for the last state of a prompt of known length.
 
-    The gradient of ½‖F − ĥ‖² at each position ranks substitutions, ``BATCH`` of the
-    best ``CANDIDATES`` a position are read, and the closest prompt goes on; where none
-    is closer, one token is drawn anew. Ends when a prompt verifies.
+    The gradient at each position ranks substitutions, ``BATCH`` of the best
+    ``CANDIDATES`` a position are read, and the closest prompt goes on; where none is
+    closer, one token is drawn anew. Ends when a prompt verifies.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> state = model.states("a", 1)[-1]
-    >>> greedy_coordinate(state, model, 1, 1, limit=0.1).tokens.shape
-    torch.Size([1])
+    >>> len(greedy_coordinate(model.states("a", 1)[-1], model, 1, 1, limit=0.1).tokens)
+    1
     """
     observed = Observation.of(state[None], model, layer)
     started = time.perf_counter()
@@ -242,7 +229,7 @@ def greedy_coordinate(
     options = min(CANDIDATES, len(table))
     ids = torch.randint(len(table), (length,), generator=generator)
     best = ids
-    least = torch.inf
+    least = inf
     tested = 0
     while time.perf_counter() - started <= limit:
         rows = table[ids].detach().clone().requires_grad_()
@@ -268,8 +255,7 @@ def greedy_coordinate(
             ids = prompts[int(winner)]
         else:
             ids = ids.clone()
-            token = torch.randint(len(table), (), generator=generator)
-            ids[int(where[0])] = int(token)
+            ids[where[0]] = torch.randint(len(table), (), generator=generator)
     finished = least <= float(observed.radius)
     seconds = time.perf_counter() - started
     return Attempt(best, torch.tensor([tested]), finished, seconds)

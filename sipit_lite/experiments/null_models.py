@@ -17,24 +17,19 @@ Number = float | int
 def birthday_count(distance: Number, dimension: Number, radius: Number = 1.0) -> float:
     """How many points on a sphere come within ``distance`` with probability one half.
 
-    Two points are within r with probability p(r) = ½·I(dimension/2, ½; sin²φ), where
-    r = 2·radius·sin(φ/2): the share of a cap. With all pairs independent (the birthday
-    argument) n solves n(n − 1)/2 · p(r) = ln 2 (chapter 7). Dimension 2 is the ordinary
-    sphere; it need not be an integer.
-
+    The n of n(n − 1)/2 · p = ln 2, with p = ½·I(dimension/2, ½; sin²φ) the share of a
+    cap, distance = 2·radius·sin(φ/2) (chapter 7). The dimension need not be an integer.
     Raises ``StatesError`` unless 0 < distance < √2·radius, for a positive dimension.
 
-    >>> round(birthday_count(birthday_minimum(1000, 5), 5))
-    1000
+    >>> round(birthday_count(1.0, 2))  # the ordinary sphere: p = ¼
+    3
     """
     if not 0 < distance < math.sqrt(2) * radius or not dimension > 0:
-        raise StatesError(
-            f"got distance={distance}, dimension={dimension}, radius={radius}; expected"
-            " 0 < distance < √2·radius and a positive dimension"
-        )
+        got = f"got distance={distance}, dimension={dimension}, radius={radius}"
+        wanted = "0 < distance < √2·radius and a positive dimension"
+        raise StatesError(f"{got}; expected {wanted}")
     # mpmath, because in many dimensions the share is below the smallest float64.
-    angle = 2 * mpmath.asin(mpmath.mpf(distance) / (2 * radius))
-    square = mpmath.sin(angle) ** 2
+    square = mpmath.sin(2 * mpmath.asin(mpmath.mpf(distance) / (2 * radius))) ** 2
     share = mpmath.betainc(dimension / 2, 0.5, 0, square, regularized=True) / 2
     return float((1 + mpmath.sqrt(1 + 8 * mpmath.log(2) / share)) / 2)
 
@@ -48,10 +43,8 @@ def birthday_minimum(n: int, dimension: Number, radius: Number = 1.0) -> float:
     4.355
     """
     if n < 3 or not dimension > 0 or not radius > 0:
-        raise StatesError(
-            f"got n={n}, dimension={dimension}, radius={radius}; expected n ≥ 3, and "
-            "the others positive"
-        )
+        got = f"got n={n}, dimension={dimension}, radius={radius}"
+        raise StatesError(f"{got}; expected n ≥ 3, and the others positive")
     low = 0.0
     # At a right angle the share is one half, more than any n ≥ 3 needs.
     high = math.sqrt(2) * radius * (1 - 1e-15)
@@ -68,10 +61,6 @@ def gaussian_minimum(states: Float[Tensor, "n d_model"], seed: int = 0) -> float
     """The smallest distance of n normal draws with the states' covariance.
 
     Raises ``StatesError`` for what ``closest_pairs`` refuses.
-
-    >>> x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
-    >>> 0 < gaussian_minimum(x) < 1
-    True
     """
     centred = states.double() - states.double().mean(0)
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
@@ -85,37 +74,26 @@ def gaussian_minimum(states: Float[Tensor, "n d_model"], seed: int = 0) -> float
 def intrinsic_dimension(states: Float[Tensor, "n d_model"]) -> float:
     """How many dimensions the cloud has locally: TwoNN (Facco et al., 2017).
 
-    The ratio of a point's second to first neighbour distance follows a Pareto law; the
-    dimension is its exponent, by maximum likelihood. Compares all pairs: meant for a
-    few thousand rows. Raises ``StatesError`` for fewer than three rows, or equal ones.
-
-    >>> flat = torch.zeros(2000, 50)
-    >>> flat[:, :3] = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
-    >>> 2.7 < intrinsic_dimension(flat) < 3.3
-    True
+    The ratio of second to first neighbour distance follows a Pareto law; the dimension
+    is its exponent, by maximum likelihood. Compares all pairs of a few thousand rows.
+    Raises ``StatesError`` for fewer than three rows, or equal ones.
     """
     if len(states) < 3:
         got = f"got {len(states)} rows"
         raise StatesError(f"{got}; the two nearest neighbours of each need at least 3")
     x = states.double()
-    logs = []  # of the ratios; minus the log of a Pareto law is exponential
+    total = 0.0  # of the logs of the ratios; each is exponential under a Pareto law
     for rows in x.split(256):
         distances = torch.cdist(rows, x, compute_mode=EXACT)
         # The nearest of all is the row itself.
         _, first, second = distances.topk(3, largest=False).values.unbind(1)
-        logs.append((second / first).log())
-    total = float(torch.cat(logs).sum())
+        total += float((second / first).log().sum())
     if not 0 < total < math.inf:
-        got = "got equal rows, or neighbours that are all equally far"
-        raise StatesError(f"{got}; the ratio of distances says nothing")
+        raise StatesError("got equal rows, or neighbours that are all equally far")
     return (len(states) - 1) / total
 
 
 def anisotropy(states: Float[Tensor, "n d_model"]) -> float:
-    """Share of the variance along its leading axis: 1/d for a round cloud, 1 on a line.
-
-    >>> anisotropy(torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 4.0]]))
-    1.0
-    """
+    """Share of the variance along its leading axis: 1/d for a round cloud, 1 on a line."""
     squares = torch.linalg.svdvals(states.double() - states.double().mean(0)).square()
     return float(squares[0] / squares.sum())

@@ -1,11 +1,9 @@
 """A survey of the distances between last-token states of many prompts (chapter 7).
 
 At every layer: the closest pairs, how far neighbours and random pairs are apart, and
-how close chance would bring as many points. And the same distances against the length
-of the prompts.
+how close chance would bring as many points; and the distances by length of the prompts.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs
-from sipit_lite.experiments.null_models import (
-    birthday_count,
-    birthday_minimum,
-    gaussian_minimum,
-    intrinsic_dimension,
-)
+from sipit_lite.experiments import null_models as nulls
 from sipit_lite.io.shards import last_states
 from sipit_lite.io.text import different
 from sipit_lite.model import LanguageModel, StatesError
-from sipit_lite.onestep import EXACT
 
 CLOSEST = 5  # pairs that are kept with their texts
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -46,8 +38,7 @@ def survey(
 ) -> dict[str, Any]:
     """Distances between the states of all pairs of different prompts, by layer.
 
-    Prompts that occurred before are left out and counted. The texts of the closest
-    pairs are kept at the first, the middle and the last layer.
+    The texts of the closest pairs are kept at the first, middle and last layer alone.
 
     Parameters
     ----------
@@ -56,7 +47,7 @@ def survey(
 
     Raises
     ------
-    What ``last_states`` and ``closest_pairs`` raise.
+    StatesError: as ``last_states`` and ``closest_pairs`` do.
 
     >>> from sipit_lite import load
     >>> prompts = list(torch.tensor([[1, 2], [3, 2], [5, 4], [3, 2]]))
@@ -74,11 +65,12 @@ def survey(
     for layer, x in zip(layers, bar, strict=True):
         row, report = survey_layer(x.to(model.device), seed=seed)
         closest = []
-        if layer in read:
-            for pair, distance in zip(report.pairs, report.distances, strict=True):
-                texts = [model.decode(distinct[i]) for i in pair]
-                closest.append({"distance": short(float(distance)), "texts": texts})
-        rows.append({"layer": layer, **row, "closest": closest})
+        for pair, distance in zip(report.pairs, report.distances, strict=True):
+            texts = [model.decode(distinct[i]) for i in pair]
+            closest.append({"distance": short(float(distance)), "texts": texts})
+        rows.append(
+            {"layer": layer, **row, "closest": closest if layer in read else []}
+        )
     return {
         "model": model.name,
         "prompts": len(prompts),
@@ -96,10 +88,9 @@ def survey_layer(
 ) -> tuple[dict[str, Any], CollisionReport]:
     """One layer's numbers, rounded to six digits, and the detector's report.
 
-    >>> x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
-    >>> row, report = survey_layer(x)
-    >>> row["pairs"] == 200 * 199 // 2, row["minimum"] == row["nearest"][0]
-    (True, True)
+    >>> row, report = survey_layer(torch.eye(2))
+    >>> row["pairs"], row["minimum"]
+    (1, 1.41421)
     """
     # Few rows have few pairs.
     k = min(CLOSEST, len(x) * (len(x) - 1) // 2)
@@ -110,8 +101,8 @@ def survey_layer(
         "minimum": report.minimum,
         "collisions": report.collisions,
         "practical": report.practical,
-        "nearest": quantiles(report.nearest),
-        "random": quantiles(random_distances(x, RANDOM_PAIRS, seed)),
+        "nearest": _quantiles(report.nearest),
+        "random": _quantiles(random_distances(x, RANDOM_PAIRS, seed)),
         "seconds": report.seconds,
     }
     return short(row | null_models(x, seed=seed)), report
@@ -128,20 +119,23 @@ def random_distances(
     return torch.linalg.vector_norm(x[i].double() - x[j].double(), dim=1)
 
 
+def _quantiles(values: Float64[Tensor, " n"]) -> list[float]:
+    """The quantiles of ``QUANTILES``, smallest and largest included."""
+    return values.cpu().quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+
+
 def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, Any]:
     """How close chance brings N points on a sphere, and with the same covariance.
 
     Returns
     -------
-    ``radius``, the median norm from the centre; ``dimension``, the TwoNN estimate from
-    at most ``DIMENSION_ROWS`` rows; ``birthday``, the median minimum of N points on the
-    sphere of both; ``needed``, how many points come within 1e-6 there; ``gaussian``,
-    normal draws against as many of the states. None where rows are too few or equal.
+    ``radius``, the median norm from the centre; ``dimension``, by TwoNN; ``birthday``,
+    the median minimum on the sphere of both; ``needed``, how many points come within
+    1e-6 there; ``gaussian``, normal draws against as many states. None where rows are
+    too few or equal.
 
-    >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
-    >>> row = null_models(torch.nn.functional.normalize(x))
-    >>> 0.9 < row["radius"] < 1.1, 1.7 < row["dimension"] < 2.3
-    (True, True)
+    >>> null_models(torch.eye(2))["dimension"] is None
+    True
     """
     # From the mean: rows far from the origin are not far from each other.
     norms = torch.linalg.vector_norm(x.double() - x.double().mean(0), dim=1)
@@ -153,20 +147,18 @@ def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, An
     if len(sample) < 3:
         unknown = dict.fromkeys(("dimension", "birthday", "needed", "gaussian"))
         return {"radius": radius, **unknown}
-    dimension = intrinsic_dimension(sample)
+    dimension = nulls.intrinsic_dimension(sample)
     # The same rows for both, because the minimum depends on their number.
     drawn = x[order[:GAUSSIAN_ROWS]]
+    minimum = nulls.gaussian_minimum(drawn, seed)
+    observed = closest_pairs(drawn, 1).minimum
     return {
         "radius": radius,
         "dimension": dimension,
         "dimension rows": len(sample),
-        "birthday": birthday_minimum(len(x), dimension, radius),
-        "needed": birthday_count(COLLISION, dimension, radius),
-        "gaussian": {
-            "rows": len(drawn),
-            "minimum": gaussian_minimum(drawn, seed),
-            "observed": closest_pairs(drawn, 1).minimum,
-        },
+        "birthday": nulls.birthday_minimum(len(x), dimension, radius),
+        "needed": nulls.birthday_count(COLLISION, dimension, radius),
+        "gaussian": {"rows": len(drawn), "minimum": minimum, "observed": observed},
     }
 
 
@@ -181,8 +173,8 @@ def survey_lengths(
 ) -> dict[str, Any]:
     """``spread`` of the states of the windows' first tokens, for several lengths.
 
-    At each length only different beginnings count. Compares all pairs in float64: meant
-    for a few thousand windows. ``layers`` defaults to the middle and the last.
+    All pairs of different beginnings: meant for a few thousand windows. ``layers``
+    defaults to the middle and the last.
 
     Raises
     ------
@@ -219,38 +211,19 @@ def spread(x: Float[Tensor, "n d_model"]) -> dict[str, float]:
     >>> spread(torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]))
     {'minimum': 5.0, 'mean': 6.666666666666667, 'maximum': 10.0}
     """
-    x = x.double()
-    total = 0.0
-    low = math.inf  # below and above whatever comes
-    high = 0.0
-    for first in range(0, len(x) - 1, 256):
-        # Each pair once: the columns begin where the rows do, above the diagonal.
-        block = torch.cdist(x[first : first + 256], x[first:], compute_mode=EXACT)
-        distances = block[torch.ones_like(block, dtype=torch.bool).triu(1)]
-        total += float(distances.sum())
-        low = min(low, float(distances.min()))
-        high = max(high, float(distances.max()))
-    mean = total / (len(x) * (len(x) - 1) / 2)
-    return {"minimum": low, "mean": mean, "maximum": high}
+    apart = torch.pdist(x.double())
+    row = {"minimum": apart.min(), "mean": apart.mean(), "maximum": apart.max()}
+    return {name: float(value) for name, value in row.items()}
 
 
-def quantiles(values: Float64[Tensor, " n"]) -> list[float]:
-    """The quantiles of ``QUANTILES``, smallest and largest included.
-
-    >>> quantiles(torch.arange(101, dtype=torch.float64))
-    [0.0, 5.0, 25.0, 50.0, 75.0, 95.0, 100.0]
-    """
-    return values.cpu().quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
-
-
-def short(value: Any, digits: int = 6) -> Any:
+def short(value: Any) -> Any:
     """Every float of a nested structure to six significant digits, as JSON has it.
 
     >>> short({"a": (1 / 3, 10**9, None)})
     {'a': [0.333333, 1000000000, None]}
     """
     if isinstance(value, dict):
-        return {key: short(inside, digits) for key, inside in value.items()}
+        return {key: short(inside) for key, inside in value.items()}
     if isinstance(value, list | tuple):
-        return [short(inside, digits) for inside in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+        return [short(inside) for inside in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -5,11 +5,11 @@ docstrings and the code of its libraries. Seeded, and without a network; interru
 resumes from its last checkpoint. It writes what the package ships.
 """
 
-import json
+import bisect
+import itertools
 import platform
 import random
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,34 +38,27 @@ CONFIG = GPT2Config(
 )  # fmt: skip
 
 
-def corpus(folder: Path) -> dict[str, list[str]]:
-    """The texts of this Python by kind and split, such as "prose train"; read once."""
-    path = folder / "corpus.json"
-    if not path.exists():
-        texts = {}
-        for name in ("prose train", "prose held-out", "code train", "code held-out"):
-            stream = prompts.installed(*name.split())
-            texts[name] = list(tqdm(stream, name, disable=None))
-        for name, share in (("code train", 1), ("code held-out", 16)):
-            # Packages are of very different sizes: a sample of all of them.
-            random.Random(0).shuffle(texts[name])
-            texts[name] = list(until(texts[name], CODE_CHARACTERS // share))
-        path.write_text(json.dumps(texts), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+def corpus() -> dict[str, list[str]]:
+    """The texts of this Python by kind and split, such as "prose train"."""
+    texts = {}
+    for name in ("prose train", "prose held-out", "code train", "code held-out"):
+        stream = prompts.installed(*name.split())
+        texts[name] = list(tqdm(stream, name, disable=None))
+    for name, share in (("code train", 1), ("code held-out", 16)):
+        # Packages are of very different sizes: a sample of all of them.
+        random.Random(0).shuffle(texts[name])
+        texts[name] = until(texts[name], CODE_CHARACTERS // share)
+    return texts
 
 
-def until(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Yield texts until they hold so many characters.
+def until(texts: list[str], characters: int) -> list[str]:
+    """The first texts that hold so many characters.
 
-    >>> list(until(["ab", "cd", "ef"], 3))
+    >>> until(["ab", "cd", "ef"], 3)
     ['ab', 'cd']
     """
-    total = 0
-    for text in texts:
-        if total >= characters:
-            return
-        total += len(text)
-        yield text
+    ends = list(itertools.accumulate(map(len, texts)))
+    return texts[: bisect.bisect_left(ends, characters) + 1]
 
 
 def tokenizer(folder: Path, texts: dict[str, list[str]]) -> PreTrainedTokenizerFast:
@@ -73,10 +66,9 @@ def tokenizer(folder: Path, texts: dict[str, list[str]]) -> PreTrainedTokenizerF
     path = str(folder / "tokenizer.json")
     if not Path(path).exists():
         code = until(texts["code train"], CODE_CHARACTERS // 4)
-        sample = [*texts["prose train"], *code]
         bpe = ByteLevelBPETokenizer()
         options = {"special_tokens": [END], "show_progress": False}
-        bpe.train_from_iterator(sample, vocab_size=VOCAB, **options)
+        bpe.train_from_iterator(texts["prose train"] + code, VOCAB, **options)
         bpe.save(path)
     return PreTrainedTokenizerFast(
         tokenizer_file=path, eos_token=END, bos_token=END, unk_token=END,
@@ -132,12 +124,9 @@ def train(
         torch.manual_seed(0)
         model = GPT2LMHeadModel(CONFIG).train()
     # Biases and gains do not decay.
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    matrices = {"params": [p for p in model.parameters() if p.ndim == 2]}
+    vectors = {"params": [p for p in model.parameters() if p.ndim < 2]}
+    groups = [matrices | {"weight_decay": 0.1}, vectors | {"weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
     path = folder / "checkpoint.pt"
     start = 0
@@ -164,14 +153,8 @@ def train(
     return model.eval()
 
 
-def losses(
-    model: GPT2LMHeadModel, data: dict[str, Tensor], kind: str
-) -> dict[str, float]:
-    """Held-out loss in nats a token: the model's, a bigram's and a unigram's.
-
-    The bigram backs off to the unigram with the weight that suits the held-out tokens
-    best, in its favour.
-    """
+def losses(model: GPT2LMHeadModel, data: dict[str, Tensor], kind: str) -> list[float]:
+    """Held-out loss in nats a token: the model's, a bigram's and a unigram's."""
     rows = data[f"{kind} held-out"].unfold(0, CONTEXT + 1, CONTEXT)[:400]
     with torch.no_grad():
         parts = [loss_of(model.float(), part) for part in rows.split(BATCH)[:-1]]
@@ -183,17 +166,14 @@ def losses(
     # Bigrams as numbers of two digits to the base |V|.
     pairs = torch.bincount(seen[:-1] * VOCAB + seen[1:], minlength=VOCAB**2)
     pairs = pairs.view(VOCAB, VOCAB)
-    totals = pairs.sum(1)[first]
     bigrams = []
+    # It backs off to the unigram, with the weight that suits the held-out tokens best.
     for weight in (1, 10, 100, 300, 1000, 3000):
         count = pairs[first, second] + weight * unigram[second]
-        share = count / (totals + weight)
+        share = count / (pairs.sum(1)[first] + weight)
         bigrams.append(float(-share.log().mean()))
-    return {
-        "model": float(torch.stack(parts).mean()),
-        "bigram": min(bigrams),
-        "unigram": float(-unigram[second].log().mean()),
-    }
+    one = float(-unigram[second].log().mean())
+    return [float(torch.stack(parts).mean()), min(bigrams), one]
 
 
 def sample(model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, start: str) -> str:
@@ -208,17 +188,16 @@ def sample(model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, start: str) -> 
     return bpe.decode(written[0])
 
 
-def publish(
-    folder: Path,
-    model: GPT2LMHeadModel,
-    bpe: PreTrainedTokenizerFast,
-    data: dict[str, Tensor],
-    steps: int,
-) -> None:
-    """Write what the package ships, into FOLDER/pocket_gpt2."""
+def main(folder: Path, steps: int = 3600) -> None:
+    """Train pocket-gpt2 into FOLDER/pocket_gpt2; go on where an earlier run stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = corpus()
+    bpe = tokenizer(folder, texts)
+    data = {name: tokens(bpe, documents) for name, documents in texts.items()}
+    model = train(folder, data, steps)
     rows = []
     for kind in ("prose", "code"):
-        cells = [f"{loss:.2f}" for loss in losses(model, data, kind).values()]
+        cells = [f"{loss:.2f}" for loss in losses(model, data, kind)]
         rows.append(f"| {' | '.join([kind, *cells])} |")
     starts = ("Return the", "This module provides", "def __init__(self")
     samples = [f"```text\n{sample(model, bpe, start)}\n```" for start in starts]
@@ -238,15 +217,6 @@ def publish(
         table="\n".join(rows), samples="\n\n".join(samples),
     )  # fmt: skip
     (target / "README.md").write_text(card, encoding="utf-8")
-
-
-def main(folder: Path, steps: int = 3600) -> None:
-    """Train pocket-gpt2 into FOLDER/pocket_gpt2; go on where an earlier run stopped."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = corpus(folder)
-    bpe = tokenizer(folder, texts)
-    data = {name: tokens(bpe, documents) for name, documents in texts.items()}
-    publish(folder, train(folder, data, steps), bpe, data, steps)
 
 
 if __name__ == "__main__":
