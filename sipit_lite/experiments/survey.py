@@ -1,7 +1,7 @@
 """A survey of the distances between last-token states of many prompts (chapter 7).
 
-At every layer: the closest pairs, how far neighbours and random pairs are apart, and
-how close chance would bring as many points; and the distances by length of the prompts.
+At every layer: the closest pairs, the distances of neighbours and of random pairs, and
+how close chance would bring as many points. And the distances by length of the prompts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from sipit_lite.io.shards import last_states
 from sipit_lite.io.text import different
 from sipit_lite.model import LanguageModel, StatesError
 
-CLOSEST = 5  # pairs that are kept with their texts
+CLOSEST = 5  # pairs that are kept, with their texts
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 RANDOM_PAIRS = 20_000
 DIMENSION_ROWS = 4000  # the intrinsic dimension compares all their pairs
@@ -37,8 +37,6 @@ def survey(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Distances between the states of all pairs of different prompts, by layer.
-
-    The texts of the closest pairs are kept at the first, middle and last layer alone.
 
     Parameters
     ----------
@@ -58,7 +56,7 @@ def survey(
     distinct = different(prompts)
     layers = list(range(1, model.n_layers + 1)) if layers is None else list(layers)
     states = last_states(model, distinct, layers, folder=folder, progress=progress)
-    # Texts at three layers: all of them would be most of the file.
+    # Texts of the closest pairs at three layers: all would be most of the file.
     read = {layers[0], model.n_layers // 2, model.n_layers}
     rows = []
     bar = tqdm(states, "layers", disable=not progress or None)  # None: on a terminal
@@ -127,12 +125,9 @@ def _quantiles(values: Float64[Tensor, " n"]) -> list[float]:
 def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, Any]:
     """How close chance brings N points on a sphere, and with the same covariance.
 
-    Returns
-    -------
-    ``radius``, the median norm from the centre; ``dimension``, by TwoNN; ``birthday``,
-    the median minimum on the sphere of both; ``needed``, how many points come within
-    1e-6 there; ``gaussian``, normal draws against as many states. None where rows are
-    too few or equal.
+    ``radius`` is the median norm from the centre, ``birthday`` the median minimum on the
+    sphere of this ``dimension``, where ``needed`` points come within 1e-6; ``gaussian``
+    draws as many normal points as states. None where rows are too few or equal.
 
     >>> null_models(torch.eye(2))["dimension"] is None
     True
@@ -190,18 +185,16 @@ def survey_lengths(
     rows = []
     for length in tqdm(list(lengths), "lengths", disable=not progress or None):
         if not 1 <= length <= ids.shape[1]:
-            got = f"got length {length}"
-            raise StatesError(f"{got}; expected 1 to {ids.shape[1]}, that of a window")
+            raise StatesError(f"got length {length}; expected 1 to {ids.shape[1]}")
         starts = different(ids[:, :length])  # short beginnings repeat
         if len(starts) < 2:
             got = f"got {len(ids)} windows with one beginning of {length} tokens"
             raise StatesError(f"{got}; expected two or more")
-        place = None if folder is None else Path(folder) / f"{length:04d}"
+        place = folder and Path(folder) / f"{length:04d}"
         states = last_states(model, starts, layers, folder=place)
-        row = {"length": length, "distinct": len(starts)}
+        rows.append({"length": length, "distinct": len(starts)})
         for layer, x in zip(layers, states, strict=True):
-            row[str(layer)] = spread(x.to(model.device))
-        rows.append(row)
+            rows[-1][str(layer)] = spread(x.to(model.device))
     return short({"windows": len(ids), "layers": layers, "rows": rows})
 
 

@@ -1,12 +1,13 @@
 """Several processes share states, closest pairs and inversions of many prompts.
 
 Start one process a core or GPU with ``torchrun``, and call these inside ``ranks()``;
-each rank loads the model itself. A rank that dies ends the run with an error, and what
-was written to ``folder`` by then is not computed again.
+each rank loads the model itself. A rank that dies ends the run, and what was written to
+``folder`` by then is not computed again.
 ``torchrun --nproc-per-node 2 -m sipit_lite.extensions.distributed --help``.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -55,8 +56,7 @@ def ranks() -> Iterator[tuple[int, int]]:
         return
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ.get(name, "") for name in names}
-    rank = given["RANK"]
-    count = given["WORLD_SIZE"]
+    rank, count, *_ = given.values()
     numbers = rank.isdecimal() and count.isdecimal() and int(rank) < int(count)
     if not numbers or not all(given.values()):
         raise DistributedError(f"got {given}; expected all four, as torchrun sets them")
@@ -85,11 +85,8 @@ def last_states(
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, "layers rows d_model"]]:
     """This rank's share of ``shards.last_states``: numbers of its prompts, and states.
 
-    With ``folder`` finished shards are used again by a run with as many ranks.
-
-    Raises
-    ------
-    StatesError: for repeated prompts, or fewer than ranks; else as it does there.
+    A run with as many ranks uses the shards of ``folder`` again. Raises ``StatesError``
+    for repeated prompts, or fewer than ranks; else as it does there.
     """
     rank, count = _place()
     # States of equal prompts are equal, and would pass for a collision.
@@ -110,21 +107,13 @@ def closest_pairs(
 ) -> tuple[Int[Tensor, "k 2"], Float64[Tensor, " k"]]:
     """The k closest pairs of all ranks at one layer: numbers i < j, sorted distances.
 
-    The blocks travel around a ring; every two meet on one rank, where
-    ``collisions.closest_pairs`` compares all of theirs, so the result is certified as
-    there (chapter 18). A rank holds its block, the visiting one, and both together.
-
-    Parameters
-    ----------
-    rows, states: the numbers of this rank's prompts among all, and their states
-
-    Raises
-    ------
-    StatesError: as ``collisions.closest_pairs`` does.
+    ``rows`` numbers this rank's prompts among all. The blocks travel around a ring; every
+    two meet on one rank, in ``collisions.closest_pairs``, so the result is certified as
+    there (chapter 18). Raises ``StatesError`` as that one does.
     """
     rank, count = _place()
     sizes = _gathered(len(rows))
-    possible = _pairs(sum(sizes))
+    possible = math.comb(sum(sizes), 2)
     if not 1 <= k <= possible:
         raise StatesError(f"got k={k} and {sum(sizes)} rows; expected 1 to {possible}")
     distances: dict[tuple[int, int], float] = {}  # by the numbers of both prompts
@@ -150,8 +139,7 @@ def closest_pairs(
 def ring_bytes(prompts: int, d_model: int, ranks: int, itemsize: int = 4) -> int:
     """Bytes that each rank sends in ``closest_pairs``, one layer: half of all states.
 
-    The block of N/R rows, each with its int64 number, is passed on ⌊R/2⌋ times; N is
-    taken as a multiple of R.
+    The block of N/R rows, each with its int64 number, is passed on ⌊R/2⌋ times.
 
     >>> [ring_bytes(1200, 256, ranks) for ranks in (2, 4, 3)]
     [619200, 619200, 412800]
@@ -182,7 +170,7 @@ def _compared(
     rows: Int[Tensor, " n"], states: Float[Tensor, "n d_model"], k: int
 ) -> dict[tuple[int, int], float]:
     """Distances of the closest pairs of one search, by the numbers of their prompts."""
-    report = collisions.closest_pairs(states, min(k, _pairs(len(rows))))
+    report = collisions.closest_pairs(states, min(k, math.comb(len(rows), 2)))
     pairs = rows[report.pairs].sort(dim=1).values.tolist()
     return dict(zip(map(tuple, pairs), report.distances.tolist(), strict=True))
 
@@ -192,11 +180,6 @@ def _place() -> tuple[int, int]:
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
-
-
-def _pairs(n: int) -> int:
-    """How many pairs n rows have."""
-    return n * (n - 1) // 2
 
 
 def _gathered(value: object) -> list:
@@ -214,11 +197,10 @@ def _passed_on(block: Block, size: int) -> Block:
     moves = []  # all at once: one send after the other would wait for its receiver
     received = []
     for part in block:
+        received.append(part.new_empty(size, *part.shape[1:], device=place))
         sent = part.to(place).contiguous()
-        empty = torch.empty(size, *part.shape[1:], dtype=part.dtype, device=place)
         moves.append(dist.P2POp(dist.isend, sent, (rank - 1) % count))
-        moves.append(dist.P2POp(dist.irecv, empty, (rank + 1) % count))
-        received.append(empty)
+        moves.append(dist.P2POp(dist.irecv, received[-1], (rank + 1) % count))
     for move in dist.batch_isend_irecv(moves):
         move.wait()
     rows, states = received
@@ -228,13 +210,9 @@ def _passed_on(block: Block, size: int) -> Block:
 def compare(
     prompts: Annotated[int, typer.Option("-n", "--prompts", min=2)] = 2000,
     length: Annotated[int, typer.Option(min=1, help="tokens of a prompt")] = 24,
-    layers: Annotated[
-        list[int] | None, typer.Option(help="repeat it for several; else the last")
-    ] = None,
+    layers: Annotated[list[int] | None, typer.Option(help="once for each")] = None,
     source: Literal["bundled", "installed", "corpora"] = "bundled",
-    folder: Annotated[
-        str | None, typer.Option(help="keeps the states, so that a stopped run goes on")
-    ] = None,
+    folder: Annotated[str | None, typer.Option(help="keeps the states")] = None,
     model: str | None = None,
     seed: int = 0,
 ) -> None:
@@ -255,9 +233,8 @@ def compare(
         summary = {"ranks": count, "prompts": len(ids), "layers": []}
         summary["seconds"] = max(_gathered(time.perf_counter() - started))
         for layer, x in zip(layers, states, strict=True):
-            pairs, distances = closest_pairs(rows, x, 1)
-            row = {"layer": layer, "minimum": float(distances[0])}
-            row |= {"pair": pairs[0].tolist(), "compared": _pairs(len(ids))}
+            [pair], [distance] = closest_pairs(rows, x, 1)
+            row = {"layer": layer, "pair": pair.tolist(), "minimum": float(distance)}
             summary["layers"].append(row)
         if rank == 0:
             print(json.dumps(summary))
@@ -267,10 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``compare`` as a program: 2, and one line, for anything that cannot be done."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command()(compare)
-    # Typer's errors take several lines; outside its standalone mode they are raised.
-    command = typer.main.get_command(app)
     try:
-        return command(arguments, f"torchrun -m {PROGRAM}", standalone_mode=False) or 0
+        # Typer's errors take several lines; outside its standalone mode they are raised.
+        return app(arguments, f"torchrun -m {PROGRAM}", standalone_mode=False) or 0
     except typer.TyperException as error:
         message = error.format_message()
     except (SipItError, OSError, RuntimeError) as error:

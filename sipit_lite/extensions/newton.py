@@ -30,10 +30,10 @@ class Start(Policy, Protocol):
 class Newton:
     """Levenberg–Marquardt on the one-step map, then the tokens nearest to its end.
 
-    A step solves (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀ(ĥ_t − F(e)) with the full Jacobian J at e
-    (chapter 12); λ starts at ``damping``, shrinks after a step that lowered the
-    residual and grows until one does. It starts from the mean embedding, or, with a
-    ``lens``, from the embedding that it expects, after its first candidates were tried.
+    Parameters
+    ----------
+    damping: λ at the start; shrinks after a step that lowered the residual, else grows
+    lens: gives the first candidates and the start, else the mean embedding
     """
 
     proposals_per_step: int = 8
@@ -63,7 +63,7 @@ class Newton:
         for e in islice(path, 1, self.max_steps + 1):
             batch = nearest(table, e, untried, self.proposals_per_step)
             if len(batch) == 0:
-                return
+                return  # the vocabulary is exhausted
             untried[batch] = False
             yield batch
         yield from nearest(table, e, untried, len(table)).split(ROWS)
@@ -71,18 +71,20 @@ class Newton:
     def path(self, step: OneStepMap, e: State, observed: State) -> Iterator[State]:
         """Yield the iterates for ever, the start first; residuals never grow."""
         damping = self.damping
-        residual = _residual(step, e, observed)
+        residual = observed - step.embedding(e[None])[0].detach()
         while True:
             yield e
+            # The dear part, so that several dampings are tried with it.
             jacobian = step.jacobian(e)
             for _ in range(TRIALS):
                 trial = e + damped_step(jacobian, residual, damping)
-                left = _residual(step, trial, observed)
+                left = observed - step.embedding(trial[None])[0].detach()
                 if left.norm() < residual.norm():
                     e = trial
                     residual = left
                     damping = max(damping / 5, SMALLEST_DAMPING)
                     break
+                # The model was trusted too far: a shorter step, nearer to the gradient.
                 damping *= 5
 
 
@@ -94,13 +96,8 @@ def damped_step(
     >>> damped_step(2 * torch.eye(2), torch.tensor([4.0, 0.0]), 1.0).tolist()
     [1.0, 0.0]
     """
+    # Solved in float64: the condition number of JᵀJ is that of J squared.
     normal = (jacobian.T @ jacobian).double()
     right = (jacobian.T @ residual).double()
     scale = normal.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
     return torch.linalg.solve(normal + damping * torch.diag(scale), right).to(residual)
-
-
-def _residual(step: OneStepMap, e: State, observed: State) -> State:
-    """ĥ_t − F(e)."""
-    with torch.no_grad():
-        return observed - step.embedding(e[None])[0]

@@ -1,8 +1,7 @@
 """Train pocket-gpt2 again: ``python -m sipit_lite.pocket_gpt2.train FOLDER``.
 
-A small GPT-2, trained on what every Python install carries: the English of its
-docstrings and the code of its libraries. Seeded, and without a network; interrupted, it
-resumes from its last checkpoint. It writes what the package ships.
+A small GPT-2 from the docstrings and the code that every Python install carries, seeded,
+without a network. Interrupted, it resumes. It writes what the package ships.
 """
 
 import bisect
@@ -32,6 +31,7 @@ PEAK_RATE = 2e-3
 PROSE_SHARE = 0.7  # of the rows of a batch
 CODE_CHARACTERS = 24_000_000  # there is far more code than prose
 END = "<|endoftext|>"
+HERE = Path(__file__).parent
 CONFIG = GPT2Config(
     vocab_size=VOCAB, n_positions=CONTEXT, n_embd=256, n_layer=6, n_head=4,
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
@@ -52,11 +52,7 @@ def corpus() -> dict[str, list[str]]:
 
 
 def until(texts: list[str], characters: int) -> list[str]:
-    """The first texts that hold so many characters.
-
-    >>> until(["ab", "cd", "ef"], 3)
-    ['ab', 'cd']
-    """
+    """The first texts that hold so many characters: of "ab", "cd", "ef" for 3, two."""
     ends = list(itertools.accumulate(map(len, texts)))
     return texts[: bisect.bisect_left(ends, characters) + 1]
 
@@ -179,12 +175,11 @@ def losses(model: GPT2LMHeadModel, data: dict[str, Tensor], kind: str) -> list[f
 def sample(model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, start: str) -> str:
     """60 tokens that the model writes after a start, temperature 0.7, top 40."""
     ids = bpe(start, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 40, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=60,
-            do_sample=True, temperature=0.7, top_k=40, pad_token_id=0,
-        )  # fmt: skip
+        written = model.generate(ids, max_new_tokens=60, **options)
     return bpe.decode(written[0])
 
 
@@ -205,10 +200,8 @@ def main(folder: Path, steps: int = 3600) -> None:
     model.half().save_pretrained(target)
     bpe.save_pretrained(target)
     # What the book quotes never changes: the passages are those of the package.
-    here = Path(__file__).parent
-    shutil.copy(here / "held_out.json", target)
-    template = (here / "card.md").read_text(encoding="utf-8")
-    card = template.format(
+    shutil.copy(HERE / "held_out.json", target)
+    card = (HERE / "card.md").read_text(encoding="utf-8").format(
         layers=CONFIG.n_layer, width=CONFIG.n_embd, heads=CONFIG.n_head, vocab=VOCAB,
         context=CONTEXT, parameters=model.num_parameters(), steps=steps, batch=BATCH,
         python=platform.python_version(), one_in=prompts.HELD_OUT_ONE_IN,
