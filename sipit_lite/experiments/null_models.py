@@ -94,6 +94,6 @@ def intrinsic_dimension(states: Float[Tensor, "n d_model"]) -> float:
 
 
 def anisotropy(states: Float[Tensor, "n d_model"]) -> float:
-    """Share of the variance along its leading axis: 1/d for a round cloud, 1 on a line."""
+    """Share of the variance along the leading axis: 1/d for a ball, 1 on a line."""
     squares = torch.linalg.svdvals(states.double() - states.double().mean(0)).square()
     return float(squares[0] / squares.sum())

@@ -125,7 +125,7 @@ def _quantiles(values: Float64[Tensor, " n"]) -> list[float]:
 def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, Any]:
     """How close chance brings N points on a sphere, and with the same covariance.
 
-    ``radius`` is the median norm from the centre, ``birthday`` the median minimum on the
+    ``radius`` is the median norm from the centre, ``birthday`` the median minimum on a
     sphere of this ``dimension``, where ``needed`` points come within 1e-6; ``gaussian``
     draws as many normal points as states. None where rows are too few or equal.
 

@@ -107,8 +107,8 @@ def closest_pairs(
 ) -> tuple[Int[Tensor, "k 2"], Float64[Tensor, " k"]]:
     """The k closest pairs of all ranks at one layer: numbers i < j, sorted distances.
 
-    ``rows`` numbers this rank's prompts among all. The blocks travel around a ring; every
-    two meet on one rank, in ``collisions.closest_pairs``, so the result is certified as
+    ``rows`` numbers this rank's prompts. The blocks travel around a ring; every two meet
+    on one rank, in ``collisions.closest_pairs``, so the result is certified as
     there (chapter 18). Raises ``StatesError`` as that one does.
     """
     rank, count = _place()
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command()(compare)
     try:
-        # Typer's errors take several lines; outside its standalone mode they are raised.
+        # Typer's errors take several lines; outside standalone mode they are raised.
         return app(arguments, f"torchrun -m {PROGRAM}", standalone_mode=False) or 0
     except typer.TyperException as error:
         message = error.format_message()
