@@ -107,7 +107,7 @@ def closest_pairs(
 ) -> tuple[Int[Tensor, "k 2"], Float64[Tensor, " k"]]:
     """The k closest pairs of all ranks at one layer: numbers i < j, sorted distances.
 
-    ``rows`` numbers this rank's prompts. The blocks travel around a ring; every two meet
+    ``rows`` numbers this rank's prompts. Blocks travel around a ring; every two meet
     on one rank, in ``collisions.closest_pairs``, so the result is certified as
     there (chapter 18). Raises ``StatesError`` as that one does.
     """

@@ -1,6 +1,6 @@
 """Train pocket-gpt2 again: ``python -m sipit_lite.pocket_gpt2.train FOLDER``.
 
-A small GPT-2 from the docstrings and the code that every Python install carries; it is
+A small GPT-2 from the docstrings and the code of every Python install; it is
 seeded, without a network. Interrupted, it resumes. It writes what the package ships.
 """
 
