@@ -111,20 +111,14 @@ def table(
 
 
 def verdicts(checks: Iterable[Check]) -> str:
-    """The closing table.
-
-    >>> print(verdicts([Check.of("silent errors", 0)]))
-    check          value  target  verdict
-    silent errors      0    <= 0  met
-    """
+    """The closing table."""
     rows = []
     for check in checks:
         sign = ">=" if check.better == "higher" else "<="
         target = f"{sign} {check.target:g}"
         verdict = "met" if check.ok else "MISSED"
         rows.append((check.name, f"{check.value:.4g}", target, verdict))
-    header = ("check", "value", "target", "verdict")
-    return table(header, rows, right=("value", "target"))
+    return table(("check", "value", "target", "verdict"), rows, ("value", "target"))
 
 
 def progress_bar(items: Iterable, name: str, progress: bool) -> Iterable:
@@ -135,11 +129,7 @@ def progress_bar(items: Iterable, name: str, progress: bool) -> Iterable:
 def exactness(
     model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
 ) -> tuple[list[Check], dict]:
-    """Invert held-out prompts and edge cases at the first, middle and last layer.
-
-    Counts exact prompts with the policy ``Gradient``, silent errors (a wrong prompt
-    returned as verified), and candidates tested. Returns the checks and all data.
-    """
+    """Invert held-out prompts and edge cases at the first, middle and last layer."""
     layers = [1, model.n_layers // 2, model.n_layers]
     edge_layers = layers[:1] if quick else layers
     counts = {"prose": 30, "code": 15, "random": 15}
@@ -158,13 +148,16 @@ def exactness(
     for ids in progress_bar(short, "rounded", progress):
         for layer in edge_layers:
             stored += rounded(model, ids, layer)
-    every = sum(edges.values(), runs + stored)
     groups = {"all": runs} | edges
     for dtype in ("float16", "bfloat16"):
-        under = [run for run in stored if run["noise under half the margin"]]
-        group = [run for run in under if run["dtype"] == dtype]
-        groups[f"{dtype} under half the margin"] = group
-    checks = [Check.of("silent errors", sum(run["silent error"] for run in every))]
+        # Beyond half the margin another token may be nearer: no promise there.
+        groups[f"{dtype} under half the margin"] = [
+            run
+            for run in stored
+            if run["dtype"] == dtype and run["noise under half the margin"]
+        ]
+    silent = sum(run["silent error"] for run in sum(edges.values(), runs + stored))
+    checks = [Check.of("silent errors", silent)]
     for name, group in groups.items():
         checks.append(Check.of(f"exact, {name}", share(run["exact"] for run in group)))
     data = {"reported": candidate_counts(runs), "runs": runs, "edges": edges}
@@ -178,6 +171,7 @@ def held_out(
     for kind, count in counts.items():
         lengths = np.linspace(1, longest, count).round().astype(int).tolist()
         for i, length in enumerate(lengths):
+            # Another seed, else the shorter prompts would begin the longer ones.
             ids = next(prompts(model.tokenizer, kind, length, seed=seed + i))
             yield kind, ids.to(model.device)
 
@@ -186,14 +180,14 @@ def edge_prompts(model: LanguageModel, quick: bool, seed: int) -> dict[str, Tens
     """The prompts that break naive inverters."""
     full = min(32 if quick else model.n_positions, model.n_positions)
     parts = islice(prompts(model.tokenizer, "prose", 16, seed=seed), -(-full // 16))
-    text = torch.cat(list(parts))
-    edges = {
+    text = torch.cat(list(parts)).to(model.device)
+    return {
         "full context": text[:full],
         "repeated token": text[:1].repeat(8 if quick else 32),
         "single token": text[:1],
-        "end-of-text token": torch.tensor([model.tokenizer.eos_token_id or 0]),
+        # Not every tokenizer has one.
+        "end-of-text token": text.new_tensor([model.tokenizer.eos_token_id or 0]),
     }
-    return {name: ids.to(model.device) for name, ids in edges.items()}
 
 
 def attempt(
@@ -236,11 +230,7 @@ def rounded(model: LanguageModel, ids: Int[Tensor, " pos"], layer: int) -> list[
 
 
 def candidate_counts(runs: list[dict]) -> dict[str, float]:
-    """Candidates tested per token, and the share of positions that went on to the scan.
-
-    >>> candidate_counts([{"tested": [40, 72, 4096]}])["candidates per token, median"]
-    72.0
-    """
+    """Candidates tested per token, share of positions that went on to the scan."""
     tested = np.concatenate([run["tested"] for run in runs])
     policy = Gradient()
     # What the policy proposes before the scan, and the rivals of the answer.
@@ -256,38 +246,36 @@ def candidate_counts(runs: list[dict]) -> dict[str, float]:
 def scan(
     model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
 ) -> tuple[list[Check], dict]:
-    """Time a scan of the vocabulary against a plain forward pass over as many rows.
-
-    The plain pass is what ``transformers`` offers: the prefix cache repeated for each
-    row of one token, the decoder uncut.
-    """
+    """Time a scan of the vocabulary against a plain forward pass over as many rows."""
     prefix = next(prompts(model.tokenizer, "prose", 20, seed=seed)).to(model.device)
     step = OneStepMap.after(model, model.n_layers, prefix)
     tokens = model.vocabulary
     seen = Observation.of(step.tokens(tokens[:1]), model, model.n_layers)
 
     plain = partial(plain_forward, model, prefix, tokens)
-    times = []
+    ours = []
+    theirs = []
+    # In turn, so that a busy machine slows both.
     for _ in progress_bar(range(1 if quick else 9), "scan", progress):
-        ours = clock(lambda: seen.distance(0, step.tokens(tokens)), model.device)
-        times.append((ours, clock(plain, model.device)))
-    ratio = median(ours / passed for ours, passed in times)
-    seconds = {"scan, seconds": median(ours for ours, _ in times)}
-    seconds["plain forward, seconds"] = median(passed for _, passed in times)
+        ours.append(clock(lambda: seen.distance(0, step.tokens(tokens)), model.device))
+        theirs.append(clock(plain, model.device))
+    times = list(zip(ours, theirs, strict=True))
+    seconds = {"scan, seconds": median(ours), "plain forward, seconds": median(theirs)}
     data = {"reported": seconds, "prefix": len(prefix), "rows": len(tokens)}
+    ratio = median(scanned / passed for scanned, passed in times)
     return [Check.of("scan over plain forward", ratio)], data | {"seconds": times}
 
 
 def plain_forward(
     model: LanguageModel, prefix: Int[Tensor, " pos"], tokens: Int[Tensor, " cand"]
 ) -> None:
-    """One-token rows over a repeated prefix cache, with nothing of ours in it."""
+    """One-token rows over a repeated prefix cache, as ``transformers`` offers it."""
     with torch.no_grad():
         cache = DynamicCache()
         model.decoder(prefix[None], past_key_values=cache, use_cache=True)
         for rows in tokens.split(ROWS):
             repeated = copy.deepcopy(cache)  # since a pass appends to it
-            # What transformers offers; our cache is a view.
+            # Copies each row; our cache is a view.
             repeated.batch_repeat_interleave(len(rows))
             model.decoder(rows[:, None], past_key_values=repeated, use_cache=True)
 
@@ -311,20 +299,14 @@ def report(bench: str, model: LanguageModel, checks: list[Check], data: dict) ->
 def setting(model: LanguageModel) -> dict:
     """What was measured with: model, versions, device and threads."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {
-        "model": model.name,
-        "versions": versions | {"transformers": transformers.__version__},
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
-    }
+    versions["transformers"] = transformers.__version__
+    place = {"device": str(model.device), "threads": torch.get_num_threads()}
+    return {"model": model.name, "versions": versions, **place}
 
 
 def in_a_process(module: str, function: str, *arguments: object) -> float:
-    """The number that a function returns in a fresh process, with memory of its own.
-
-    >>> in_a_process("math", "floor", 2.5)
-    2.0
-    """
+    """The number that a function returns in a fresh process, with fresh memory."""
+    # Peak memory never falls, so what is to be measured alone runs alone.
     call = f"{function}({', '.join(map(str, arguments))})"
     command = [sys.executable, "-c", f"from {module} import {function}; print({call})"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -332,11 +314,7 @@ def in_a_process(module: str, function: str, *arguments: object) -> float:
 
 
 def peak_memory() -> float | None:
-    """Peak resident memory of this process so far, GiB; None where it is not known.
-
-    >>> peak_memory() is None or peak_memory() > 0.01
-    True
-    """
+    """Peak resident memory of this process so far, GiB; None where it is not known."""
     status = Path("/proc/self/status")
     # Linux's ru_maxrss also holds the memory of the process that started this one.
     if status.exists():
@@ -349,10 +327,6 @@ def peak_memory() -> float | None:
 
 
 def share(outcomes: Iterable[bool]) -> float:
-    """Share of true outcomes; of none at all 0, since nothing measured is no success.
-
-    >>> share([True, False])
-    0.5
-    """
-    outcomes = list(outcomes)
-    return sum(outcomes) / len(outcomes) if outcomes else 0.0
+    """Share of true outcomes; of none 0, since nothing measured is no success."""
+    values = list(outcomes)
+    return sum(values) / max(1, len(values))

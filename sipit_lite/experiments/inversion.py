@@ -11,15 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sipit_lite.experiments import checks
 from sipit_lite.experiments.baselines import brute_force, published
-from sipit_lite.experiments.checks import (
-    Check,
-    clock,
-    held_out,
-    judged,
-    progress_bar,
-    share,
-)
+from sipit_lite.experiments.checks import Check, clock, progress_bar, share
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.extensions.newton import Newton
 from sipit_lite.io.loading import load
@@ -31,8 +25,8 @@ from sipit_lite.sipit import invert, invert_many
 
 Texts = Iterable[Tensor] | None
 TIMED = ("prose", "random")
-NEVER = 100  # Newton steps that stand for a token that was not reached
 STEPS = 30  # Newton steps that are tried
+NEVER = 100  # what stands for a token that they do not reach
 
 
 @dataclass(frozen=True)
@@ -59,19 +53,13 @@ QUICK = Size(4, 1, 3, 1, 1, 0.1, (2, 4), 2, 3, 4000, 0, 0)
 def inversion(
     model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
 ) -> tuple[list[Check], dict]:
-    """Exactness, speed, growth, batches and the edge of the margin (chapters 11 to 13).
-
-    ``auto`` with a lens on 1 000 prompts at all layers; seconds of each way, also as
-    forward passes of the same prompt, and against the published loop, whose time limit
-    makes a lower bound; Newton's steps from the mean embedding; time by length and
-    layer; many prompts at once; noise at 0.49 and 0.51 of the margin.
-    """
+    """Exactness, speed, growth, batches, the edge of the margin (chapters 11 to 13)."""
     size = QUICK if quick else Size()
     last = model.n_layers
     timed = sorted({1, last // 2, last})
     # Installed text, the default of a lens, takes seconds to collect.
     text = sample(model, "random", 100, 64, seed) if quick else None
-    lenses = {}
+    lenses: dict[int, Lens] = {}
     reported = {}
     for layer in progress_bar(timed if quick else range(last + 1), "lenses", progress):
         lenses[layer], seconds = _fitted(model, layer, size, seed, text)
@@ -107,21 +95,21 @@ def inversion(
     # The exponent is the slope of log time against log length.
     slope = np.polyfit(np.log(list(lengths)), np.log(list(lengths.values())), 1)[0]
     edge = at_the_edge(model, timed, size, seed, progress)
-    checks = [
+    lines = [
         Check.of("exact, auto", share(run["exact"] for run in exact)),
         Check.of("silent errors", sum(run["silent error"] for run in exact)),
     ]
     for kind in TIMED:
         passes = [speed[f"{kind}, layer {n}"]["forward passes"] for n in timed]
         gain = speed[f"{kind}, layer {last}"]["speed-up"]
-        checks += [
+        lines += [
             Check.of(f"speed-up over published, {kind}, last layer", gain),
             Check.of(f"forward passes, {kind}, up to layer L/2", max(passes[:-1])),
             Check.of(f"forward passes, {kind}, last layer", passes[-1]),
         ]
     for name, row in large.items():
-        checks.append(Check.of(f"speed-up over published, {name}", row["speed-up"]))
-    checks += [
+        lines.append(Check.of(f"speed-up over published, {name}", row["speed-up"]))
+    lines += [
         Check.of("Newton steps, median", float(np.median(steps))),
         Check.of("Newton steps, 99th percentile", float(np.percentile(steps, 99))),
         Check.of("growth exponent of time with T", float(slope)),
@@ -131,7 +119,7 @@ def inversion(
         Check.of("rival at 0.51 of the margin", edge["rival"]),
     ]
     data = {"reported": reported, "exact": exact, "speed": rows}
-    return checks, data | {"Newton steps": steps, "edge": edge}
+    return lines, data | {"Newton steps": steps, "edge": edge}
 
 
 def _fitted(
@@ -162,12 +150,12 @@ def exactness(
     counts = dict.fromkeys(KINDS, each)
     runs = []
     for layer, lens in progress_bar(lenses.items(), "exactness", progress):
-        options = list(held_out(model, counts, longest, seed + 1000 * layer))
+        options = list(checks.held_out(model, counts, longest, seed + 1000 * layer))
         states = [model.states(ids, layer) for _, ids in options]
         outcomes = invert_many(states, model, layer, lens=lens)
         for (kind, ids), outcome in zip(options, outcomes, strict=True):
             row = {"kind": kind, "length": len(ids), "layer": layer}
-            runs.append(row | judged(ids, outcome))
+            runs.append(row | checks.judged(ids, outcome))
     return runs
 
 
@@ -221,14 +209,12 @@ def newton_steps(
         states = model.states(ids, layer)
         for t, token in enumerate(ids.tolist()):
             step = OneStepMap.after(model, layer, ids[:t])
-            path = Newton().path(step, table.mean(0), states[t])
-            count = NEVER
+            path = islice(Newton().path(step, table.mean(0), states[t]), STEPS + 1)
             # Before any token is tested: how far does the path alone lead?
-            for taken, e in enumerate(islice(path, STEPS + 1)):
-                if int(torch.linalg.vector_norm(table - e, dim=1).argmin()) == token:
-                    count = taken
-                    break
-            counts.append(count)
+            distances = (torch.linalg.vector_norm(table - e, dim=1) for e in path)
+            hits = (n for n, d in enumerate(distances) if int(d.argmin()) == token)
+            # Both are lazy: no step is taken after the first hit.
+            counts.append(next(hits, NEVER))
     return counts
 
 
@@ -254,23 +240,21 @@ def together(
         "forward, one at a time": lambda: [model.states(ids, layer) for ids in options],
         "forward, all at once": lambda: model.states(torch.stack(options), layer),
     }
-    spent = {}
+    row = {}
     for name, run in runs.items():
         rounds = [clock(run, model.device) for _ in range(3)]
-        spent[name] = median(rounds) / len(options)
-    row = {f"{name}, seconds": seconds for name, seconds in spent.items()}
-    row["speed-up"] = spent["one at a time"] / spent["all at once"]
-    forward = spent["forward, one at a time"] / spent["forward, all at once"]
-    return row | {"speed-up of forward passes": forward}
+        row[f"{name}, seconds"] = median(rounds) / len(options)
+    alone, batched, forward, forwards = row.values()
+    row["speed-up"] = alone / batched
+    # Without any inversion: what a batch gains by itself.
+    row["speed-up of forward passes"] = forward / forwards
+    return row
 
 
 def at_the_edge(
     model: LanguageModel, layers: Sequence[int], size: Size, seed: int, progress: bool
 ) -> dict[str, float]:
-    """Theorem 3.2 at its edge: noise of 0.49 and 0.51 margins to the nearest rival.
-
-    Recovered: the token is the only one within half the margin. Rival: it is nearest.
-    """
+    """Theorem 3.2 at its edge: noise of 0.49 and 0.51 margins to the nearest rival."""
     recovered = []
     rivals = []
     stream = islice(_positions(model, layers, size, seed), size.positions)
@@ -286,6 +270,7 @@ def at_the_edge(
             noisy = torch.lerp(states[token], states[rival], part)
             distances.append(torch.linalg.vector_norm(states - noisy, dim=1))
         near, beyond = distances
+        # The token comes back where no other is within half the margin.
         alone = int((near < margin / 2).sum()) == 1
         recovered.append(alone and int(near.argmin()) == token)
         rivals.append(int(beyond.argmin()) == int(rival))
@@ -301,8 +286,8 @@ def _positions(
     streams = [prompts(model.tokenizer, kind, **options) for kind in KINDS]
     mixed = chain.from_iterable(zip(*streams, strict=False))
     for layer, ids in zip(cycle(layers), mixed, strict=False):
-        for t in range(len(ids)):
-            yield layer, ids[:t], int(ids[t])
+        for t, token in enumerate(ids.tolist()):
+            yield layer, ids[:t], token
 
 
 def gpt2_as_drawn(size: Size, seed: int, device: torch.device) -> dict[str, dict]:
@@ -322,6 +307,7 @@ def gpt2_as_drawn(size: Size, seed: int, device: torch.device) -> dict[str, dict
     slow = median(run.seconds for run in runs)
     row = {"lens, seconds to fit": seconds, "auto, seconds": auto}
     row |= {"published, seconds": slow, "speed-up": slow / auto}
+    # Where it is below 1, the speed-up is a lower bound.
     row["published within the time limit"] = share(run.finished for run in runs)
     return {"gpt2 at random initialisation": row}
 

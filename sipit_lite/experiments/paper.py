@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +21,20 @@ PHI = "microsoft/Phi-4-mini-instruct"
 DEPTHS = ("first", "middle", "last")
 NOT_THERE = "not in the paper"
 SPEED = ("seconds", "exact")
-SHAPE = ("margin", "anisotropy", "dimension")
-CORRELATIONS = ("margin and anisotropy", "margin and dimension")
+NEAREST = ("minimum", "collisions")
 # The quantities of each experiment that stand in its table.
 SHOWN = {
-    "layers": ("minimum", "collisions"),
+    "layers": NEAREST,
     "lengths": ("minimum", "mean", "maximum"),
-    "continuations": ("minimum", "collisions"),
+    "continuations": NEAREST,
     "inversion": (*SPEED, "explored, %"),
     "compared": SPEED,
     "splits": SPEED,
     "times": SPEED,
-    "same-answer": ("minimum", "collisions"),
-    "shape": (*SHAPE, *CORRELATIONS),
-}
+    "same-answer": NEAREST,
+    "shape": ("margin", "anisotropy", "dimension",
+              "margin and anisotropy", "margin and dimension"),
+}  # fmt: skip
 
 
 class RunsError(SipItError):
@@ -42,10 +43,7 @@ class RunsError(SipItError):
 
 @dataclass(frozen=True)
 class Reported:
-    """One number of the paper: where it stands, which experiment measures it here.
-
-    ``weights`` are full, int8 or fp4; ``spread`` is what stands behind the paper's ±.
-    """
+    """One number of the paper: where it stands, which experiment measures it here."""
 
     where: str
     experiment: str
@@ -53,8 +51,8 @@ class Reported:
     condition: str
     quantity: str
     value: float | int
-    spread: float | None = None
-    weights: str = "full"
+    spread: float | None = None  # what stands behind the paper's ±
+    weights: str = "full"  # or int8, fp4
 
 
 # The smallest distance at the first, middle and last layer.
@@ -135,18 +133,14 @@ class Line:
 def read_runs(place: str | Path) -> list[Run]:
     """Runs of ``reproduce``: of one JSON file, with one or a list, or of a folder.
 
-    Raises
-    ------
-    RunsError
-        Where there is no such place, no file in it, or one that holds something else.
+    Raises ``RunsError`` where there is no file, or one that holds something else.
     """
     place = Path(place)
     files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+    wanted = "that sipit-lite reproduce wrote"
     if not files or not all(file.is_file() for file in files):
-        raise RunsError(
-            f"got {str(place)!r}; expected a file, or a folder with files, that "
-            "sipit-lite reproduce wrote"
-        )
+        wanted = f"expected a file, or a folder with files, {wanted}"
+        raise RunsError(f"got {str(place)!r}; {wanted}")
     runs = []
     for file in files:
         try:
@@ -156,25 +150,21 @@ def read_runs(place: str | Path) -> list[Run]:
         # A file holds one run or a list of them.
         runs += content if isinstance(content, list) else [content]
     for run in runs:
+        # A bench is JSON as well, so is any other file.
         known = isinstance(run, dict) and run.get("experiment") in SHOWN
         if not known or "rows" not in run:
-            raise RunsError(
-                f"got {str(place)!r} with {str(run)[:60]!r}; expected runs of "
-                "sipit-lite reproduce"
-            )
+            content = f"{str(place)!r} with {str(run)[:60]!r}"
+            raise RunsError(f"got {content}; expected runs of sipit-lite reproduce")
     return runs
 
 
 def side_by_side(runs: Sequence[Run], experiment: str) -> list[Line]:
     """The paper's numbers of one experiment beside the runs', then what only runs have.
 
-    The last of several runs of one model with the same weights counts. Raises
-    ``KeyError`` for an unknown experiment.
-
-    >>> [line.measured for line in side_by_side([], "same-answer")[:2]]
-    [None, None]
+    Raises ``KeyError`` for an unknown experiment.
     """
     shown = SHOWN[experiment]
+    # Of several runs of one model with the same weights the last counts.
     latest = {}
     for run in runs:
         if run["experiment"] == experiment:
@@ -184,15 +174,12 @@ def side_by_side(runs: Sequence[Run], experiment: str) -> list[Line]:
         rows += [(model, weights, row) for row in measured]
     lines = []
     used = set()
-    for number in PAPER:
-        if number.experiment != experiment:
-            continue
+    for number in (number for number in PAPER if number.experiment == experiment):
         value = (None, None)  # not run
+        wanted = (_last_part(number.model).lower(), number.weights, number.condition)
         for model, weights, row in rows:
             # A folder's name counts as the hub's.
-            there = (_last_part(model).lower(), weights, row["condition"])
-            name = _last_part(number.model).lower()
-            if there == (name, number.weights, number.condition):
+            if wanted == (_last_part(model).lower(), weights, row["condition"]):
                 value = _value(row, number.quantity)
                 used.add((model, weights, number.condition, number.quantity))
         label = _label(number.model, number.weights)
@@ -218,7 +205,7 @@ def _value(row: dict[str, Any], quantity: str) -> tuple[Value, float | None]:
 
 
 def _label(model: str, weights: str) -> str:
-    """A model as the table names it."""
+    """A model as the table names it; full weights go without saying."""
     return _last_part(model) + ("" if weights == "full" else f", {weights}")
 
 
@@ -235,16 +222,15 @@ def comparison(lines: Iterable[Line]) -> str:
     Table 9  condition  quantity  paper  yours
     gpt2     last       minimum   0.62   not run
     """
-    tables: dict[str, list[tuple[str, ...]]] = {}
+    tables = defaultdict(list)
     for line in lines:
         paper = _number(line.paper, line.spread, "g", "–")
+        # Three digits, as most of the paper's numbers have.
         yours = _number(line.measured, line.measured_spread, ".3g", "not run")
         row = (line.model, line.condition, line.quantity, paper, yours)
-        tables.setdefault(line.where, []).append(row)
-    texts = []
-    for where, rows in tables.items():
-        header = (where, "condition", "quantity", "paper", "yours")
-        texts.append(checks.table(header, rows))
+        tables[line.where].append(row)
+    header = ("condition", "quantity", "paper", "yours")
+    texts = [checks.table((where, *header), rows) for where, rows in tables.items()]
     return "\n\n".join(texts)
 
 

@@ -1,8 +1,7 @@
 """The experiments of the paper on any model, as JSON beside its numbers (chapter 14).
 
-Nothing new is computed here: each experiment draws prompts, calls the survey, the
-detector, the inverters or the null models, and writes down what came out under the
-conditions of the paper's tables.
+Each draws prompts, calls the survey, the detector, the inverters or the null models,
+and writes down what came out under the conditions of the paper's tables.
 """
 
 import json
@@ -11,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import correlation, mean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -32,13 +31,15 @@ from sipit_lite.io.shards import last_states
 from sipit_lite.io.text import different, distinct, windows
 from sipit_lite.model import LanguageModel, ModelError, SipItError
 from sipit_lite.onestep import OneStepMap
-from sipit_lite.recovery import NotVerified, Recovery
+from sipit_lite.recovery import NotVerified
 from sipit_lite.sipit import invert
 
 Row = dict[str, Any]
 Prompts = list[Int[Tensor, " pos"]]
+COUNTED = ("minimum", "compared", "collisions", "practical")  # of a detector's report
 SUFFIX = " the quick brown fox jumps over the lazy"
 PREFIX = 12  # random tokens before it
+LAST = ("last",)  # where the paper has the last layer alone
 BASELINES = {
     "hard prompts": baselines.hard_prompts,
     "brute force": baselines.brute_force,
@@ -70,12 +71,17 @@ class Plan:
     shards: str | None = None  # a folder for states
     progress: bool = False
 
+    @property
+    def keep(self) -> dict[str, Any]:
+        """Where states are stored, and whether bars are shown."""
+        return {"folder": self.shards, "progress": self.progress}
+
 
 def minima(model: LanguageModel, plan: Plan) -> list[Row]:
     """Smallest distance of last-token states, and the closest texts, by layer."""
     prompts = texts(model, plan.prompts, plan)
-    keep = {"folder": plan.shards, "progress": plan.progress, "seed": plan.seed}
-    found = survey.survey(model, prompts, layers=_layers(model, plan), **keep)
+    options = {"layers": _layers(model, plan), "seed": plan.seed}
+    found = survey.survey(model, prompts, **options, **plan.keep)
     names = "pairs minimum collisions practical radius birthday closest".split()
     counts = {"prompts": found["distinct"], "left out": found["duplicates"]}
     rows = []
@@ -87,28 +93,27 @@ def minima(model: LanguageModel, plan: Plan) -> list[Row]:
 
 def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
     """Smallest, mean and largest distance by length of the prompts."""
-    layers = _layers(model, plan, ("last",))
+    layers = _layers(model, plan, LAST)
     longest = replace(plan, length=max(plan.lengths))
     prompts = torch.stack(different(texts(model, plan.prompts, longest)))
     # The begin-of-text token is in front, and not counted.
     ends = [length + (model.begin is not None) for length in plan.lengths]
-    keep = {"folder": plan.shards, "progress": plan.progress}
-    found = survey.survey_lengths(model, prompts, ends, layers=layers, **keep)
+    found = survey.survey_lengths(model, prompts, ends, layers=layers, **plan.keep)
     rows = []
     for length, measured in zip(plan.lengths, found["rows"], strict=True):
         for layer in layers:
             row = {"condition": f"{length} tokens", "length": length}
             row |= {"prompts": measured["distinct"], "layer": layer}
-            rows.append(row | measured[str(layer)])  # keys as in JSON
+            # Keys are strings, as in JSON.
+            rows.append(row | measured[str(layer)])
     return rows
 
 
 def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
     """The closest prompts, each continued by every token: all pairs within each."""
     prompts = different(texts(model, plan.prompts, plan))
-    layers = _layers(model, plan, ("last",))
-    keep = {"folder": plan.shards, "progress": plan.progress}
-    states = last_states(model, prompts, layers[-1:], **keep)[0].to(model.device)
+    layers = _layers(model, plan, LAST)
+    states = last_states(model, prompts, layers[-1:], **plan.keep)[0].to(model.device)
     pairs = closest_pairs(states, min(plan.closest, len(prompts) - 1)).pairs
     # In the order of their distance, and each once.
     nearest = list(dict.fromkeys(pairs.flatten().tolist()))[: plan.closest]
@@ -117,7 +122,8 @@ def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
     for layer in layers:
         reports = list(continuations(model, chosen, layer, progress=plan.progress))
         row = {"minimum": min(report.minimum for report in reports)}
-        for name in ("compared", "collisions", "practical"):
+        # Counts add up, since no pair stands in two reports.
+        for name in COUNTED[1:]:
             row[name] = sum(getattr(report, name) for report in reports)
         rows.append(_row(model, layer, prompts=len(chosen), **row))
     return rows
@@ -126,7 +132,7 @@ def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
 def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
     """Random tokens before one suffix: those with the most frequent greedy next token.
 
-    Raises ``ModelError`` for what ``unembedding`` refuses.
+    Raises ``ModelError`` as ``unembedding`` does.
     """
     ids = torch.stack(at_random(model, plan.prompts, plan))
     suffix = ids[0].flip(0)  # without a tokenizer any ids
@@ -143,15 +149,13 @@ def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
     answer = answers.mode().values
     alike = list(ids[answers == answer].cpu())
     layers = _layers(model, plan)
-    keep = {"folder": plan.shards, "progress": plan.progress}
-    states = last_states(model, alike, layers, **keep)
     rows = []
+    states = last_states(model, alike, layers, **plan.keep)
     for layer, x in zip(layers, states, strict=True):
         report = closest_pairs(x.to(model.device), 1, prompts=alike)
         row = {"prompts": len(alike), "tried": len(ids)}
         row["answer"] = model.decode(answer[None])
-        for name in ("minimum", "compared", "collisions", "practical"):
-            row[name] = getattr(report, name)
+        row |= {name: getattr(report, name) for name in COUNTED}
         rows.append(_row(model, layer, **row))
     return rows
 
@@ -163,74 +167,69 @@ def shape(model: LanguageModel, plan: Plan) -> list[Row]:
     """
     prompts = different(texts(model, plan.prompts, plan))
     layers = list(plan.layers) or range(1, model.n_layers + 1)
-    generator = torch.Generator().manual_seed(plan.seed)
-    order = torch.randperm(model.vocab_size, generator=generator)
-    sample = order[: plan.tokens].to(model.device)
+    sample = _shuffled(model.vocab_size, plan)[: plan.tokens].to(model.device)
     rows = []
     for layer in checks.progress_bar(layers, "layers", plan.progress):
         maps = [OneStepMap.after(model, layer, ids.to(model.device)) for ids in prompts]
         clouds = [step.tokens(sample) for step in maps]
-        pooled = torch.cat(clouds)  # of all prompts, for what has no prefix
-        generator = torch.Generator().manual_seed(plan.seed)
-        drawn = torch.randperm(len(pooled), generator=generator)[
-            : survey.DIMENSION_ROWS
-        ]
         margins = [closest_pairs(cloud, 1).minimum for cloud in clouds]
-        row = {"margin": float(np.mean(margins))}
+        # Pooled over all prompts, for what has no prefix.
+        pooled = torch.cat(clouds)
+        few = _shuffled(len(pooled), plan)[: survey.DIMENSION_ROWS].to(pooled.device)
+        row = {"prompts": len(prompts), "tokens": len(sample)}
+        row["margin"] = mean(margins)
         row["anisotropy"] = null_models.anisotropy(pooled)
-        few = pooled[drawn.to(pooled.device)]
-        row["dimension"] = null_models.intrinsic_dimension(few)
-        counts = {"prompts": len(prompts), "tokens": len(sample)}
-        rows.append(_row(model, layer, **counts, **row))
+        row["dimension"] = null_models.intrinsic_dimension(pooled[few])
+        rows.append(_row(model, layer, **row))
     last = {"condition": "correlation"}
     for name in ("anisotropy", "dimension"):
         last[f"margin and {name}"] = _pearson(rows, "margin", name)
     return [*rows, last]
 
 
+def _shuffled(size: int, plan: Plan) -> Int[Tensor, " size"]:
+    """The numbers below ``size``, in the order that the seed draws."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(plan.seed))
+
+
 def inversion(model: LanguageModel, plan: Plan) -> list[Row]:
     """Ways to invert on prose and code, one prompt in ten of random tokens."""
     drawn = plan.prompts // 10
     prompts = texts(model, plan.prompts - drawn, plan) + at_random(model, drawn, plan)
-    layers = _layers(model, plan, ("last",))
-    return _by_layer(model, {"": prompts}, layers, plan, "{way}")
+    return _by_layer(model, {"": prompts}, _layers(model, plan, LAST), plan, "{way}")
 
 
 def splits(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Prompts of the training text of pocket-gpt2, of held-out text, of random tokens.
-
-    Bundled text has no first. Another model may have been trained on any of it.
-    """
+    """Prompts of the training text of pocket-gpt2, of held-out text, of random tokens."""
     groups = {}
+    # Bundled text is held out. Another model may have been trained on any of it.
     if plan.source == "installed":
         groups["train"] = texts(model, plan.prompts, plan, "train")
     groups["test"] = texts(model, plan.prompts, plan, "held-out")
     groups["random"] = at_random(model, plan.prompts, plan)
-    layers = _layers(model, plan, ("last",))
+    layers = _layers(model, plan, LAST)
     return _by_layer(model, groups, layers, plan, "{group}, {way}")
 
 
 def times(model: LanguageModel, plan: Plan) -> list[Row]:
     """Seconds to invert a prompt by layer and by length."""
-    groups = {}
-    for length in plan.lengths:
-        groups[length] = texts(model, plan.prompts, replace(plan, length=length))
+    groups = {
+        length: texts(model, plan.prompts, replace(plan, length=length))
+        for length in plan.lengths
+    }
     form = "layer {layer}, {group} tokens, {way}"
     return _by_layer(model, groups, _layers(model, plan), plan, form)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run, where the paper has it, with its numbers of prompts, or in seconds.
-
-    ``parts`` are those of the plan that it uses; others may not be changed.
-    """
+    """What is run, and where the paper has it."""
 
     run: Callable[[LanguageModel, Plan], list[Row]]
     where: str
-    parts: tuple[str, ...]
-    full: Plan
-    quick: Plan
+    parts: tuple[str, ...]  # of the plan, that it uses; others may not be changed
+    full: Plan  # the paper's numbers of prompts
+    quick: Plan  # seconds
 
 
 _ALL = ("prompts", "layers", "seed", "shards", "progress")
@@ -271,22 +270,23 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run one experiment of the paper on a model and return what JSON will hold.
 
-    ``quick`` is a smoke run of seconds on the bundled text; else the numbers of prompts
-    are the paper's. ``weights`` says how the caller has loaded the model; ``changes``
-    are parts of ``Plan``. Raises ``PlanError`` for an unknown experiment, a part that
-    it does not use, or a bad value.
+    ``quick`` is a smoke run on bundled text, else the numbers of prompts are the
+    paper's; ``weights`` says how the model was loaded; ``changes`` are parts of
+    ``Plan``. Raises ``PlanError`` for an unknown experiment, part or value.
 
     >>> from sipit_lite import load
     >>> run = reproduce("layers", load(device="cpu"), quick=True, prompts=40)
     >>> [(row["condition"], row["collisions"]) for row in run["rows"]]
     [('first', 0), ('middle', 0), ('last', 0)]
     """
-    plan = planned(experiment, model, quick, changes)
+    plan = _planned(experiment, model, quick, changes)
     chosen = EXPERIMENTS[experiment]
     started = time.perf_counter()
     rows = chosen.run(model, plan)
     parts = asdict(plan)
+    # JSON knows no infinity.
     parts["limit"] = plan.limit if math.isfinite(plan.limit) else None
+    # Where a run keeps its states says nothing of what it measured.
     del parts["progress"], parts["shards"]
     return {
         "experiment": experiment,
@@ -302,7 +302,7 @@ def reproduce(
     }
 
 
-def planned(
+def _planned(
     experiment: str, model: LanguageModel, quick: bool, changes: dict[str, Any]
 ) -> Plan:
     """The plan of an experiment with its changes, checked; raises ``PlanError``."""
@@ -311,20 +311,18 @@ def planned(
         raise PlanError(f"got the experiment {experiment!r}; expected one of {names}")
     chosen = EXPERIMENTS[experiment]
     parts = chosen.parts
-    for name in changes:
-        if name not in parts:
-            raise PlanError(f"got {name!r}; {experiment} takes {', '.join(parts)}")
+    for name in changes.keys() - parts:
+        raise PlanError(f"got {name!r}; {experiment} takes {', '.join(parts)}")
     plan = replace(chosen.quick if quick else chosen.full, **changes)
     least = {"prompts": 2, "length": 1, "closest": 1, "tokens": 2, "limit": 0}
     for name, smallest in least.items():
+        value = getattr(plan, name)
         # Not the other way round, so that NaN is refused as well.
-        if not getattr(plan, name) >= smallest:
-            value = getattr(plan, name)
+        if not value >= smallest:
             raise PlanError(f"got {name}={value}; expected {smallest} or more")
     if "lengths" in parts and not (plan.lengths and min(plan.lengths) >= 1):
         raise PlanError(f"got lengths={plan.lengths}; expected numbers from 1")
-    unknown = set(plan.ways) - set(WAYS)
-    if unknown or not plan.ways:
+    if not plan.ways or not set(plan.ways) <= set(WAYS):
         raise PlanError(f"got ways={plan.ways}; expected {WAYS}")
     for layer in plan.layers:
         model.check_layer(layer)  # raises ModelError
@@ -334,18 +332,14 @@ def planned(
 def result_path(
     folder: str, model: LanguageModel, experiment: str, weights: str, *, force: bool
 ) -> Path:
-    """The file of a run, to be called before it.
-
-    Raises ``PlanError`` for an earlier run without ``force``, or a folder that cannot
-    be made.
-    """
+    """The file of a run; ``PlanError``, before the run, where it cannot be written."""
     name = f"{Path(model.name).name}-{experiment}-{weights}.json"
     path = Path(folder, name.replace(", ", "-").replace(" ", "-"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        text = f"got the folder {folder!r}, which cannot be made ({error})"
-        raise PlanError(text) from None
+        message = f"got the folder {folder!r}, which cannot be made ({error})"
+        raise PlanError(message) from None
     if path.exists() and not force:
         raise PlanError(f"got {str(path)!r}, an earlier run; --force replaces it")
     return path
@@ -363,8 +357,8 @@ def texts(
 ) -> Prompts:
     """Windows of prose and code in turn, behind a begin-of-text token, not counted.
 
-    Without ``split`` there may be fewer than ``count``, where the text ends, and
-    repeated ones. A model without a tokenizer gets random tokens.
+    Without ``split`` there may be fewer than ``count``, and repeated ones. A model
+    without a tokenizer gets random tokens.
 
     >>> from sipit_lite import load
     >>> plan = Plan(2, 8, source="bundled")
@@ -405,10 +399,9 @@ def _with_begin(model: LanguageModel, ids: Tensor) -> Tensor:
 
 
 def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
-    """The rows that turn the last normed state into logits.
+    """The rows that turn the last normed state into logits, read anew if not tied.
 
-    Those of the embeddings where they are tied, else read anew with one block. Raises
-    ``ModelError`` for a model that has no name to read them by.
+    Raises ``ModelError`` for a model that has no name to read them by.
 
     >>> from sipit_lite import load
     >>> unembedding(load(device="cpu")).shape
@@ -440,59 +433,43 @@ def _by_layer(
     """All ways on all groups of prompts; ``form`` makes the condition of each row."""
     rows = []
     for layer in layers:
+        # What is done once for a model and a layer is not in the seconds.
         lens = _lens(model, layer, plan) if "here" in plan.ways else None
+        separated(model, layer)
+        noise_floor(model, layer)
         for group, prompts in groups.items():
-            for row in ways_to_invert(model, prompts, layer, plan, lens):
-                way = row["condition"]
-                row["condition"] = form.format(layer=layer, group=group, way=way)
+            states = [model.states(ids, layer) for ids in prompts]
+            for way in plan.ways:
+                bar = checks.progress_bar(states, way, plan.progress)
+                outcomes = [_inverted(way, x, model, layer, plan, lens) for x in bar]
+                row = {"condition": form.format(layer=layer, group=group, way=way)}
+                row |= {"layer": layer, "prompts": len(prompts)}
+                row |= {"tokens": len(prompts[0])}
+                row |= _summary(prompts, outcomes, model.vocab_size)
+                if way == "hard prompts":  # which tests no candidates one by one
+                    row["explored, %"] = None
                 rows.append(row)
     return rows
 
 
-def ways_to_invert(
-    model: LanguageModel,
-    prompts: Sequence[Tensor],
-    layer: int,
-    plan: Plan,
-    lens: Lens | None,
-) -> list[Row]:
-    """Mean seconds, share of exact prompts and of the vocabulary tested, by way."""
-    # What is done once for a model and a layer is not in the seconds.
-    separated(model, layer)
-    noise_floor(model, layer)
-    states = [model.states(ids, layer) for ids in prompts]
-    rows = []
-    for way in plan.ways:
-        bar = checks.progress_bar(states, way, plan.progress)
-        found = [_inverted(way, x, model, layer, plan, lens) for x in bar]
-        pairs = zip(found, prompts, strict=True)
-        seconds = [outcome.seconds for outcome in found]
-        tested = torch.cat([outcome.tested.double() for outcome in found])
-        row = {"condition": way, "layer": layer, "prompts": len(prompts)}
-        row["tokens"] = len(prompts[0])
-        row["exact"] = checks.share(
-            torch.equal(o.tokens, ids.cpu()) for o, ids in pairs
-        )
-        row["seconds"] = float(np.mean(seconds))
+def _summary(prompts: Prompts, outcomes: Sequence[Any], vocabulary: int) -> Row:
+    """Shares of exact and finished prompts, mean seconds, vocabulary tested."""
+    seconds = [outcome.seconds for outcome in outcomes]
+    tested = torch.cat([outcome.tested.double() for outcome in outcomes])
+    pairs = zip(outcomes, prompts, strict=True)
+    return {
+        "exact": checks.share(torch.equal(o.tokens, ids.cpu()) for o, ids in pairs),
+        "seconds": mean(seconds),
         # One prompt has no spread.
-        row["spread"] = float(np.std(seconds, ddof=1)) if len(seconds) > 1 else None
-        # Hard prompts tests no candidates one by one.
-        explored = 100 * float(tested.mean()) / model.vocab_size
-        row["explored, %"] = None if way == "hard prompts" else explored
-        finished = [getattr(outcome, "finished", True) for outcome in found]
-        row["finished"] = checks.share(finished)
-        rows.append(row)
-    return rows
+        "spread": stdev(seconds) if len(seconds) > 1 else None,
+        "explored, %": 100 * float(tested.mean()) / vocabulary,
+        "finished": checks.share(getattr(o, "finished", True) for o in outcomes),
+    }
 
 
 def _inverted(
-    way: str,
-    states: Tensor,
-    model: LanguageModel,
-    layer: int,
-    plan: Plan,
-    lens: Lens | None,
-) -> baselines.Attempt | Recovery:
+    way: str, states: Tensor, model: LanguageModel, layer: int, plan: Plan, lens: Lens
+) -> Any:
     """What one way recovers, or has when it gives up."""
     if way != "here":
         run = BASELINES[way]
@@ -507,18 +484,15 @@ def _lens(model: LanguageModel, layer: int, plan: Plan) -> Lens:
     """Fitted on installed text, or for bundled text, to be quick, on random tokens."""
     prompts = None
     if plan.source == "bundled":
-        short = replace(plan, length=16)
-        prompts = at_random(model, plan.lens_tokens // 16 + 1, short)
-    options = {"tokens": plan.lens_tokens, "features": plan.features}
-    return Lens.fit(model, layer, prompts=prompts, **options, seed=plan.seed)
+        prompts = at_random(model, plan.lens_tokens // 16 + 1, replace(plan, length=16))
+    sizes = {"tokens": plan.lens_tokens, "features": plan.features}
+    return Lens.fit(model, layer, prompts=prompts, **sizes, seed=plan.seed)
 
 
-def _layers(
-    model: LanguageModel, plan: Plan, depths: Sequence[str] = DEPTHS
-) -> list[int]:
+def _layers(model: LanguageModel, plan: Plan, depths: Any = DEPTHS) -> list[int]:
     """The plan's layers, or those of the paper's table."""
-    middle = max(1, model.n_layers // 2)  # of a model of one layer, that one
-    at = {"first": 1, "middle": middle, "last": model.n_layers}
+    # Of a model of one layer all three are that one.
+    at = {"first": 1, "middle": max(1, model.n_layers // 2), "last": model.n_layers}
     return list(plan.layers) or sorted({at[depth] for depth in depths})
 
 
@@ -530,9 +504,9 @@ def _row(model: LanguageModel, layer: int, **values: object) -> Row:
 
 def _pearson(rows: Sequence[Row], one: str, other: str) -> float | None:
     """The correlation of two columns; None of constants, and of two points."""
-    x = np.array([row[one] for row in rows])
-    y = np.array([row[other] for row in rows])
-    # Two points always lie on a line.
-    if len(rows) < 3 or np.std(x) == 0 or np.std(y) == 0:
+    x = [row[one] for row in rows]
+    y = [row[other] for row in rows]
+    # Two points always lie on a line; a constant has no correlation.
+    if len(rows) < 3 or min(len(set(x)), len(set(y))) == 1:
         return None
-    return float(np.corrcoef(x, y)[0, 1])
+    return correlation(x, y)

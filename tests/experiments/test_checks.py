@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sipit_lite import LanguageModel
+from sipit_lite import LanguageModel, cli
 from sipit_lite.cli import main
 from sipit_lite.experiments import checks as bench
 from sipit_lite.experiments.checks import Check, candidate_counts, verdicts
@@ -43,13 +43,20 @@ def test_quick_run_keeps_the_contract(
         assert all(check["ok"] for check in told["checks"]), told["checks"]
 
 
-def test_counts_are_printed_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_are_printed_below_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What has no target is reported all the same."""
+
+    def measured(*_: object, **__: object) -> tuple[list[Check], dict]:
+        check = Check.of("scan over plain forward", 1.2)
+        return [check], {"reported": {"plain forward, seconds": 0.5}}
+
+    monkeypatch.setitem(cli.BENCHES, "scan", measured)
     assert main(["bench", "scan", "--quick", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["check", "value", "target", "verdict"] and lines[
-        -1
-    ].startswith("plain forward, seconds:")
+    assert lines[0].split() == ["check", "value", "target", "verdict"]
+    assert lines[-1].startswith("plain forward, seconds:")
 
 
 def test_silent_errors_are_counted(
