@@ -200,7 +200,7 @@ def inversion(model: LanguageModel, plan: Plan) -> list[Row]:
 
 
 def splits(model: LanguageModel, plan: Plan) -> list[Row]:
-    """Prompts of the training text of pocket-gpt2, of held-out text, of random tokens."""
+    """Prompts of the training text of pocket-gpt2, held-out text, random tokens."""
     groups = {}
     # Bundled text is held out. Another model may have been trained on any of it.
     if plan.source == "installed":
