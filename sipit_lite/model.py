@@ -45,13 +45,9 @@ class LanguageModel:
     hf_model
         Any causal model of ``transformers`` in memory, its unembedding or LoRA and all.
         ``ModelError`` where its blocks and final norm cannot be told apart.
-    tokenizer
-        Its tokenizer of ``transformers``; without one, prompts are token ids.
-    name
-        What messages call it; by default what its configuration says.
+    tokenizer, name
+        Its tokenizer (without one, prompts are token ids), and what messages call it.
 
-    Examples
-    --------
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2)))
     >>> model.states(torch.tensor([5, 6, 7]), layer=1).shape
@@ -151,8 +147,7 @@ class LanguageModel:
         Raises
         ------
         ModelError
-            For a bad layer, an empty or too long prompt, ids outside 0..|V|−1, or a
-            batch that does not fit into memory.
+            For a bad layer or prompt, or a batch that does not fit into memory.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.device)
         self.check_ids(ids)

@@ -14,23 +14,24 @@ ROOMS = ("io", "extensions", "experiments", "teaching", "pocket_gpt2")
 # Lines of each file of the core, docstrings and blank lines included.
 CORE = {
     "__init__.py": 40,
-    "model.py": 260,
-    "onestep.py": 135,
-    "acceptance.py": 280,
-    "policies.py": 150,
-    "recovery.py": 80,
+    "model.py": 240,
+    "onestep.py": 140,
+    "acceptance.py": 360,
+    "policies.py": 155,
+    "recovery.py": 85,
     "sipit.py": 380,
-    "collisions.py": 460,
+    "collisions.py": 425,
     "memory.py": 35,
 }
+# Caps: before you add, delete. The rooms are still to come down, to 8 600 in all.
 BUDGET = {
     "core": 1800,
-    "io": 1100,
-    "extensions": 1200,
-    "experiments": 2900,
+    "io": 1140,
+    "extensions": 1280,
+    "experiments": 3290,
     "teaching": 1000,
-    "cli": 430,
-    "all": 8600,
+    "cli": 630,
+    "all": 9330,
 }
 # What each part of the house may import, itself included.
 MAY_IMPORT = {
