@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         # An inversion that was stopped carries what it has.
         best = getattr(stop, "recovered", None)
-        found = f": {best.text!r}" if best else ""
-        return say(label, f"{str(stop) or 'interrupted'}{found}", 130)
+        text = f": {best.text!r}" if best else ""
+        return say(label, f"{str(stop) or 'interrupted'}{text}", 130)
     except OSError as error:
         # What Python would still flush at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -218,14 +218,14 @@ def demo(
     try:
         for name, ids, at in tqdm(cases, "demo", disable=None):
             states = model.states(ids, at)
-            found = sl.invert(states, model, at, policy=POLICIES[policy], seed=seed)
-            last[name] = found
-            row = {"prompt": name, "layer": at, "tokens": len(found.tokens)}
-            row["exact"] = torch.equal(found.tokens, ids.cpu())
-            row["tested"] = float(found.tested.float().median())
-            row["accepted"] = float(found.distance.max())
-            row["runner-up"] = float(found.runner_up.min())
-            rows.append(row | {"seconds": found.seconds, "text": found.text})
+            recovered = sl.invert(states, model, at, policy=POLICIES[policy], seed=seed)
+            last[name] = recovered
+            row = {"prompt": name, "layer": at, "tokens": len(recovered.tokens)}
+            row["exact"] = torch.equal(recovered.tokens, ids.cpu())
+            row["tested"] = float(recovered.tested.float().median())
+            row["accepted"] = float(recovered.distance.max())
+            row["runner-up"] = float(recovered.runner_up.min())
+            rows.append(row | {"seconds": recovered.seconds, "text": recovered.text})
     finally:
         # After Ctrl-C as well.
         if rows and not as_json:
@@ -349,18 +349,18 @@ def invert(
         # One row, and nothing of the others.
         captured.check(model)
         row = captured.at(at)[-1:].flatten()
-        found = sl.invert_last(row, model, at, **options, **limits)
+        recovered = sl.invert_last(row, model, at, **options, **limits)
     else:
         options |= {"policy": POLICIES[policy], "certify": certify, "on_fail": on_fail}
         options["lens"] = lens_of(lens, model, at) if lens else None
         # Without a layer, the cheapest one that does not refuse.
-        found = captured.invert(model, layer, **options)
-        at = found.layer
-    show(vars(found) | {"model": model.name, "layer": at}, as_json, found.text)
-    guessed = (~found.verified).nonzero()[:, 0].tolist()
+        recovered = captured.invert(model, layer, **options)
+        at = recovered.layer
+    show(vars(recovered) | {"model": model.name, "layer": at}, as_json, recovered.text)
+    guessed = (~recovered.verified).nonzero()[:, 0].tolist()
     if last:
         names = ("distance", "radius", "runner_up")
-        ends = [f"{name} {float(getattr(found, name)[-1]):.2g}" for name in names]
+        ends = [f"{name} {float(getattr(recovered, name)[-1]):.2g}" for name in names]
         say("verified", ", ".join(ends))
     elif guessed:
         positions = ", ".join(map(str, guessed))

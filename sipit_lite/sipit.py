@@ -352,7 +352,7 @@ def _finish(prompt: _Prompt, states: Tensor, step: OneStepMap, bar: tqdm) -> Non
         prompt.search(step)
         if not prompt.done:
             states, step = step.follow(prompt.tokens[t:])
-            prompt.accept_draft(states[1:])  # the first is that of the token just found
+            prompt.accept_draft(states[1:])  # without that of the accepted token
         bar.update(prompt.length - t)
 
 

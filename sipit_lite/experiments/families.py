@@ -126,7 +126,7 @@ def random_prompts(model: LanguageModel, count: int, seed: int) -> list[Tensor]:
 
 def counts(prompts: list[Tensor], outcomes: list[Outcome]) -> dict[str, int]:
     """How many prompts came back exactly, and how many came back wrong."""
-    rows = [judged(ids, found) for ids, found in zip(prompts, outcomes, strict=True)]
+    rows = [judged(ids, one) for ids, one in zip(prompts, outcomes, strict=True)]
     exact = sum(row["exact"] for row in rows)
     silent = sum(row["silent error"] for row in rows)
     return {"prompts": len(rows), "exact": exact, "silent errors": silent}

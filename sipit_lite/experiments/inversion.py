@@ -178,8 +178,8 @@ def compare(
         seconds["auto without a lens"].append(clock(plain, model.device))
         if n < size.slow:  # seconds for a prompt
             slow["newton"].append(plain(policy=Newton()))
-            found = brute_force(states, model, layer, limit=size.limit)
-            slow["brute force"].append(found)
+            attempt = brute_force(states, model, layer, limit=size.limit)
+            slow["brute force"].append(attempt)
         if layer == model.n_layers:
             slow["published"].append(published(states, model, layer, limit=size.limit))
     pairs = zip(seconds["auto"], seconds["forward"], strict=True)

@@ -81,11 +81,11 @@ def minima(model: LanguageModel, plan: Plan) -> list[Row]:
     """Smallest distance of last-token states, and the closest texts, by layer."""
     prompts = texts(model, plan.prompts, plan)
     options = {"layers": _layers(model, plan), "seed": plan.seed}
-    found = survey.survey(model, prompts, **options, **plan.keep)
+    measured = survey.survey(model, prompts, **options, **plan.keep)
     names = "pairs minimum collisions practical radius birthday closest".split()
-    counts = {"prompts": found["distinct"], "left out": found["duplicates"]}
+    counts = {"prompts": measured["distinct"], "left out": measured["duplicates"]}
     rows = []
-    for row in found["layers"]:
+    for row in measured["layers"]:
         values = {name: row[name] for name in names}
         rows.append(_row(model, row["layer"], **counts, **values))
     return rows
@@ -98,9 +98,9 @@ def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
     prompts = torch.stack(different(texts(model, plan.prompts, longest)))
     # The begin-of-text token is in front, and not counted.
     ends = [length + (model.begin is not None) for length in plan.lengths]
-    found = survey.survey_lengths(model, prompts, ends, layers=layers, **plan.keep)
+    by_length = survey.survey_lengths(model, prompts, ends, layers=layers, **plan.keep)
     rows = []
-    for length, measured in zip(plan.lengths, found["rows"], strict=True):
+    for length, measured in zip(plan.lengths, by_length["rows"], strict=True):
         for layer in layers:
             row = {"condition": f"{length} tokens", "length": length}
             row |= {"prompts": measured["distinct"], "layer": layer}
@@ -370,12 +370,12 @@ def texts(
     which = (model.tokenizer, count, plan.length + (model.begin is not None))
     options = {"seed": plan.seed, "source": plan.source}
     if plan.source == "corpora":
-        found = from_source(*which, **options, folder=plan.shards)
+        drawn = from_source(*which, **options, folder=plan.shards)
     elif split is None:
-        found = windows(*which, **options)[:count]
+        drawn = windows(*which, **options)[:count]
     else:
-        found = distinct(*which, **options, split=split)
-    return [_with_begin(model, ids) for ids in found]
+        drawn = distinct(*which, **options, split=split)
+    return [_with_begin(model, ids) for ids in drawn]
 
 
 def at_random(model: LanguageModel, count: int, plan: Plan) -> Prompts:

@@ -185,7 +185,7 @@ class LastMap:
 
     def tokens(self, prompts: Prompts) -> States:
         """The state of each row of token ids."""
-        table = self.model.embeddings  # a property: asked for once
+        table = self.model.embeddings
         with torch.no_grad():
             parts = [self.embeddings(table[rows]) for rows in prompts.split(ROWS)]
         return torch.cat(parts)
