@@ -21,22 +21,19 @@ import sipit_lite as sl
 from sipit_lite.collisions import COLLISION
 from sipit_lite.experiments import checks, paper
 from sipit_lite.experiments.collision_speed import collisions as detector
-from sipit_lite.experiments.families import families
 from sipit_lite.experiments.inversion import inversion
 from sipit_lite.experiments.last_states import curves, laststate, reach
 from sipit_lite.experiments.perturb import quantised
 from sipit_lite.experiments.reproduce import EXPERIMENTS, keep_result, result_path
 from sipit_lite.experiments.reproduce import reproduce as run_experiment
-from sipit_lite.experiments.scale import scale
 from sipit_lite.io.corpora import SOURCES, from_source
 from sipit_lite.io.loading import POCKET
 from sipit_lite.model import LanguageModel, SipItError, StatesError
 
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
 POLICIES |= {"published": sl.Published(), "random": sl.Random()}
-BENCHES = {"exactness": checks.exactness, "scan": checks.scan, "collisions": detector}
-BENCHES |= {"inversion": inversion, "scale": scale, "families": families}
-BENCHES |= {"laststate": laststate, "reach": reach}
+BENCHES = {"exactness": checks.exactness, "inversion": inversion}
+BENCHES |= {"collisions": detector, "laststate": laststate, "reach": reach}
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt comes back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",

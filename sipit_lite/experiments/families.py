@@ -1,24 +1,15 @@
-"""The paper's six families as small random models, and a bench over them.
+"""The paper's six families as small random models.
 
 Windows are shorter than the prompts, key-value heads are shared, embeddings scaled,
 rotations partial; Qwen3 and OLMo2, two more recent decoders, check the generic path.
 """
 
-from collections import Counter
-
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sipit_lite.experiments.checks import Check, judged, progress_bar, share
-from sipit_lite.extensions.lens import Lens
-from sipit_lite.extensions.newton import Newton
 from sipit_lite.io.loading import pick_device
 from sipit_lite.model import LanguageModel
-from sipit_lite.policies import Gradient
-from sipit_lite.recovery import Outcome
-from sipit_lite.sipit import invert_many
 
 LONGEST = 48  # tokens of a prompt
 WINDOW = 6  # of local attention, shorter than the prompts
@@ -74,59 +65,3 @@ def small(
     """
     decoder = randomised(configuration(name), seed=seed).to(pick_device(device))
     return LanguageModel(decoder, name=f"small {name}, seed {seed}")
-
-
-def families(
-    model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
-) -> tuple[list[Check], dict]:
-    """Invert random prompts at two layers of every family on the model's device."""
-    names = list(SETTINGS)[: 2 if quick else None]
-    count = 3 if quick else 100
-    runs = []
-    for name in progress_bar(names, "families", progress):
-        tested = small(name, seed=seed, device=model.device)
-        for layer in (1, tested.n_layers):
-            for row in _inverted(tested, layer, count, seed):
-                runs.append({"family": name, "layer": layer} | row)
-    exact = share(run["exact"] == run["prompts"] for run in runs)
-    silent = sum(run["silent errors"] for run in runs)
-    reported = Counter()
-    for run in runs:
-        reported[f"exact, {run['family']}"] += run["exact"]
-    checks = [Check.of("exact, all families", exact), Check.of("silent errors", silent)]
-    return checks, {"reported": dict(reported), "runs": runs}
-
-
-def _inverted(model: LanguageModel, layer: int, count: int, seed: int) -> list[dict]:
-    """One row for ``auto`` and one for each policy by itself."""
-    prompts = random_prompts(model, count, seed + 1)
-    states = [model.states(ids, layer) for ids in prompts]
-    # Without a tokenizer there is no text to fit a lens on.
-    text = random_prompts(model, 200, seed + 2)
-    lens = Lens.fit(model, layer, prompts=text, tokens=4000, features=64)
-    outcomes = invert_many(states, model, layer, lens=lens)
-    rows = [{"policy": "auto"} | counts(prompts, outcomes)]
-    # Each without a lens, which is slower: every tenth prompt.
-    for policy in (Gradient(), Newton()):
-        outcomes = invert_many(states[::10], model, layer, policy=policy)
-        name = type(policy).__name__
-        rows.append({"policy": name} | counts(prompts[::10], outcomes))
-    return rows
-
-
-def random_prompts(model: LanguageModel, count: int, seed: int) -> list[Tensor]:
-    """Prompts of random tokens, the lengths spread evenly from 1 to 48."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for n in torch.linspace(1, LONGEST, count).round().long().tolist():
-        ids = torch.randint(model.vocab_size, (n,), generator=generator)
-        rows.append(ids.to(model.device))
-    return rows
-
-
-def counts(prompts: list[Tensor], outcomes: list[Outcome]) -> dict[str, int]:
-    """How many prompts came back exactly, and how many came back wrong."""
-    rows = [judged(ids, one) for ids, one in zip(prompts, outcomes, strict=True)]
-    exact = sum(row["exact"] for row in rows)
-    silent = sum(row["silent error"] for row in rows)
-    return {"prompts": len(rows), "exact": exact, "silent errors": silent}

@@ -1,4 +1,4 @@
-"""The bench contract: one JSON object, checks with targets, a smoke run that measures the real thing."""
+"""Benches: one JSON object, checks with targets, smoke runs that measure for real."""
 
 import json
 
@@ -10,86 +10,66 @@ from sipit_lite.cli import main
 from sipit_lite.experiments import checks as bench
 from sipit_lite.experiments.checks import Check, candidate_counts, verdicts
 
+Output = pytest.CaptureFixture[str]
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "exactness",
-        "scan",
-        "collisions",
-        "inversion",
-        "scale",
-        "families",
-        "laststate",
-        "reach",
-    ],
-)
-def test_quick_run_keeps_the_contract(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every check has a name, value, target, direction and verdict; the verdict follows from them."""
+
+@pytest.mark.parametrize("name", list(cli.BENCHES))
+def test_quick_run_keeps_the_contract(name: str, capsys: Output) -> None:
+    """Every check has a value, a target and a verdict, which follows from them."""
     assert main(["bench", name, "--quick", "--json", "--device", "cpu"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {"bench", "versions", "device", "checks", "data"} <= set(told) and told[
-        "bench"
-    ] == name
-    for check in told["checks"]:
+    run = json.loads(capsys.readouterr().out)
+    assert {"bench", "versions", "device", "checks", "data"} <= set(run)
+    assert run["bench"] == name
+    for check in run["checks"]:
         assert set(check) == {"name", "value", "target", "better", "ok"}
-        above = check["value"] >= check["target"]
-        assert check["ok"] == (
-            above if check["better"] == "higher" else check["value"] <= check["target"]
-        )
-    if name in ("exactness", "families"):
-        assert all(check["ok"] for check in told["checks"]), told["checks"]
+        met = check["value"] >= check["target"]
+        if check["better"] == "lower":
+            met = check["value"] <= check["target"]
+        assert check["ok"] == met
+    if name == "exactness":
+        assert all(check["ok"] for check in run["checks"]), run["checks"]
 
 
 def test_counts_are_printed_below_the_table(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has no target is reported all the same."""
 
     def measured(*_: object, **__: object) -> tuple[list[Check], dict]:
-        check = Check.of("scan over plain forward", 1.2)
+        check = Check.of("silent errors", 1)
         return [check], {"reported": {"plain forward, seconds": 0.5}}
 
-    monkeypatch.setitem(cli.BENCHES, "scan", measured)
-    assert main(["bench", "scan", "--quick", "--device", "cpu"]) == 0
+    monkeypatch.setitem(cli.BENCHES, "reach", measured)
+    assert main(["bench", "reach", "--quick", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["check", "value", "target", "verdict"]
     assert lines[-1].startswith("plain forward, seconds:")
 
 
+@pytest.mark.parametrize(("length", "layer", "refused"), [(2, 1, None), (3, 2, True)])
 def test_silent_errors_are_counted(
-    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    pocket: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    layer: int,
+    refused: bool | None,
 ) -> None:
     """A wrong prompt without a refusal is a silent error; a refusal is not."""
     ids = torch.tensor([5, 6, 7], device=pocket.device)
     honest = bench.invert
+    # A prompt that is too short, or states of another layer.
     monkeypatch.setattr(
-        bench, "invert", lambda states, model, layer: honest(states[:2], model, layer)
+        bench, "invert", lambda states, model, _: honest(states[:length], model, layer)
     )
-    wrong = bench.attempt(pocket, ids, 1)
-    assert (wrong["exact"], wrong["silent error"], wrong["refused"]) == (
-        False,
-        True,
-        None,
-    )
-    monkeypatch.setattr(
-        bench, "invert", lambda states, model, layer: honest(states, model, 2)
-    )
-    refused = bench.attempt(pocket, ids, 1)
-    assert (refused["exact"], refused["silent error"], refused["refused"]) == (
-        False,
-        False,
-        "NotVerified",
-    )
+    run = bench.attempt(pocket, ids, 1)
+    assert not run["exact"] and run["silent error"] == (refused is None)
+    assert run["refused"] == ("NotVerified" if refused else None)
 
 
 def test_a_missed_target_is_reported() -> None:
     """The table says so; nothing is raised."""
-    assert "MISSED" in verdicts([Check.of("exact, all", 0.99)]) and "met" in verdicts(
-        [Check.of("exact, all", 1.0)]
-    )
+    assert "MISSED" in verdicts([Check.of("exact, all", 0.99)])
+    assert "met" in verdicts([Check.of("exact, all", 1.0)])
 
 
 def test_nothing_measured_is_no_success() -> None:
@@ -99,9 +79,7 @@ def test_nothing_measured_is_no_success() -> None:
 
 def test_candidate_counts_against_a_hand_count() -> None:
     """40 steps of 32 are 1280 proposals: what needed more went on to the scan."""
-    found = candidate_counts([{"tested": [40, 1281, 2000]}, {"tested": [1288]}])
-    assert (
-        found["positions"],
-        found["candidates per token, median"],
-        found["share of positions that needed the scan"],
-    ) == (4, 1284.5, 0.25)
+    counts = candidate_counts([{"tested": [40, 1281, 2000]}, {"tested": [1288]}])
+    assert counts["positions"] == 4
+    assert counts["candidates per token, median"] == 1284.5
+    assert counts["share of positions that needed the scan"] == 0.25
