@@ -109,8 +109,8 @@ def _paper() -> Iterator[Reported]:
         for quantity, value in (("exact", exact), ("explored, %", explored)):
             if value is not None:
                 yield Reported(*which, quantity, value, weights=weights)
-    for condition, quantity, value in SHAPES:
-        yield Reported("Table 11", "shape", GPT2, condition, quantity, value)
+    for shape in SHAPES:
+        yield Reported("Table 11", "shape", GPT2, *shape)
 
 
 PAPER = tuple(_paper())
@@ -136,19 +136,19 @@ def read_runs(place: str | Path) -> list[Run]:
     Raises ``RunsError`` where there is no file, or one that holds something else.
     """
     place = Path(place)
-    files = sorted(place.glob("*.json")) if place.is_dir() else [place]
-    wanted = "that sipit-lite reproduce wrote"
-    if not files or not all(file.is_file() for file in files):
-        wanted = f"expected a file, or a folder with files, {wanted}"
-        raise RunsError(f"got {str(place)!r}; {wanted}")
     runs = []
-    for file in files:
+    for file in sorted(place.glob("*.json")) if place.is_dir() else [place]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except OSError:
+            break  # refused below, as an empty folder is
+        except ValueError as error:
             raise RunsError(f"got {str(file)!r}, which is not JSON ({error})") from None
         # A file holds one run or a list of them.
         runs += content if isinstance(content, list) else [content]
+    if not runs:
+        wanted = "a file, or a folder with files, that sipit-lite reproduce wrote"
+        raise RunsError(f"got {str(place)!r}; expected {wanted}")
     for run in runs:
         # A bench is JSON as well, so is any other file.
         known = isinstance(run, dict) and run.get("experiment") in SHOWN
@@ -163,55 +163,45 @@ def side_by_side(runs: Sequence[Run], experiment: str) -> list[Line]:
 
     Raises ``KeyError`` for an unknown experiment.
     """
-    shown = SHOWN[experiment]
     # Of several runs of one model with the same weights the last counts.
     latest = {}
     for run in runs:
         if run["experiment"] == experiment:
             latest[run["model"], run["weights"]] = run["rows"]
-    rows = []
-    for (model, weights), measured in latest.items():
-        rows += [(model, weights, row) for row in measured]
+    measured = {}
+    for (model, weights), rows in latest.items():
+        label = _label(model, weights)
+        for row in rows:
+            for quantity in SHOWN[experiment]:
+                if row.get(quantity) is not None:
+                    # Only seconds have a spread.
+                    spread = row.get("spread") if quantity == "seconds" else None
+                    key = (label, row["condition"], quantity)
+                    measured[key] = (row[quantity], spread)
     lines = []
-    used = set()
-    for number in (number for number in PAPER if number.experiment == experiment):
-        value = (None, None)  # not run
-        wanted = (_last_part(number.model).lower(), number.weights, number.condition)
-        for model, weights, row in rows:
-            # A folder's name counts as the hub's.
-            if wanted == (_last_part(model).lower(), weights, row["condition"]):
-                value = _value(row, number.quantity)
-                used.add((model, weights, number.condition, number.quantity))
-        label = _label(number.model, number.weights)
-        which = (number.where, label, number.condition, number.quantity)
-        lines.append(Line(*which, number.value, number.spread, *value))
-    for model, weights, row in rows:
-        condition = row["condition"]
+    used = set()  # a number may stand in two tables
+    for number in PAPER:
+        if number.experiment == experiment:
+            label = _label(number.model, number.weights)
+            key = (label, number.condition, number.quantity)
+            used.add(key)
+            value = measured.get(key, (None, None))  # None: not run
+            lines.append(Line(number.where, *key, number.value, number.spread, *value))
+    for key, value in measured.items():
         # The layers between the paper's three are for the figures.
-        if re.fullmatch(r"layer \d+", condition):
-            continue
-        for quantity in shown:
-            value = _value(row, quantity)
-            if value[0] is None or (model, weights, condition, quantity) in used:
-                continue
-            which = (NOT_THERE, _label(model, weights), condition, quantity)
-            lines.append(Line(*which, None, None, *value))
+        if key not in used and not re.fullmatch(r"layer \d+", key[1]):
+            lines.append(Line(NOT_THERE, *key, None, None, *value))
     return lines
 
 
-def _value(row: dict[str, Any], quantity: str) -> tuple[Value, float | None]:
-    """A quantity of a row, and its spread; only seconds have one."""
-    return row.get(quantity), row.get("spread") if quantity == "seconds" else None
-
-
 def _label(model: str, weights: str) -> str:
-    """A model as the table names it; full weights go without saying."""
-    return _last_part(model) + ("" if weights == "full" else f", {weights}")
-
-
-def _last_part(name: str) -> str:
-    """The name of a model without its owner or folder."""
-    return name.rstrip("/").split("/")[-1]
+    """A model without its owner or folder; full weights go without saying."""
+    name = Path(model).name
+    # A folder's name counts as the hub's, however it is spelled.
+    for known in (GPT2, TINY, LLAMA, MISTRAL, PHI):
+        if Path(known).name.lower() == name.lower():
+            name = Path(known).name
+    return name if weights == "full" else f"{name}, {weights}"
 
 
 def comparison(lines: Iterable[Line]) -> str:

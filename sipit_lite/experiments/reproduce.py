@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import correlation, mean, stdev
+from statistics import StatisticsError, correlation, mean, stdev
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from sipit_lite.sipit import invert
 
 Row = dict[str, Any]
 Prompts = list[Int[Tensor, " pos"]]
-COUNTED = ("minimum", "compared", "collisions", "practical")  # of a detector's report
+COUNTED = ("compared", "collisions", "practical")  # of a detector's report
 SUFFIX = " the quick brown fox jumps over the lazy"
 PREFIX = 12  # random tokens before it
 LAST = ("last",)  # where the paper has the last layer alone
@@ -82,13 +82,8 @@ def minima(model: LanguageModel, plan: Plan) -> list[Row]:
     prompts = texts(model, plan.prompts, plan)
     options = {"layers": _layers(model, plan), "seed": plan.seed}
     measured = survey.survey(model, prompts, **options, **plan.keep)
-    names = "pairs minimum collisions practical radius birthday closest".split()
     counts = {"prompts": measured["distinct"], "left out": measured["duplicates"]}
-    rows = []
-    for row in measured["layers"]:
-        values = {name: row[name] for name in names}
-        rows.append(_row(model, row["layer"], **counts, **values))
-    return rows
+    return [_row(model, **counts, **row) for row in measured["layers"]]
 
 
 def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
@@ -101,11 +96,10 @@ def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
     by_length = survey.survey_lengths(model, prompts, ends, layers=layers, **plan.keep)
     rows = []
     for length, measured in zip(plan.lengths, by_length["rows"], strict=True):
-        for layer in layers:
-            row = {"condition": f"{length} tokens", "length": length}
-            row |= {"prompts": measured["distinct"], "layer": layer}
-            # Keys are strings, as in JSON.
-            rows.append(row | measured[str(layer)])
+        row = {"condition": f"{length} tokens", "length": length}
+        row["prompts"] = measured["distinct"]
+        # Keys are strings, as in JSON.
+        rows += [row | {"layer": ell} | measured[str(ell)] for ell in layers]
     return rows
 
 
@@ -123,7 +117,7 @@ def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
         reports = list(continuations(model, chosen, layer, progress=plan.progress))
         row = {"minimum": min(report.minimum for report in reports)}
         # Counts add up, since no pair stands in two reports.
-        for name in COUNTED[1:]:
+        for name in COUNTED:
             row[name] = sum(getattr(report, name) for report in reports)
         rows.append(_row(model, layer, prompts=len(chosen), **row))
     return rows
@@ -149,14 +143,13 @@ def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
     answer = answers.mode().values
     alike = list(ids[answers == answer].cpu())
     layers = _layers(model, plan)
-    rows = []
     states = last_states(model, alike, layers, **plan.keep)
+    rows = []
     for layer, x in zip(layers, states, strict=True):
         report = closest_pairs(x.to(model.device), 1, prompts=alike)
-        row = {"prompts": len(alike), "tried": len(ids)}
-        row["answer"] = model.decode(answer[None])
-        row |= {name: getattr(report, name) for name in COUNTED}
-        rows.append(_row(model, layer, **row))
+        row = {"answer": model.decode(answer[None]), "tried": len(ids)}
+        row |= {name: getattr(report, name) for name in ("minimum", *COUNTED)}
+        rows.append(_row(model, layer, prompts=len(alike), **row))
     return rows
 
 
@@ -172,15 +165,14 @@ def shape(model: LanguageModel, plan: Plan) -> list[Row]:
     for layer in checks.progress_bar(layers, "layers", plan.progress):
         maps = [OneStepMap.after(model, layer, ids.to(model.device)) for ids in prompts]
         clouds = [step.tokens(sample) for step in maps]
-        margins = [closest_pairs(cloud, 1).minimum for cloud in clouds]
+        row = {"margin": mean(closest_pairs(cloud, 1).minimum for cloud in clouds)}
         # Pooled over all prompts, for what has no prefix.
         pooled = torch.cat(clouds)
         few = _shuffled(len(pooled), plan)[: survey.DIMENSION_ROWS].to(pooled.device)
-        row = {"prompts": len(prompts), "tokens": len(sample)}
-        row["margin"] = mean(margins)
         row["anisotropy"] = null_models.anisotropy(pooled)
         row["dimension"] = null_models.intrinsic_dimension(pooled[few])
-        rows.append(_row(model, layer, **row))
+        counts = {"prompts": len(prompts), "tokens": len(sample)}
+        rows.append(_row(model, layer, **counts, **row))
     last = {"condition": "correlation"}
     for name in ("anisotropy", "dimension"):
         last[f"margin and {name}"] = _pearson(rows, "margin", name)
@@ -207,8 +199,8 @@ def splits(model: LanguageModel, plan: Plan) -> list[Row]:
         groups["train"] = texts(model, plan.prompts, plan, "train")
     groups["test"] = texts(model, plan.prompts, plan, "held-out")
     groups["random"] = at_random(model, plan.prompts, plan)
-    layers = _layers(model, plan, LAST)
-    return _by_layer(model, groups, layers, plan, "{group}, {way}")
+    last = _layers(model, plan, LAST)
+    return _by_layer(model, groups, last, plan, "{group}, {way}")
 
 
 def times(model: LanguageModel, plan: Plan) -> list[Row]:
@@ -283,23 +275,16 @@ def reproduce(
     chosen = EXPERIMENTS[experiment]
     started = time.perf_counter()
     rows = chosen.run(model, plan)
+    seconds = time.perf_counter() - started
     parts = asdict(plan)
     # JSON knows no infinity.
     parts["limit"] = plan.limit if math.isfinite(plan.limit) else None
     # Where a run keeps its states says nothing of what it measured.
     del parts["progress"], parts["shards"]
-    return {
-        "experiment": experiment,
-        "where": chosen.where,
-        **checks.setting(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights": weights,
-        "vocabulary": model.vocab_size,
-        "layers": model.n_layers,
-        "plan": parts,
-        "seconds": survey.short(time.perf_counter() - started),
-        "rows": survey.short(rows),
-    }
+    run = {"experiment": experiment, "where": chosen.where, **checks.setting(model)}
+    run |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": weights}
+    run |= {"vocabulary": model.vocab_size, "layers": model.n_layers}
+    return run | survey.short({"plan": parts, "seconds": seconds, "rows": rows})
 
 
 def _planned(
@@ -338,8 +323,8 @@ def result_path(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"got the folder {folder!r}, which cannot be made ({error})"
-        raise PlanError(message) from None
+        got = f"got the folder {folder!r}"
+        raise PlanError(f"{got}, which cannot be made ({error})") from None
     if path.exists() and not force:
         raise PlanError(f"got {str(path)!r}, an earlier run; --force replaces it")
     return path
@@ -409,17 +394,15 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
     """
     if getattr(model.decoder.config, "tie_word_embeddings", True):
         return model.embeddings
+    # A model's folder may hold code, which never runs.
+    options: dict[str, Any] = {"trust_remote_code": False}
     try:
-        # A model's folder may hold code, which never runs.
-        options = {"trust_remote_code": False}
         config = shortened(AutoConfig.from_pretrained(model.name, **options), 1)
         options |= {"config": config, "dtype": model.dtype}
         full = AutoModelForCausalLM.from_pretrained(model.name, **options)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"got {model.name}, whose unembedding is its own and not kept; expected "
-            "one that can be read by its name"
-        ) from error
+        got = f"got {model.name}, whose unembedding is its own and not kept"
+        raise ModelError(f"{got}; expected one that can be read by its name") from error
     return full.get_output_embeddings().weight.detach().to(model.device)
 
 
@@ -504,9 +487,9 @@ def _row(model: LanguageModel, layer: int, **values: object) -> Row:
 
 def _pearson(rows: Sequence[Row], one: str, other: str) -> float | None:
     """The correlation of two columns; None of constants, and of two points."""
-    x = [row[one] for row in rows]
-    y = [row[other] for row in rows]
-    # Two points always lie on a line; a constant has no correlation.
-    if len(rows) < 3 or min(len(set(x)), len(set(y))) == 1:
+    try:
+        # Two points always lie on a line.
+        columns = ([row[name] for row in rows] for name in (one, other))
+        return correlation(*columns) if len(rows) > 2 else None
+    except StatisticsError:
         return None
-    return correlation(x, y)
