@@ -24,8 +24,8 @@ from sipit_lite.extensions import laststate
 from sipit_lite.extensions.laststate import Guess, LastMap, Law, Search
 from sipit_lite.io.loading import load
 from sipit_lite.io.text import bundled
-from sipit_lite.model import LanguageModel, ModelError, SipItError, landmarks
-from sipit_lite.onestep import ROWS, OneStepMap
+from sipit_lite.model import LanguageModel, ModelError, SipItError
+from sipit_lite.onestep import OneStepMap
 
 LONG = 64  # tokens of the texts on which the loss is measured
 REACH = 5.0  # d normal numbers are longer than √d + REACH with p < exp(−REACH²/2)
@@ -61,7 +61,7 @@ class Defence:
             raise DefenceError(f"got {self}; expected {name} from {least} to {most}")
 
     def positions(self, length: int) -> Ids:
-        """The positions of a prompt whose states are sent."""
+        """Of the states that are sent."""
         return torch.arange(length)
 
     def send(self, states: States, seed: int = 0) -> States:
@@ -187,8 +187,6 @@ STRENGTHS: tuple[Defence, ...] = (
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Wilson's 95 % interval for a probability: the p with |p̂ − p| ≤ z √(p(1 − p)/n).
 
-    Raises ``DefenceError`` unless 0 ≤ successes ≤ trials and there is a trial.
-
     >>> [round(end, 3) for end in wilson(10, 10)]
     [0.722, 1.0]
     """
@@ -207,7 +205,6 @@ def continued(
     """Logits of the next token, as the server computes them from what it receives.
 
     ``positions`` says where the states belong, if not at the start, without gaps.
-    Raises ``ModelError`` for a bad layer, or an unembedding that is not the embeddings.
 
     >>> model = load(device="cpu")
     >>> ids = model.encode("the hidden states")
@@ -227,20 +224,17 @@ def continued(
             return (states[None], *args[1:]), kwargs
         return args, kwargs | {"hidden_states": states[None]}
 
-    blocks, norm = (getattr(model.decoder, name) for name in landmarks(model.decoder))
+    blocks, norm = (getattr(model.decoder, name) for name in model.parts)
     following = blocks[layer] if layer < model.n_layers else norm
-    handle = following.register_forward_pre_hook(replace, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            output = model.decoder(
-                inputs_embeds=states[None],
-                position_ids=positions[None].to(model.device),
-                # Without a mask, gaps are taken for several prompts packed into one.
-                attention_mask=torch.ones(1, len(states)).to(states),
-                use_cache=False,
-            ).last_hidden_state[0]
-    finally:
-        handle.remove()
+    hook = following.register_forward_pre_hook(replace, with_kwargs=True)
+    with hook, torch.no_grad():
+        output = model.decoder(
+            inputs_embeds=states[None],
+            position_ids=positions[None].to(model.device),
+            # Without a mask, gaps are taken for several prompts packed into one.
+            attention_mask=torch.ones(1, len(states)).to(states),
+            use_cache=False,
+        ).last_hidden_state[0]
     return output @ model.decoder.get_input_embeddings().weight.detach().T
 
 
@@ -259,10 +253,7 @@ def losses(
 def extra_losses(
     model: LanguageModel, texts: Texts, layer: int, defence: Defence, seed: int = 0
 ) -> Float[Tensor, " predicted"]:
-    """What a defence costs at each predicted token: loss with it minus loss without it.
-
-    Raises ``DefenceError`` where the texts predict no token; else as ``continued``.
-    """
+    """What a defence costs at each predicted token: loss with it minus without it."""
     extra = [torch.zeros(0, device=model.device)]  # no texts are no losses
     for i, ids in enumerate(texts):
         defended = losses(model, ids, layer, defence, seed + i)
@@ -300,8 +291,6 @@ def recovery(
 ) -> list[Score]:
     """Attack defended states with all tokens, after the true prefix; one score each.
 
-    Raises ``ModelError`` for a bad layer or prompt.
-
     >>> model = load(device="cpu")
     >>> recovery(model, [model.encode("hidden")], 1, [Rounding(8)])[0].recovered
     1
@@ -332,10 +321,7 @@ def recovery(
 def recovery_of_dropped(
     model: LanguageModel, texts: Texts, layer: int, defence: Dropping
 ) -> Score:
-    """Attack states of which some were dropped, run by run with ``repair``.
-
-    Raises ``DefenceError`` for a text without any, ``ModelError`` as ``recovery`` does.
-    """
+    """Attack states of which some were dropped, run by run; raises as ``recovery``."""
     level = torch.full_like(model.embeddings[:, 0], 1 / model.vocab_size)
     law = Law(level, laststate.followers(model))  # what the model itself expects
     last = LastMap(model, layer)
@@ -358,10 +344,7 @@ def recovery_of_dropped(
 
 
 def repair(search: Search, prefix: Tensor, count: int) -> tuple[Tensor, bool]:
-    """The closest ``count`` tokens after a prefix by the last state, as in chapter 17.
-
-    Returns also whether their state is the observed one.
-    """
+    """The tokens after a prefix that are closest by the last state; is it theirs?"""
     ids = torch.cat([prefix, torch.zeros(count).to(prefix)])
     block = slice(len(prefix), len(ids))
     best = Guess(ids, math.inf, 0)
@@ -374,31 +357,8 @@ def repair(search: Search, prefix: Tensor, count: int) -> tuple[Tensor, bool]:
     return best.ids[block], search.agrees(best)
 
 
-def keys_and_values(step: OneStepMap, tokens: Ids) -> Float[Tensor, "pos width"]:
-    """Key, then value, that each candidate would add to the cache of the last block.
-
-    Raises ``ModelError`` for layer 0, which has no block.
-
-    >>> step = OneStepMap.after(load(device="cpu"), 2)
-    >>> keys_and_values(step, torch.tensor([5, 6, 7])).shape
-    torch.Size([3, 512])
-    """
-    if step.layer < 1:
-        raise ModelError(f"got layer {step.layer}; keys and values belong to a block")
-    rows = []
-    for batch in tokens.split(ROWS):
-        for after in step.branch(batch[:, None])[1]:  # the map after each candidate
-            key, value = after.past[step.layer - 1]
-            rows.append(torch.cat([key[0, :, -1].flatten(), value[0, :, -1].flatten()]))
-    return torch.stack(rows)
-
-
 def openings(model: LanguageModel, length: int, seed: int = 0) -> Iterator[Ids]:
-    """The first ``length`` tokens of each bundled passage of prose that has so many.
-
-    >>> len(next(openings(load(device="cpu"), 12)))
-    12
-    """
+    """The first ``length`` tokens of each bundled passage of prose that has so many."""
     texts = bundled("prose")  # held out: the bundled model was not trained on them
     generator = torch.Generator().manual_seed(seed)
     for i in torch.randperm(len(texts), generator=generator).tolist():
@@ -413,7 +373,6 @@ def study(
     """Every defence at every strength, on ``count`` openings of passages (chapter 15).
 
     A row has the counts of ``Score``, the mean extra loss and its standard error.
-    Raises ``DefenceError`` where there are not so many passages.
     """
     layer = max(1, model.n_layers // 2) if layer is None else layer
     short = list(openings(model, length))[:count]

@@ -21,7 +21,6 @@ from sipit_lite.experiments.defences import (
     Score,
     continued,
     extra_losses,
-    keys_and_values,
     losses,
     openings,
     recovery,
@@ -249,22 +248,6 @@ def test_single_gaps_are_repaired(pocket: LanguageModel) -> None:
     # The fifth token has no state behind it: it is lost.
     score = recovery_of_dropped(pocket, [ids], 2, Dropping(4))
     assert score.trials == 5 and 1 <= score.recovered < 5 and score.false == 0
-
-
-def test_keys_and_values_are_those_of_the_cache(
-    family: Family, prompt: torch.Tensor
-) -> None:
-    """The candidate's row is what a pass over the prompt leaves, for every block."""
-    model = family[1]
-    for layer in range(1, model.n_layers + 1):
-        key, value = OneStepMap.after(model, layer, prompt).past[layer - 1]
-        expected = torch.cat([key[0, :, 7].flatten(), value[0, :, 7].flatten()])
-        step = OneStepMap.after(model, layer, prompt[:7])
-        rows = keys_and_values(step, model.vocabulary)
-        assert torch.allclose(rows[prompt[7]], expected, atol=1e-5)
-        assert int((rows - expected).norm(dim=1).argmin()) == int(prompt[7])
-    with pytest.raises(ModelError, match="keys and values belong to a block"):
-        keys_and_values(OneStepMap.after(model, 0), model.vocabulary[:3])
 
 
 @pytest.mark.parametrize(
