@@ -1,16 +1,32 @@
 """Hidden states that give back the prompt: injectivity and SipIt, small to read."""
 
-from sipit_lite.acceptance import Observation, noise_floor
-from sipit_lite.collisions import CollisionReport, closest_pairs
-from sipit_lite.experiments.margins import Margins, continuations, margins
-from sipit_lite.extensions.laststate import LastStateError, NotRecovered, invert_last
-from sipit_lite.extensions.lens import Lens, LensError
-from sipit_lite.extensions.newton import Newton
-from sipit_lite.io.capture import Captured, capture, read_states, write_states
-from sipit_lite.io.loading import load
-from sipit_lite.io.shards import last_states
-from sipit_lite.model import LanguageModel, ModelError, SipItError, StatesError
-from sipit_lite.onestep import OneStepMap
-from sipit_lite.policies import Drafter, Gradient, Policy, Published, Random
-from sipit_lite.recovery import Ambiguous, Interrupted, NotVerified, Recovery
-from sipit_lite.sipit import invert, invert_many
+from importlib import import_module
+from typing import Any
+
+# What each room offers. It is imported at its first use: torch takes seconds, and who
+# only starts the command line can stop it meanwhile.
+ROOMS = {
+    "model": ("LanguageModel", "ModelError", "SipItError", "StatesError"),
+    "onestep": ("OneStepMap",),
+    "acceptance": ("Observation", "noise_floor"),
+    "policies": ("Drafter", "Gradient", "Policy", "Published", "Random"),
+    "recovery": ("Ambiguous", "Interrupted", "NotVerified", "Recovery"),
+    "sipit": ("invert", "invert_many"),
+    "collisions": ("CollisionReport", "closest_pairs"),
+    "io.loading": ("load",),
+    "io.capture": ("Captured", "capture", "read_states", "write_states"),
+    "io.shards": ("last_states",),
+    "extensions.lens": ("Lens", "LensError"),
+    "extensions.laststate": ("LastStateError", "NotRecovered", "invert_last"),
+    "extensions.newton": ("Newton",),
+    "experiments.margins": ("Margins", "continuations", "margins"),
+}
+__all__ = [name for names in ROOMS.values() for name in names]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its room."""
+    for room, names in ROOMS.items():
+        if name in names:
+            return getattr(import_module(f"sipit_lite.{room}"), name)
+    raise AttributeError(f"module 'sipit_lite' has no attribute {name!r}")

@@ -30,7 +30,8 @@ BUDGET = {
     "extensions": 1280,
     "experiments": 2900,
     "teaching": 1000,
-    "cli": 630,
+    "cli": 430,
+    "door": 60,
     "all": 9330,
 }
 # What each part of the house may import, itself included.
@@ -41,7 +42,8 @@ MAY_IMPORT = {
     "experiments": {"core", "io", "extensions", "experiments"},
     "teaching": {"core", "teaching"},
     "pocket_gpt2": {"core", "io", "pocket_gpt2"},
-    "cli": {"core", "io", "extensions", "experiments", "teaching", "cli"},
+    "cli": {"core", "io", "extensions", "experiments", "cli"},
+    "door": {"cli"},
 }
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -56,6 +58,9 @@ def part_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     if relative.parts[0] in ROOMS:
         return relative.parts[0]
+    # What is there before anything is imported.
+    if relative.name in ("__init__.py", "__main__.py"):
+        return "door"
     return "cli" if relative.name == "cli.py" else "core"
 
 
@@ -146,7 +151,7 @@ def test_files_of_the_core_stay_within_their_budget(name: str) -> None:
 def test_the_core_has_no_other_files() -> None:
     """What is not the paper's own lives in a room."""
     there = {path.name for path in PACKAGE.glob("*.py")}
-    assert there == {*CORE, "cli.py"}
+    assert there == {*CORE, "__main__.py", "cli.py"}
 
 
 @pytest.mark.parametrize("part", sorted(BUDGET))

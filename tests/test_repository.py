@@ -140,7 +140,7 @@ def test_wheel_runs_the_demo(wheel: Path, tmp_path: Path) -> None:
         "import sys, sipit_lite.cli as c; assert sys.argv[1] in c.__file__; "
         "sys.exit(c.main(sys.argv[2:]))"
     )
-    words = ["demo", "--layer", "0", "--device", "cpu", "--figure", ""]
+    words = ["demo", "--layer", "0", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path), *words],
         cwd=tmp_path,

@@ -383,7 +383,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Text on the terminal, JSON in the folder, with what was done to the weights."""
     folder = tmp_path / "results"
     command = ["reproduce", "layers", "--quick", "--device", "cpu"]
-    wanted = [*command, "--prompts", "20", "--rounded", "fp4", "--layer", "6"]
+    wanted = [*command, "--prompts", "20", "--rounded", "fp4", "--layers", "6"]
     assert main([*wanted, "-o", str(folder)]) == 0
     assert "pocket-gpt2, fp4, rounded  last" in capsys.readouterr().out
     [path] = folder.iterdir()

@@ -1,0 +1,24 @@
+"""``sipit-lite`` or ``python -m sipit_lite``: light, so that Ctrl-C is heard."""
+
+import os
+import sys
+
+
+def main() -> int:
+    """Run the command line; Ctrl-C is one line while its imports run as well."""
+    # tqdm reads these as it is imported, and ends the program at a malformed one.
+    for name in list(os.environ):
+        if name.startswith("TQDM_"):
+            del os.environ[name]
+    try:
+        # Imports of several seconds: torch, transformers.
+        from sipit_lite import cli
+
+        return cli.main()
+    except KeyboardInterrupt:
+        print("sipit-lite: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
