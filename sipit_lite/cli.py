@@ -35,6 +35,7 @@ DEMO_TEXTS = {
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
     "emoji and scripts": "naïve 🙂 привет, 世界!",
 }
+COUNTS = ("minimum", "compared", "collisions", "practical")  # of a report
 # The format that products are computed in, and the switch of transformers.
 WEIGHTS = {"int8": ("float16", "load_in_8bit"), "fp4": ("bfloat16", "load_in_4bit")}
 
@@ -330,7 +331,7 @@ def collisions(
     for layer, x in zip(layers, states, strict=True):
         x = x.to(model.device)
         report = sl.closest_pairs(x, closest, prompts=drawn, progress=True)
-        row = {name: getattr(report, name) for name in lab.COUNTED}
+        row = {name: getattr(report, name) for name in COUNTS}
         near = []
         for distance, pair in zip(report.distances, report.pairs.tolist(), strict=True):
             texts = [model.decode(drawn[index]) for index in pair]
@@ -343,7 +344,7 @@ def collisions(
     for layer in layers if chosen else []:
         reports = sl.continuations(model, chosen, layer, progress=True)
         for ids, report in zip(chosen, reports, strict=True):
-            row = {name: getattr(report, name) for name in lab.COUNTED}
+            row = {name: getattr(report, name) for name in COUNTS}
             continued.append({"layer": layer, "after": model.decode(ids)} | row)
     lines = ["collisions: ℓ2 distance below 1e-6; practical: torch.allclose"]
     for row in rows + continued:
