@@ -26,8 +26,10 @@ from sipit_lite.collisions import CollisionReport, first_occurrences, float32_sl
 from sipit_lite.io.text import prompts
 
 Family = tuple[PreTrainedModel, LanguageModel]
-CLOUDS = ["gaussian", "shifted", "clusters", "grid", "all but one equal", "huge axis", "anisotropic", "near ties",
-          "tiny", "outlier"]  # fmt: skip
+CLOUDS = [
+    "gaussian", "shifted", "clusters", "grid", "all but one equal", "huge axis",
+    "anisotropic", "near ties", "tiny", "outlier",
+]  # fmt: skip
 
 
 def cloud(kind: str, n: int, d: int, seed: int) -> Tensor:
@@ -58,17 +60,20 @@ def cloud(kind: str, n: int, d: int, seed: int) -> Tensor:
 
 
 def distances(x: Tensor) -> Tensor:
-    """Oracle: all distances in float64, one row of differences after the other."""
+    """Oracle: all distances in float64, each from the differences of two rows."""
     x = x.double()
-    return torch.stack([(row - x).square().sum(1).sqrt() for row in x])
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def close_in_torch(x: Tensor) -> Tensor:
     """Oracle: which pairs torch.allclose accepts in either order, in float64."""
     x = x.double()
-    pair = torch.stack(
-        [torch.isclose(row[None], x, rtol=1e-5, atol=1e-8).all(1) for row in x]
-    )
+    near = {"rtol": 1e-5, "atol": 1e-8}
+    # Column by column, since few pairs agree in the first.
+    i, j = torch.isclose(x[:, None, 0], x[:, 0], **near).nonzero().T
+    agreed = torch.isclose(x[i], x[j], **near).all(1)
+    pair = torch.zeros(len(x), len(x), dtype=torch.bool)
+    pair[i[agreed], j[agreed]] = True
     return pair | pair.T
 
 
@@ -111,7 +116,7 @@ def small_leaves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -133,7 +138,7 @@ def test_equal_to_float64_brute_force(
     nearest: bool,
     data: st.DataObject,
 ) -> None:
-    """Three hundred clouds; minimum and pairs are exact in all of them."""
+    """A hundred and fifty clouds; minimum and pairs are exact in all of them."""
     x = cloud(kind, n, d, seed)
     k = data.draw(st.integers(1, min(12, n * (n - 1) // 2)))
     agree(closest_pairs(x, k, nearest=nearest), x)
@@ -144,7 +149,7 @@ def test_equal_to_float64_brute_force(
 def test_equal_to_float64_brute_force_at_full_size_leaves(
     kind: str, nearest: bool
 ) -> None:
-    """The constants that are shipped, several leaves, a width beyond the principal axes."""
+    """The constants that are shipped, several leaves, more columns than axes."""
     x = cloud(kind, 1100, 24, 7)
     agree(closest_pairs(x, 20, nearest=nearest), x)
 
@@ -157,7 +162,7 @@ def test_other_formats(dtype: torch.dtype) -> None:
 
 
 def test_where_float32_lies() -> None:
-    """Two states 10⁻³ apart at norm 80: the obvious float32 formula is far off, the detector is not."""
+    """Two states 10⁻³ apart at norm 80: the obvious float32 formula is far off."""
     x = cloud("gaussian", 400, 256, 1) + 5.0
     x[17] = x[42] + 1e-3 / 16
     squares = x.square().sum(1)
@@ -171,7 +176,7 @@ def test_where_float32_lies() -> None:
 
 
 def test_products_are_in_full_precision_whatever_the_caller_set() -> None:
-    """A caller who allows bfloat16 products gets the same certificate, and the setting back."""
+    """Who allows bfloat16 products gets the same certificate, and the setting back."""
     x = cloud("gaussian", 1200, 96, 5) + 3.0
     before = torch.get_float32_matmul_precision()
     try:
@@ -205,7 +210,7 @@ def test_slack_covers_what_float32_loses(
 
 
 def test_duplicate_prompts_are_left_out_and_counted() -> None:
-    """The same prompt twice is no collision; two prompts with the same state are one."""
+    """The same prompt twice is no collision; two prompts with one state are."""
     x = cloud("gaussian", 6, 8, 2)
     x[4], x[5] = x[0], x[1]
     prompts = [torch.tensor(ids) for ids in ([1], [2], [3], [4], [1], [9, 9])]
@@ -235,7 +240,7 @@ def test_minus_zero_equals_zero() -> None:
 
 
 def test_most_pairs_are_never_compared_where_pruning_helps() -> None:
-    """Rows along a line: nearly all blocks are skipped, and the answer is that of all pairs."""
+    """Rows along a line: nearly all blocks are skipped, with the same answer."""
     x = torch.zeros(4000, 64)
     x[:, 0] = (
         torch.randperm(4000, generator=torch.Generator().manual_seed(0))
@@ -370,7 +375,7 @@ def test_margins_equal_to_all_pairs(family: Family, prompt: Tensor) -> None:
 
 
 def test_one_margin_whoever_computes_it(pocket: LanguageModel) -> None:
-    """By definition, as the closest continuations, and as a certificate of ``invert``."""
+    """By definition, as the closest continuations, as a certificate of ``invert``."""
     ids = pocket.encode("hidden")
     states = pocket.states(ids, 2)
     brute = OneStepMap.after(pocket, 2, ids[:-1]).margin()
@@ -387,7 +392,7 @@ def test_one_margin_whoever_computes_it(pocket: LanguageModel) -> None:
 
 def test_half_the_margin_is_the_edge(pocket: LanguageModel) -> None:
     """Noise towards the rival: at 0.49 of the margin recovered, at 0.51 the rival."""
-    layer = 3
+    layer = 1
     ids = next(prompts(pocket.tokenizer, "prose", 2, seed=1)).to(pocket.device)
     states = pocket.states(ids, layer).double()
     scanned = margins(pocket, ids, layer)

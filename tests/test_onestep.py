@@ -1,4 +1,7 @@
-"""The one-step map over a cache is the full pass; its margin and gradient have oracles of their own."""
+"""The one-step map over a cache is the full pass.
+
+Its margin and gradient have oracles of their own.
+"""
 
 import pytest
 import torch
@@ -12,7 +15,10 @@ Family = tuple[PreTrainedModel, LanguageModel]
 
 
 def test_cached_step_is_the_full_pass(family: Family, prompt: Tensor) -> None:
-    """Every family, layer and position, windows shorter than the prompt included; within the measured noise."""
+    """Every family, layer and position, within the measured noise.
+
+    Windows shorter than the prompt are included.
+    """
     model = family[1]
     for layer in range(model.n_layers + 1):
         whole, step = model.states(prompt, layer), OneStepMap.after(model, layer)
@@ -41,7 +47,7 @@ def test_reading_a_prefix_at_once_or_by_token_is_the_same(
 
 
 def test_branches_are_prompts_of_their_own(family: Family, prompt: Tensor) -> None:
-    """Several continuations in one pass: the states of full passes, and maps that go on from them."""
+    """Several continuations in one pass: states of full passes, maps that go on."""
     model, layer, prefix = family[1], 3, prompt[:3]
     rows = torch.stack(
         [prompt[3:7], prompt[3:7].flip(0), (prompt[3:7] + 1) % model.vocab_size]
@@ -124,7 +130,7 @@ def test_the_context_has_an_end(family: Family) -> None:
 
 
 def test_jacobian_by_finite_differences(family: Family, prompt: Tensor) -> None:
-    """Central differences of the same map in float64, at an embedding that is no token's."""
+    """Central differences of the same map, at an embedding that is no token's."""
     model = family[1]
     step = OneStepMap.after(model, 2, prompt[:5])
     e = (model.embeddings[3] + model.embeddings[4]) / 2
@@ -140,7 +146,10 @@ def test_jacobian_by_finite_differences(family: Family, prompt: Tensor) -> None:
 def test_a_full_device_gets_fewer_candidates_a_pass(
     pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batch is halved until it fits, and the states are the same; one candidate that does not fit is an error."""
+    """The batch is halved until it fits, and the states are the same.
+
+    One candidate that does not fit is an error.
+    """
     step, honest, sizes = (
         OneStepMap.after(pocket, 2, pocket.encode("full")),
         OneStepMap.embedding,
@@ -161,7 +170,7 @@ def test_a_full_device_gets_fewer_candidates_a_pass(
     room = 0
     with pytest.raises(
         ModelError,
-        match=r"got one candidate after 2 tokens, which do not fit .* expected .* lower layer",
+        match=r"got one candidate after 2 tokens, which do not fit .* lower layer",
     ):
         step.tokens(tokens)
 
@@ -169,7 +178,10 @@ def test_a_full_device_gets_fewer_candidates_a_pass(
 def test_a_full_device_is_an_answer(
     pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Jacobian, a pass over a prompt: what was too much, and what may fit; other errors stay what they are."""
+    """A Jacobian, a pass over a prompt: what was too much, and what may fit.
+
+    Other errors stay what they are.
+    """
     step, token = (
         OneStepMap.after(pocket, 2, pocket.encode("full")),
         pocket.embeddings[5],

@@ -1,4 +1,7 @@
-"""Drafted prompts are verified like searched ones: exact or refused, alone or many at once."""
+"""Drafted prompts are verified like searched ones.
+
+Exact or refused, alone or many at once.
+"""
 
 import dataclasses
 
@@ -37,7 +40,7 @@ def random_prompts(model: LanguageModel, count: int = 60) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def lens(pocket: LanguageModel) -> Lens:
-    """A small lens of the last layer: good enough to draft, bad enough to need repairs."""
+    """A small lens of the last layer: its drafts need repairs."""
     return Lens.fit(pocket, pocket.n_layers, tokens=6000, features=128)
 
 
@@ -65,7 +68,10 @@ def test_every_family_at_every_layer(family: Family, prompt: Tensor) -> None:
 
 
 def test_many_prompts_equal_one_at_a_time(pocket: LanguageModel, lens: Lens) -> None:
-    """Ragged lengths, the full context among them; one with NaN and one of another layer fail alone."""
+    """Ragged lengths, the full context among them.
+
+    One with NaN and one of another layer fail alone.
+    """
     lengths = (1, 3, 20, 7, 40, 12)
     asked = [
         next(prompts(pocket.tokenizer, "random", n, seed=n)).to(pocket.device)
@@ -146,7 +152,7 @@ def test_no_silent_error_among_close_embeddings(spread: float) -> None:
 
 
 def test_no_draft_is_trusted_beside_a_massive_dimension() -> None:
-    """Where radii are as large as the gaps between tokens, rivals are tested: the prompt, or a refusal."""
+    """Where radii are as large as the gaps between tokens: the prompt, or a refusal."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=4, n_positions=16)
     decoder = GPT2Model(config).eval().requires_grad_(False)
@@ -179,7 +185,7 @@ def test_a_lens_of_another_layer_is_refused(pocket: LanguageModel, lens: Lens) -
 def test_ctrl_c_keeps_what_is_known(
     pocket: LanguageModel, lens: Lens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Verified prefixes of all prompts, in their order, and the error of the one that had failed."""
+    """Verified prefixes in the order of the prompts, and the error of a failed one."""
     texts = ["first prompt of all", "second", "a third one, longer than the others"]
     states = [pocket.states(text, lens.layer) for text in texts]
     states[1] = states[1] * torch.nan
@@ -220,7 +226,10 @@ def test_the_whole_prompt_is_read_once_more(
 
 
 def test_a_prefix_that_comes_with_an_error_holds_no_twin() -> None:
-    """A twin before the corrupted position is refused first: what was recovered is verified, and unambiguous."""
+    """A twin before the corrupted position is refused first.
+
+    What was recovered is verified, and unambiguous.
+    """
     model = load("pocket-gpt2", device="cpu", random_init=True)
     with torch.no_grad():
         model.decoder.get_input_embeddings().weight[9] = (
