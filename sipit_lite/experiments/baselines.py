@@ -90,9 +90,9 @@ def _sequential(
         # Without the token of this position there is no prefix for the next one.
         if len(prefix) == t:
             break
-    finished = len(prefix) == len(observed)
+    tokens = torch.tensor(prefix).long()
     seconds = time.perf_counter() - started
-    return Attempt(torch.tensor(prefix).long(), torch.tensor(tested), finished, seconds)
+    return Attempt(tokens, torch.tensor(tested), len(tokens) == len(observed), seconds)
 
 
 def _shuffled(
@@ -158,11 +158,6 @@ def hard_prompts(
     The closest prompt met in ``steps``, T·|V|/4 as in the paper by default. With a
     ``length``, ``states`` is the last one of a prompt of so many tokens, and the first
     prompt that verifies ends the search.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> len(hard_prompts(model.states("a", 1)[-1], model, 1, 1, limit=0.1).tokens)
-    1
     """
     observed = Observation.of(states if length is None else states[None], model, layer)
     started = time.perf_counter()
@@ -215,11 +210,6 @@ def greedy_coordinate(
     The gradient at each position ranks substitutions, ``BATCH`` of the best
     ``CANDIDATES`` a position are read, and the closest prompt goes on; where none is
     closer, one token is drawn anew. Ends when a prompt verifies.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> len(greedy_coordinate(model.states("a", 1)[-1], model, 1, 1, limit=0.1).tokens)
-    1
     """
     observed = Observation.of(state[None], model, layer)
     started = time.perf_counter()
@@ -261,8 +251,6 @@ def greedy_coordinate(
     return Attempt(best, torch.tensor([tested]), finished, seconds)
 
 
-def _last_states(
-    cut: nn.Module, rows: Float[Tensor, "prompt pos d_model"]
-) -> Float[Tensor, "prompt d_model"]:
+def _last_states(cut: nn.Module, rows: Float[Tensor, "prompt pos d_model"]) -> Tensor:
     """The last state of each prompt, given by its embeddings."""
     return cut(inputs_embeds=rows, use_cache=False).last_hidden_state[:, -1]

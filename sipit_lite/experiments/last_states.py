@@ -49,57 +49,45 @@ def laststate(
 ) -> tuple[list[Check], dict]:
     """``invert_last`` at the last layer on held-out prose and random tokens.
 
-    Two other searches get the same states and seconds, and the true length. Returns
-    the checks, and ``cells`` (``summary``) and ``beside`` (``compared``) as data.
+    Two other searches get the same states and seconds, and the true length.
     """
     fit = BRIEF if quick else fitted_ends
     ends = fit(model, model.n_layers, 4 if quick else 16)
     cells = []
     for length, count in ({1: 1, 2: 1} if quick else PROMPTS).items():
-        seconds = 3.0 if quick else SECONDS.get(length, 60.0)
+        limit = 3.0 if quick else SECONDS.get(length, 60.0)
         for kind in KINDS:
             drawn = sample(model, kind, count, length, seed)
             bar = progress_bar(drawn, f"{kind}, T = {length}", progress)
-            runs = [one(ends, ids, seconds) for ids in bar]
+            runs = [one(ends, ids, limit) for ids in bar]
             cells.append({"kind": kind} | summary(runs))
     beside = []
-    for length, seconds in ({2: 1.0} if quick else BESIDE).items():
+    for length, limit in ({2: 1.0} if quick else BESIDE).items():
         for kind in KINDS:
             drawn = sample(model, kind, 1 if quick else 5, length, seed)
             bar = progress_bar(drawn, f"beside, {kind}, T = {length}", progress)
             row = {"kind": kind, "length": length, "prompts": len(drawn)}
-            beside.append(row | compared(ends, bar, seconds))
-    data = {"reported": reported(cells, beside), "cells": cells, "beside": beside}
-    return checks(cells), data
-
-
-def checks(cells: list[dict]) -> list[Check]:
-    """The lines of the closing table: the worse of the two kinds for each length."""
+            beside.append(row | compared(ends, bar, limit))
     shares: dict[int, list[float]] = {}  # of both kinds, by length
     seconds: dict[int, list[float]] = {}
+    reported = {}
     for row in cells:
-        shares.setdefault(row["length"], []).append(row["exact"] / row["prompts"])
+        exact = row["exact"] / row["prompts"]
+        shares.setdefault(row["length"], []).append(exact)
         seconds.setdefault(row["length"], []).append(row["seconds"])
+        name = f"{row['kind']}, T = {row['length']}"
+        reported |= {f"exact, {name}": exact, f"seconds, {name}": row["seconds"]}
+    for row in beside:
+        name = f"{row['kind']}, T = {row['length']}, length known"
+        for way, exact in row["exact"].items():
+            reported[f"exact, {name}: {way}"] = exact / row["prompts"]
+    # The worse of the two kinds counts.
     lines = [Check.of(f"exact, T = {n}", min(both)) for n, both in shares.items()]
     wrong = sum(row["false successes"] for row in cells)
     lines.append(Check.of("false successes", wrong))
     for n in sorted({3, 4, 6} & seconds.keys()):
         lines.append(Check.of(f"seconds, last state, T = {n}", max(seconds[n])))
-    return lines
-
-
-def reported(cells: list[dict], beside: list[dict]) -> dict[str, float]:
-    """Shares and median seconds by kind and length; then the comparison."""
-    values = {}
-    for row in cells:
-        name = f"{row['kind']}, T = {row['length']}"
-        values[f"exact, {name}"] = row["exact"] / row["prompts"]
-        values[f"seconds, {name}"] = row["seconds"]
-    for row in beside:
-        name = f"{row['kind']}, T = {row['length']}, length known"
-        for way, exact in row["exact"].items():
-            values[f"exact, {name}: {way}"] = exact / row["prompts"]
-    return values
+    return lines, {"reported": reported, "cells": cells, "beside": beside}
 
 
 def curves(rows: list[dict]) -> Lines:
@@ -124,12 +112,6 @@ def summary(runs: list[dict]) -> dict:
     Of searches without result, ``other length`` counts those whose closest prompt had
     another length, ``local minimum`` those of the right one, and ``wrong prior`` those
     of the latter where the law of prompts prefers the closest to the true one.
-
-    >>> run = {"exact": True, "false success": False, "collision": False, "length": 3}
-    >>> run |= {"right length": True, "likelier": True, "seconds": 1.0}
-    >>> counts = summary([run, run | {"exact": False}])
-    >>> counts["exact"], counts["local minimum"], counts["wrong prior"]
-    (1, 1, 1)
     """
     exact = sum(run["exact"] for run in runs)
     low, high = wilson(exact, len(runs))
@@ -183,12 +165,7 @@ def one(
 
 
 def log_probability(law: Law, ids: Tokens) -> float:
-    """The logarithm of the prior probability of a prompt.
-
-    >>> law = Law(torch.tensor([0.5, 0.5]))
-    >>> round(log_probability(law, torch.tensor([0, 1, 0])), 3)
-    -2.079
-    """
+    """The logarithm of the prior probability of a prompt."""
     each = law.anywhere[ids]  # a copy
     if law.after is not None:
         follow = law.after[ids[:-1], ids[1:]]
@@ -225,10 +202,7 @@ class Condition:
 def reach(
     model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
 ) -> tuple[list[Check], dict]:
-    """``invert_last`` under one changed condition after another; lengths are known.
-
-    Returns one check, and ``rows`` with a ``summary`` for each condition as data.
-    """
+    """``invert_last`` under one changed condition after another; lengths are known."""
     length, count, seconds = (2, 1, 2.0) if quick else (5, 12, 15.0)
     fit = BRIEF if quick else fitted_ends
     rows = []
@@ -253,13 +227,7 @@ def reach(
 def conditions(
     model: LanguageModel, length: int, count: int, seed: int = 0
 ) -> Iterator[Condition]:
-    """The plain case, random tokens at the last layer, and what is changed in it.
-
-    >>> from sipit_lite import load
-    >>> changes = conditions(load(device="cpu"), 2, 1)
-    >>> list(dict.fromkeys(change.what for change in changes))
-    ['plain', 'layer', 'kind', 'tokens', 'noise', 'width']
-    """
+    """The plain case, random tokens at the last layer, and what is changed in it."""
     plain = sample(model, "random", count, length, seed)
     last = model.n_layers
     yield Condition("plain", "random tokens", model, last, plain)

@@ -24,8 +24,19 @@ def continuations(
 ) -> Iterator[CollisionReport]:
     """For each prompt, the closest of its |V| one-token continuations (Fig. 4).
 
-    Rows of a report are tokens; its last distance with k = 1 is the separation margin
-    Δ_{π,t} of the prompt. Raises what ``OneStepMap.after`` and ``closest_pairs`` raise.
+    Parameters
+    ----------
+    prompts: token ids, each of shape (pos,)
+    layer: 0 (embeddings) to L
+    k: how many pairs of each
+
+    Returns
+    -------
+    One report a prompt, whose rows are tokens: ``minimum`` is the margin Δ_{π,t}.
+
+    Raises
+    ------
+    ModelError: for a bad layer or prompt
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -61,7 +72,18 @@ def margins(
 ) -> Margins:
     """Scan the vocabulary after every prefix of a prompt, and compare all pairs.
 
-    Raises ``ModelError`` for a layer outside 0..L or ids that are no prompt.
+    Parameters
+    ----------
+    ids: shape (pos,)
+    layer: 0 (embeddings) to L
+
+    Returns
+    -------
+    Distances in ℓ2, one entry a position.
+
+    Raises
+    ------
+    ModelError: for a bad layer or ids
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")

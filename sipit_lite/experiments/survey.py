@@ -1,7 +1,7 @@
 """A survey of the distances between last-token states of many prompts (chapter 7).
 
-At every layer: the closest pairs, the distances of neighbours and of random pairs, and
-how close chance would bring as many points. And the distances by length of the prompts.
+At every layer: the closest pairs, the distances of neighbours, and how close chance
+would bring as many points. And the distances by length of the prompts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +21,6 @@ from sipit_lite.model import LanguageModel, StatesError
 
 CLOSEST = 5  # pairs that are kept, with their texts
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-RANDOM_PAIRS = 20_000
 DIMENSION_ROWS = 4000  # the intrinsic dimension compares all their pairs
 GAUSSIAN_ROWS = 20_000  # rows that the normal null model draws
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -64,11 +63,10 @@ def survey(
         row, report = survey_layer(x.to(model.device), seed=seed)
         closest = []
         for pair, distance in zip(report.pairs, report.distances, strict=True):
-            texts = [model.decode(distinct[i]) for i in pair]
-            closest.append({"distance": short(float(distance)), "texts": texts})
-        rows.append(
-            {"layer": layer, **row, "closest": closest if layer in read else []}
-        )
+            if layer in read:
+                texts = [model.decode(distinct[i]) for i in pair]
+                closest.append({"distance": short(float(distance)), "texts": texts})
+        rows.append({"layer": layer, **row, "closest": closest})
     return {
         "model": model.name,
         "prompts": len(prompts),
@@ -84,42 +82,21 @@ def survey(
 def survey_layer(
     x: Float[Tensor, "n d_model"], *, seed: int = 0
 ) -> tuple[dict[str, Any], CollisionReport]:
-    """One layer's numbers, rounded to six digits, and the detector's report.
-
-    >>> row, report = survey_layer(torch.eye(2))
-    >>> row["pairs"], row["minimum"]
-    (1, 1.41421)
-    """
+    """One layer's numbers, rounded to six digits, and the detector's report."""
     # Few rows have few pairs.
     k = min(CLOSEST, len(x) * (len(x) - 1) // 2)
     report = closest_pairs(x, k, nearest=True)
+    shares = torch.tensor(QUANTILES, dtype=torch.float64)
     row = {
         "pairs": report.compared,
         "recomputed": report.recomputed,
         "minimum": report.minimum,
         "collisions": report.collisions,
         "practical": report.practical,
-        "nearest": _quantiles(report.nearest),
-        "random": _quantiles(random_distances(x, RANDOM_PAIRS, seed)),
+        "nearest": report.nearest.cpu().quantile(shares).tolist(),
         "seconds": report.seconds,
     }
     return short(row | null_models(x, seed=seed)), report
-
-
-def random_distances(
-    x: Float[Tensor, "n d_model"], count: int, seed: int = 0
-) -> Float64[Tensor, " count"]:
-    """Distances of random pairs of different rows, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    i = torch.randint(len(x), (count,), generator=generator)
-    # A shift by less than all rows never comes back to the same one.
-    j = (i + torch.randint(1, len(x), (count,), generator=generator)) % len(x)
-    return torch.linalg.vector_norm(x[i].double() - x[j].double(), dim=1)
-
-
-def _quantiles(values: Float64[Tensor, " n"]) -> list[float]:
-    """The quantiles of ``QUANTILES``, smallest and largest included."""
-    return values.cpu().quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
 
 
 def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, Any]:
@@ -128,9 +105,6 @@ def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, An
     ``radius`` is the median norm from the centre, ``birthday`` the median minimum on a
     sphere of this ``dimension``, where ``needed`` points come within 1e-6; ``gaussian``
     draws as many normal points as states. None where rows are too few or equal.
-
-    >>> null_models(torch.eye(2))["dimension"] is None
-    True
     """
     # From the mean: rows far from the origin are not far from each other.
     norms = torch.linalg.vector_norm(x.double() - x.double().mean(0), dim=1)
@@ -199,11 +173,7 @@ def survey_lengths(
 
 
 def spread(x: Float[Tensor, "n d_model"]) -> dict[str, float]:
-    """Smallest, mean and largest distance of all pairs, in float64.
-
-    >>> spread(torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]))
-    {'minimum': 5.0, 'mean': 6.666666666666667, 'maximum': 10.0}
-    """
+    """Smallest, mean and largest distance of all pairs, in float64."""
     apart = torch.pdist(x.double())
     row = {"minimum": apart.min(), "mean": apart.mean(), "maximum": apart.max()}
     return {name: float(value) for name, value in row.items()}

@@ -8,7 +8,7 @@ import torch
 from sipit_lite import LanguageModel, cli
 from sipit_lite.cli import main
 from sipit_lite.experiments import checks as bench
-from sipit_lite.experiments.checks import Check, candidate_counts, verdicts
+from sipit_lite.experiments.checks import Check, verdicts
 
 Output = pytest.CaptureFixture[str]
 
@@ -75,11 +75,3 @@ def test_a_missed_target_is_reported() -> None:
 def test_nothing_measured_is_no_success() -> None:
     """A share of no outcomes is zero, so an empty group cannot meet a target."""
     assert bench.share([]) == 0.0 and bench.share([True, False]) == 0.5
-
-
-def test_candidate_counts_against_a_hand_count() -> None:
-    """40 steps of 32 are 1280 proposals: what needed more went on to the scan."""
-    counts = candidate_counts([{"tested": [40, 1281, 2000]}, {"tested": [1288]}])
-    assert counts["positions"] == 4
-    assert counts["candidates per token, median"] == 1284.5
-    assert counts["share of positions that needed the scan"] == 0.25

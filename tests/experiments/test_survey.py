@@ -13,7 +13,6 @@ from sipit_lite import LanguageModel, StatesError, last_states
 from sipit_lite.experiments.survey import (
     QUANTILES,
     null_models,
-    random_distances,
     short,
     spread,
     survey,
@@ -122,13 +121,3 @@ def test_bad_input(pocket: LanguageModel) -> None:
         survey_lengths(pocket, windows, [4])
     with pytest.raises(StatesError, match="one beginning of 2 tokens"):
         survey_lengths(pocket, windows, [2])
-
-
-def test_random_pairs_are_distances_of_different_rows() -> None:
-    """The sample is seeded, and every value is a distance of the cloud."""
-    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(4))
-    sample = random_distances(x, 100, seed=5)
-    every = torch.nn.functional.pdist(x.double())
-    assert len(sample) == 100
-    assert bool(((sample[:, None] - every).abs().amin(1) < 1e-12).all())
-    assert torch.equal(sample, random_distances(x, 100, seed=5))
