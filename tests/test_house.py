@@ -28,7 +28,7 @@ BUDGET = {
     "core": 1800,
     "io": 1140,
     "extensions": 1280,
-    "experiments": 2900,
+    "experiments": 2710,
     "teaching": 1000,
     "cli": 430,
     "door": 60,

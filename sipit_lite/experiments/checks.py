@@ -3,14 +3,11 @@
 import io
 import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,11 +21,9 @@ from tqdm import tqdm
 
 from sipit_lite.io.text import prompts
 from sipit_lite.model import LanguageModel
-from sipit_lite.onestep import OneStepMap
 from sipit_lite.recovery import NotVerified, Outcome, Recovery
 from sipit_lite.sipit import invert
 
-Better = Literal["higher", "lower"]
 Number = float | int
 PUBLISHED = "speed-up over published"
 # What is not listed is a share, of which all is wanted.
@@ -61,7 +56,7 @@ class Check:
     name: str
     value: Number
     target: Number
-    better: Better
+    better: str  # higher or lower
     ok: bool
 
     @classmethod
@@ -118,41 +113,25 @@ def exactness(
 ) -> tuple[list[Check], dict]:
     """Invert held-out prompts and edge cases at the first, middle and last layer."""
     layers = [1, model.n_layers // 2, model.n_layers]
-    edge_layers = layers[:1] if quick else layers
     counts = {"prose": 30, "code": 15, "random": 15}
     if quick:
-        counts = {"prose": 2, "code": 1, "random": 1}
-    options = list(held_out(model, counts, 5 if quick else 48, seed))
-    # Margins take all pairs of tokens at every position, so these prompts are short.
-    short = [options[1][1][-1:]] if quick else [ids[-5:] for _, ids in options[3::15]]
+        counts = dict.fromkeys(counts, 1)
+    drawn = list(held_out(model, counts, 5 if quick else 48, seed))
     runs = []
-    for kind, ids in progress_bar(options, "held-out", progress):
+    for kind, ids in progress_bar(drawn, "held-out", progress):
         runs += [attempt(model, ids, layer) | {"kind": kind} for layer in layers]
-    edges = {}  # what breaks naive inverters
+    groups = {"all": runs}
+    # What breaks naive inverters.
     for name, ids in edge_prompts(model, quick, seed).items():
-        edges[name] = [attempt(model, ids, layer) for layer in edge_layers]
-    stored = []  # states rounded to 16 bits
-    for ids in progress_bar(short, "rounded", progress):
-        for layer in edge_layers:
-            stored += rounded(model, ids, layer)
-    groups = {"all": runs} | edges
-    # Beyond half the margin another token may be nearer: no promise there.
-    near = [run for run in stored if run["noise under half the margin"]]
-    for dtype in ("float16", "bfloat16"):
-        group = [run for run in near if run["dtype"] == dtype]
-        groups[f"{dtype} under half the margin"] = group
-    silent = sum(run["silent error"] for run in sum(edges.values(), runs + stored))
+        where = layers[:1] if quick else layers
+        groups[name] = [attempt(model, ids, layer) for layer in where]
+    silent = sum(run["silent error"] for run in chain(*groups.values()))
     checks = [Check.of("silent errors", silent)]
     for name, group in groups.items():
         checks.append(Check.of(f"exact, {name}", share(run["exact"] for run in group)))
     tested = np.concatenate([run["tested"] for run in runs])
     reported = {"candidates per token, median": float(np.median(tested))}
-    return checks, {
-        "reported": reported,
-        "runs": runs,
-        "edges": edges,
-        "stored": stored,
-    }
+    return checks, {"reported": reported, "runs": groups}
 
 
 def held_out(
@@ -175,23 +154,22 @@ def edge_prompts(model: LanguageModel, quick: bool, seed: int) -> dict[str, Tens
     return {
         "full context": text[:full],
         "repeated token": text[:1].repeat(8 if quick else 32),
-        "single token": text[:1],
+        "single token": text[:1],  # without a prefix, so without a cache
         # Not every tokenizer has one.
         "end-of-text token": text.new_tensor([model.tokenizer.eos_token_id or 0]),
     }
 
 
-def attempt(
-    model: LanguageModel, ids: Tensor, layer: int, dtype: torch.dtype | None = None
-) -> dict:
-    """Invert the states of known ids, stored as ``dtype``, and say what came of it."""
-    states = model.states(ids, layer).to(dtype or model.dtype)
+def attempt(model: LanguageModel, ids: Tensor, layer: int) -> dict:
+    """Invert the states of known ids, and say what came of it."""
+    states = model.states(ids, layer)
     started = time.perf_counter()
     try:
         outcome = invert(states, model, layer)
     except NotVerified as error:  # a refusal is an outcome, not a failure
         outcome = error
     seconds = time.perf_counter() - started
+    # A refusal carries what was recovered before it.
     recovery = outcome if isinstance(outcome, Recovery) else outcome.recovered
     row = {"layer": layer, "length": len(ids)} | judged(ids, outcome)
     return row | {"tested": recovery.tested.tolist(), "seconds": round(seconds, 4)}
@@ -205,23 +183,9 @@ def judged(ids: Int[Tensor, " pos"], outcome: Outcome) -> dict:
     return {"exact": exact, "refused": refused, "silent error": silent}
 
 
-def rounded(model: LanguageModel, ids: Int[Tensor, " pos"], layer: int) -> list[dict]:
-    """Invert states stored in 16 bits; was that noise under half the margin?"""
-    states = model.states(ids, layer)
-    maps = [OneStepMap.after(model, layer, ids[:t]) for t in range(len(ids))]
-    margins = torch.tensor([step.margin() for step in maps])
-    runs = []
-    for dtype in (torch.float16, torch.bfloat16):
-        noise = torch.linalg.vector_norm(states - states.to(dtype).float(), dim=1)
-        run = {"dtype": str(dtype).removeprefix("torch.")}
-        # Theorem 3.2: below half the margin the token is the only one near enough.
-        run["noise under half the margin"] = bool((noise.cpu() < margins / 2).all())
-        runs.append(attempt(model, ids, layer, dtype) | run)
-    return runs
-
-
 def clock(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, the device's queue emptied before and after."""
+    # Kernels of a GPU run on after the call that starts them has returned.
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()  # else the work of earlier calls is counted
     started = time.perf_counter()
@@ -242,15 +206,6 @@ def setting(model: LanguageModel) -> dict:
     versions["transformers"] = transformers.__version__
     place = {"device": str(model.device), "threads": torch.get_num_threads()}
     return {"model": model.name, "versions": versions, **place}
-
-
-def in_a_process(module: str, function: str, *arguments: object) -> float:
-    """The number that a function returns in a fresh process, with fresh memory."""
-    # Peak memory never falls, so what is to be measured alone runs alone.
-    call = f"{function}({', '.join(map(str, arguments))})"
-    command = [sys.executable, "-c", f"from {module} import {function}; print({call})"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(run.stdout)
 
 
 def peak_memory() -> float | None:

@@ -80,11 +80,7 @@ class Defence:
 
 @dataclass(frozen=True)
 class Noise(Defence):
-    """Gaussian noise: every number of h gets an error of deviation size·‖h‖/√d.
-
-    >>> Noise(0.5).send(torch.ones(2, 4)).shape
-    torch.Size([2, 4])
-    """
+    """Gaussian noise: every number of h gets an error of deviation size·‖h‖/√d."""
 
     size: float
     limits = (1e-9, 1e9)
@@ -137,11 +133,7 @@ class Rounding(Defence):
 
 @dataclass(frozen=True)
 class Projection(Defence):
-    """Orthogonal projection onto a random subspace, drawn from a ``key`` that is known.
-
-    >>> int(torch.linalg.matrix_rank(Projection(2).send(torch.randn(5, 4))))
-    2
-    """
+    """Orthogonal projection onto a random subspace, drawn from a known ``key``."""
 
     dim: int
     key: int = 0
@@ -205,12 +197,7 @@ def continued(
     """Logits of the next token, as the server computes them from what it receives.
 
     ``positions`` says where the states belong, if not at the start, without gaps.
-
-    >>> model = load(device="cpu")
-    >>> ids = model.encode("the hidden states")
-    >>> early = continued(model, model.states(ids, 0), 0)
-    >>> torch.allclose(early, continued(model, model.states(ids, 6), 6), atol=1e-3)
-    True
+    Raises ``ModelError`` for a bad layer, or an unembedding that is not the embeddings.
     """
     model.check_layer(layer)
     if not model.decoder.config.tie_word_embeddings:
@@ -291,9 +278,7 @@ def recovery(
 ) -> list[Score]:
     """Attack defended states with all tokens, after the true prefix; one score each.
 
-    >>> model = load(device="cpu")
-    >>> recovery(model, [model.encode("hidden")], 1, [Rounding(8)])[0].recovered
-    1
+    Raises ``ModelError`` for a bad layer or prompt.
     """
     floor = noise_floor(model, layer)
     tables = []

@@ -1,6 +1,5 @@
-"""Inversion side by side: published loop, brute force, Newton and ``auto``."""
+"""Inversion side by side: the published loop, Newton and ``auto``."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sipit_lite.experiments import checks
-from sipit_lite.experiments.baselines import brute_force, published
+from sipit_lite.experiments.baselines import published
 from sipit_lite.experiments.checks import Check, clock, progress_bar, share
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.extensions.newton import Newton
@@ -32,7 +31,7 @@ class Size:
     prompts: int = 30  # for each figure of speed
     tokens: int = 20  # of each of them
     slow: int = 3  # of these, for what is far too slow
-    limit: float = 10.0  # seconds that a baseline gets for a prompt
+    limit: float = 10.0  # seconds that the published loop gets for a prompt
     lengths: tuple[int, ...] = (20, 40, 80, 160, 256)
     batch: int = 64
     lens_tokens: int = 100_000
@@ -55,10 +54,7 @@ def inversion(
     lenses: dict[int, Lens] = {}
     reported = {}
     for layer in progress_bar(timed if quick else range(last + 1), "lenses", progress):
-        started = time.perf_counter()
         lenses[layer] = Lens.fit(model, layer, prompts=text, **sizes, seed=seed)
-        seconds = time.perf_counter() - started
-        reported[f"lens of layer {layer}, seconds to fit"] = seconds
     exact = exactness(model, lenses, size, seed, progress)
     rows = {}
     for kind in TIMED:
@@ -78,6 +74,7 @@ def inversion(
         batches[f"batch of {size.batch}, prose, layer {layer}"] = row
     for name, row in (rows | batches).items():
         reported |= {f"{name}: {what}": value for what, value in row.items()}
+    # Errors first: speed without exactness is nothing.
     lines = [
         Check.of("exact, auto", share(run["exact"] for run in exact)),
         Check.of("silent errors", sum(run["silent error"] for run in exact)),
@@ -133,7 +130,7 @@ def compare(
     invert(model.states(options[0], layer), model, layer, lens=lens)
     seconds = {"forward": [], "auto": auto_seconds(model, options, lens)}
     seconds["auto without a lens"] = []
-    slow: dict[str, list] = {"newton": [], "brute force": [], "published": []}
+    slow: dict[str, list] = {"newton": [], "published": []}
     for n, ids in enumerate(options):
         states = model.states(ids, layer)
         plain = partial(_inverted, ids, states, model, layer)
@@ -143,8 +140,6 @@ def compare(
         seconds["auto without a lens"].append(clock(plain, model.device))
         if n < size.slow:  # seconds for a prompt
             slow["newton"].append(plain(policy=Newton()))
-            attempt = brute_force(states, model, layer, limit=size.limit)
-            slow["brute force"].append(attempt)
         if layer == model.n_layers:
             slow["published"].append(published(states, model, layer, limit=size.limit))
     pairs = zip(seconds["auto"], seconds["forward"], strict=True)
@@ -178,23 +173,18 @@ def auto_seconds(
 def together(
     model: LanguageModel, options: Sequence[Tensor], lens: Lens
 ) -> dict[str, float]:
-    """Seconds for each prompt, one at a time and all at once; so for forward passes."""
+    """Seconds for each prompt, one at a time and all at once."""
     layer = lens.layer
     states = [model.states(ids, layer) for ids in options]
     runs = {
         "one at a time": lambda: [invert(x, model, layer, lens=lens) for x in states],
         "all at once": lambda: invert_many(states, model, layer, lens=lens),
-        "forward, one at a time": lambda: [model.states(ids, layer) for ids in options],
-        "forward, all at once": lambda: model.states(torch.stack(options), layer),
     }
     row = {}
     for name, run in runs.items():
         row[f"{name}, seconds"] = _repeated(run, model, 3) / len(options)
-    alone, batched, forward, forwards = row.values()
-    row["speed-up"] = alone / batched
-    # Without any inversion: what a batch gains by itself.
-    row["speed-up of forward passes"] = forward / forwards
-    return row
+    alone, batched = row.values()
+    return row | {"speed-up": alone / batched}
 
 
 def _repeated(work: Callable[[], object], model: LanguageModel, rounds: int) -> float:

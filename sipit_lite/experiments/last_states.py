@@ -1,8 +1,4 @@
-"""How often the last state alone gives the prompt back, and what limits that.
-
-``laststate`` counts by length and kind of text, beside two other searches; ``reach``
-changes one thing at a time: layer, kind of text, frequency of tokens, noise, width.
-"""
+"""How often the last state alone gives the prompt back, and what limits that."""
 
 import copy
 import statistics
@@ -40,7 +36,7 @@ BESIDE = {2: 20.0, 3: 20.0, 6: 30.0}  # for the comparison, of five prompts of e
 WIDTHS = (64, 128, 256)  # of models with random weights
 NOISES = (0.1, 1.0, 3.0)
 FEW = 512  # tokens that are called frequent in the bundled text, and as many rare
-Lines = dict[str, list[list[float | int]]]
+Lines = dict[str, list[tuple[float, ...]]]
 BRIEF = partial(Ends.fit, tokens=2000, features=0)  # for quick runs: a second
 
 
@@ -95,15 +91,14 @@ def curves(rows: list[dict]) -> Lines:
 
     >>> row = {"kind": "prose", "length": 2, "prompts": 4, "exact": 3, "low": 0.3}
     >>> curves([row | {"high": 0.95}, row | {"length": 1, "high": 0.96}])
-    {'prose': [[1, 2], [0.75, 0.75], [0.3, 0.3], [0.96, 0.95]]}
+    {'prose': [(1, 2), (0.75, 0.75), (0.3, 0.3), (0.96, 0.95)]}
     """
-    lines: Lines = {}
-    for row in sorted(rows, key=lambda row: row["length"]):
+    points: dict[str, list[tuple]] = {}
+    for row in rows:
         point = (row["length"], row["exact"] / row["prompts"], row["low"], row["high"])
-        line = lines.setdefault(row["kind"], [[], [], [], []])
-        for column, value in zip(line, point, strict=True):
-            column.append(value)
-    return lines
+        points.setdefault(row["kind"], []).append(point)
+    # Sorted by length, then turned from points into columns.
+    return {kind: list(zip(*sorted(x), strict=True)) for kind, x in points.items()}
 
 
 def summary(runs: list[dict]) -> dict:

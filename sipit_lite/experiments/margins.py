@@ -15,24 +15,17 @@ from sipit_lite.onestep import OneStepMap
 
 
 def continuations(
-    model: LanguageModel,
-    prompts: Sequence[Tensor],
-    layer: int,
-    k: int = 1,
-    *,
-    progress: bool = False,
+    model: LanguageModel, prompts: Sequence[Tensor], layer: int, progress: bool = False
 ) -> Iterator[CollisionReport]:
     """For each prompt, the closest of its |V| one-token continuations (Fig. 4).
 
     Parameters
     ----------
-    prompts: token ids, each of shape (pos,)
     layer: 0 (embeddings) to L
-    k: how many pairs of each
 
     Returns
     -------
-    One report a prompt, whose rows are tokens: ``minimum`` is the margin Δ_{π,t}.
+    A report a prompt, whose rows are tokens: its ``minimum`` is the margin Δ_{π,t}
 
     Raises
     ------
@@ -46,7 +39,8 @@ def continuations(
     """
     for prompt in tqdm(prompts, "continuations", disable=None if progress else True):
         step = OneStepMap.after(model, layer, prompt)
-        yield closest_pairs(step.tokens(model.vocabulary), k)
+        # All pairs of tokens, since any two may be the closest.
+        yield closest_pairs(step.tokens(model.vocabulary), 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,23 +57,12 @@ class Margins:
     rival: Int[Tensor, " pos"]
 
 
-def margins(
-    model: LanguageModel,
-    ids: Int[Tensor, " pos"],
-    layer: int,
-    *,
-    progress: bool = False,
-) -> Margins:
+def margins(model: LanguageModel, ids: Int[Tensor, " pos"], layer: int) -> Margins:
     """Scan the vocabulary after every prefix of a prompt, and compare all pairs.
 
     Parameters
     ----------
-    ids: shape (pos,)
     layer: 0 (embeddings) to L
-
-    Returns
-    -------
-    Distances in ℓ2, one entry a position.
 
     Raises
     ------
@@ -94,10 +77,10 @@ def margins(
     model.check_ids(ids)
     step = OneStepMap.after(model, layer)
     rows = []
-    for token in tqdm(ids.tolist(), "margins", disable=None if progress else True):
+    for token in ids.tolist():
         states = step.tokens(model.vocabulary)
         apart = vector_norm(states.double() - states[token].double(), dim=1)
-        apart[token] = torch.inf
+        apart[token] = torch.inf  # a token is no rival of itself
         rows.append((closest_pairs(states, 1).minimum, *apart.min(0)))
         if len(rows) < len(ids):  # the last token may fill the context
             step = step.extend(token)

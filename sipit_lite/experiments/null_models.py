@@ -58,10 +58,7 @@ def birthday_minimum(n: int, dimension: Number, radius: Number = 1.0) -> float:
 
 
 def gaussian_minimum(states: Float[Tensor, "n d_model"], seed: int = 0) -> float:
-    """The smallest distance of n normal draws with the states' covariance.
-
-    Raises ``StatesError`` for what ``closest_pairs`` refuses.
-    """
+    """The smallest distance of n normal draws with the states' covariance."""
     centred = states.double() - states.double().mean(0)
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
     generator = torch.Generator().manual_seed(seed)

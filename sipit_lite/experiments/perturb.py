@@ -10,11 +10,8 @@ from torch.nn.functional import pad
 
 from sipit_lite.model import LanguageModel, StatesError
 
-FORMATS = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float8": torch.float8_e4m3fn,
-}
+FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMATS |= {"float8": torch.float8_e4m3fn}  # sign, 4 bits of exponent, 3 of fraction
 BITS = {"int8": 8, "int4": 4}
 FP4 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)  # e2m1
 BLOCK = 64  # numbers in FP4 that share one scale

@@ -1,8 +1,4 @@
-"""The experiments of the paper on any model, as JSON beside its numbers (chapter 14).
-
-Each draws prompts, calls the survey, the detector, the inverters or the null models,
-and writes down what came out under the conditions of the paper's tables.
-"""
+"""The experiments of the paper on any model, as JSON (chapter 14)."""
 
 import json
 import math
@@ -36,6 +32,7 @@ from sipit_lite.sipit import invert
 
 Row = dict[str, Any]
 Prompts = list[Int[Tensor, " pos"]]
+Groups = dict[Any, Prompts]
 COUNTED = ("compared", "collisions", "practical")  # of a detector's report
 SUFFIX = " the quick brown fox jumps over the lazy"
 PREFIX = 12  # random tokens before it
@@ -188,7 +185,7 @@ def inversion(model: LanguageModel, plan: Plan) -> list[Row]:
     """Ways to invert on prose and code, one prompt in ten of random tokens."""
     drawn = plan.prompts // 10
     prompts = texts(model, plan.prompts - drawn, plan) + at_random(model, drawn, plan)
-    return _by_layer(model, {"": prompts}, _layers(model, plan, LAST), plan, "{way}")
+    return _by_layer(model, plan, {"": prompts}, "{way}")
 
 
 def splits(model: LanguageModel, plan: Plan) -> list[Row]:
@@ -199,18 +196,16 @@ def splits(model: LanguageModel, plan: Plan) -> list[Row]:
         groups["train"] = texts(model, plan.prompts, plan, "train")
     groups["test"] = texts(model, plan.prompts, plan, "held-out")
     groups["random"] = at_random(model, plan.prompts, plan)
-    last = _layers(model, plan, LAST)
-    return _by_layer(model, groups, last, plan, "{group}, {way}")
+    return _by_layer(model, plan, groups, "{group}, {way}")
 
 
 def times(model: LanguageModel, plan: Plan) -> list[Row]:
     """Seconds to invert a prompt by layer and by length."""
-    groups = {
-        length: texts(model, plan.prompts, replace(plan, length=length))
-        for length in plan.lengths
-    }
+    groups = {}
+    for length in plan.lengths:
+        groups[length] = texts(model, plan.prompts, replace(plan, length=length))
     form = "layer {layer}, {group} tokens, {way}"
-    return _by_layer(model, groups, _layers(model, plan), plan, form)
+    return _by_layer(model, plan, groups, form, DEPTHS)
 
 
 @dataclass(frozen=True)
@@ -344,11 +339,6 @@ def texts(
 
     Without ``split`` there may be fewer than ``count``, and repeated ones. A model
     without a tokenizer gets random tokens.
-
-    >>> from sipit_lite import load
-    >>> plan = Plan(2, 8, source="bundled")
-    >>> [len(ids) for ids in texts(load(device="cpu"), 2, plan)]
-    [8, 8]
     """
     if model.tokenizer is None:
         return at_random(model, count, plan)
@@ -387,10 +377,6 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
     """The rows that turn the last normed state into logits, read anew if not tied.
 
     Raises ``ModelError`` for a model that has no name to read them by.
-
-    >>> from sipit_lite import load
-    >>> unembedding(load(device="cpu")).shape
-    torch.Size([4096, 256])
     """
     if getattr(model.decoder.config, "tie_word_embeddings", True):
         return model.embeddings
@@ -407,15 +393,11 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
 
 
 def _by_layer(
-    model: LanguageModel,
-    groups: dict[Any, Prompts],
-    layers: Sequence[int],
-    plan: Plan,
-    form: str,
+    model: LanguageModel, plan: Plan, groups: Groups, form: str, depths: Any = LAST
 ) -> list[Row]:
     """All ways on all groups of prompts; ``form`` makes the condition of each row."""
     rows = []
-    for layer in layers:
+    for layer in _layers(model, plan, depths):
         # What is done once for a model and a layer is not in the seconds.
         lens = _lens(model, layer, plan) if "here" in plan.ways else None
         separated(model, layer)
@@ -487,9 +469,10 @@ def _row(model: LanguageModel, layer: int, **values: object) -> Row:
 
 def _pearson(rows: Sequence[Row], one: str, other: str) -> float | None:
     """The correlation of two columns; None of constants, and of two points."""
+    x = [row[one] for row in rows]
+    y = [row[other] for row in rows]
     try:
         # Two points always lie on a line.
-        columns = ([row[name] for row in rows] for name in (one, other))
-        return correlation(*columns) if len(rows) > 2 else None
+        return correlation(x, y) if len(rows) > 2 else None
     except StatisticsError:
         return None

@@ -42,10 +42,6 @@ def survey(
     layers: all from 1 by default
     folder: keeps the states, so that an interrupted run goes on
 
-    Raises
-    ------
-    StatesError: as ``last_states`` and ``closest_pairs`` do.
-
     >>> from sipit_lite import load
     >>> prompts = list(torch.tensor([[1, 2], [3, 2], [5, 4], [3, 2]]))
     >>> summary = survey(load(device="cpu"), prompts, layers=[1, 6])
@@ -148,12 +144,6 @@ def survey_lengths(
     Raises
     ------
     StatesError: for a length outside the windows, or with fewer than two beginnings.
-
-    >>> from sipit_lite import load
-    >>> windows = torch.tensor([[1, 2, 3], [1, 2, 4], [5, 6, 7]])
-    >>> rows = survey_lengths(load(device="cpu"), windows, [1, 2, 3])["rows"]
-    >>> [row["distinct"] for row in rows]
-    [2, 2, 3]
     """
     layers = [model.n_layers // 2, model.n_layers] if layers is None else list(layers)
     rows = []
