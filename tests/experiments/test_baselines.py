@@ -57,24 +57,23 @@ def test_prompts_come_back(
 
 
 def test_brute_force_tests_half_the_vocabulary(pocket: LanguageModel) -> None:
-    """The order is that of Algorithm 2: the place of the true token in a random permutation."""
+    """In the order of Algorithm 2: where is the true token in the permutation?"""
     ids = pocket.encode("a")
     found = brute_force(pocket.states(ids, 0), pocket, 0, seed=9)
-    order = torch.cat(list(Random().proposals(OneStepMap.after(pocket, 0), torch.zeros(256, device=ids.device),
-                                              torch.Generator().manual_seed(9)))).tolist()  # fmt: skip
+    generator = torch.Generator().manual_seed(9)
+    target = torch.zeros(256, device=ids.device)
+    batches = Random().proposals(OneStepMap.after(pocket, 0), target, generator)
+    order = torch.cat(list(batches)).tolist()
     assert found.tested.tolist() == [order.index(int(ids[0])) + 1]
 
 
 def test_a_limit_ends_it(pocket: LanguageModel) -> None:
     """Not finished, and what was found so far is there."""
     for baseline in (published, brute_force, hard_prompts):
-        found = baseline(
-            pocket.states("a prompt that takes longer than no time", 6),
-            pocket,
-            6,
-            limit=0.0,
-        )
-        assert not found.finished and len(found.tested) >= 1 and found.seconds < 30
+        states = pocket.states("a prompt that takes longer than no time", 6)
+        attempt = baseline(states, pocket, 6, limit=0.0)
+        assert not attempt.finished
+        assert len(attempt.tested) >= 1 and attempt.seconds < 30
 
 
 def test_hard_prompts_solve_the_easy_layer_and_say_so_elsewhere() -> None:
@@ -100,7 +99,7 @@ def test_bad_states_are_refused(pocket: LanguageModel) -> None:
 def test_searches_from_the_last_state_find_a_short_prompt(
     search: Callable[..., Attempt], length: int
 ) -> None:
-    """What they call finished is the true prompt; a state that no prompt has is never finished."""
+    """What is finished is the true prompt; a state that no prompt has never is."""
     model = small("GPT2", device="cpu")
     ids = torch.tensor([7, 11])[:length]
     state = model.states(ids, 1)[-1]

@@ -75,7 +75,7 @@ def test_wilson_refuses(successes: int, trials: int) -> None:
 
 
 def test_noise_has_its_size_and_its_seed() -> None:
-    """The mean squared error is size²·‖h‖²; a seed draws the same noise twice."""
+    """The mean squared error is size²·‖h‖²; a seed draws the same noise."""
     states = torch.ones(2000, 32, dtype=torch.float64) * 3
     sent = Noise(0.5).send(states, seed=1)
     error = (sent - states).square().sum(1).mean() / states[0].square().sum()

@@ -58,11 +58,8 @@ def test_birthday_minimum_on_the_sphere_in_closed_form() -> None:
 
 def test_gaussian_minimum_has_the_covariance_of_the_states() -> None:
     """Seeded, and equal in size to the minimum of a cloud that was drawn that way."""
-    x = (
-        torch.randn(3000, 6, generator=torch.Generator().manual_seed(0))
-        * torch.tensor([9.0, 5, 3, 2, 1, 0.5])
-        + 70
-    )
+    x = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([9.0, 5, 3, 2, 1, 0.5]) + 70
     drawn = [gaussian_minimum(x, seed) for seed in range(5)]
     assert drawn[0] == gaussian_minimum(x, 0) != drawn[1]
     assert min(drawn) / 2 < float(torch.pdist(x.double()).min()) < 2 * max(drawn)
@@ -72,16 +69,12 @@ def test_gaussian_minimum_has_the_covariance_of_the_states() -> None:
 def test_intrinsic_dimension_of_a_flat_cloud_that_was_turned(dimension: int) -> None:
     """A cloud of known dimension inside forty others."""
     generator = torch.Generator().manual_seed(dimension)
-    turn = torch.linalg.qr(
-        torch.randn(40, 40, dtype=torch.float64, generator=generator)
-    ).Q
-    x = (
-        torch.randn(3000, dimension, dtype=torch.float64, generator=generator)
-        @ turn[:dimension]
-    )
-    assert intrinsic_dimension(x) == pytest.approx(dimension, rel=0.12), (
-        "TwoNN is biased downwards by a few per cent"
-    )
+    drawn = torch.randn(40, 40, dtype=torch.float64, generator=generator)
+    turn = torch.linalg.qr(drawn).Q
+    flat = torch.randn(3000, dimension, dtype=torch.float64, generator=generator)
+    # TwoNN is biased downwards by a few per cent.
+    dimensions = intrinsic_dimension(flat @ turn[:dimension])
+    assert dimensions == pytest.approx(dimension, rel=0.12)
 
 
 def test_anisotropy_between_round_and_flat() -> None:

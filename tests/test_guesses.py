@@ -7,7 +7,7 @@ from sipit_lite import LanguageModel, OneStepMap, invert
 
 
 def test_nearest_is_marked(pocket: LanguageModel) -> None:
-    """States that no prompt produced: with ``on_fail`` every token is the nearest one, and says that it is a guess."""
+    """A state that no prompt has: with ``on_fail`` its token is a guess, and says so."""
     ids = pocket.encode("marked where guessed")
     states = pocket.states(ids, 3).clone()
     states[-1] += 3.0
