@@ -27,7 +27,7 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1140,
-    "extensions": 1280,
+    "extensions": 1160,
     "experiments": 2710,
     "teaching": 1000,
     "cli": 430,

@@ -3,8 +3,7 @@
 The paper leaves an algorithm open. This one sharpens a belief, a probability for every
 token at every position: draw prompts from it, linearise the model at one of them,
 measure on all how wrong that is, and score every token against the rest of the state.
-Then blocks of positions are forgotten and recovered. What is returned was read once
-more and agrees with the state within the noise floor; else there is an error.
+Then blocks of positions are forgotten and recovered. Nothing is returned unverified.
 """
 
 import math
@@ -59,10 +58,8 @@ class LastStateError(SipItError):
 class NotRecovered(LastStateError):
     """No prompt read agrees; ``recovered`` is the closest one, not verified."""
 
-    # Defaults, since pickle makes an error from its message before it knows the rest.
-    def __init__(
-        self, line: str, recovered: Recovery | None = None, other: Tokens | None = None
-    ):
+    def __init__(self, line: str, recovered: object = None, other: object = None):
+        # Defaults: pickle makes an error from its message before it knows the rest.
         super().__init__(line)
         self.recovered = recovered
         self.other = other
@@ -76,9 +73,10 @@ class Stopped(Interrupted):
     """Ctrl-C during the search; ``recovered`` is the closest prompt, not verified."""
 
     def __str__(self) -> str:
-        distance = float(self.recovered.distance[-1])
-        text = self.recovered.text
-        return f"stopped with {text!r} at distance {distance:.3g}, not verified"
+        last = float(self.recovered.distance[-1])
+        return (
+            f"stopped with {self.recovered.text!r} at distance {last:.3g}, not verified"
+        )
 
 
 def invert_last(
@@ -99,28 +97,20 @@ def invert_last(
 
     Parameters
     ----------
-    state, layer
-        Shape (d_model,), before the final norm; by default of the last layer.
-    length, longest
-        T where it is known, else all lengths up to ``longest`` (16) are tried.
-    epsilon
-        A bound on noise that was added to the state on purpose, ℓ2.
-    ends
-        A regression for this model and layer; by default it is fitted, once.
-    restarts, seconds
-        When to give up: searches of each length, wall-clock time in all.
+    state, layer: shape (d_model,), before the final norm; by default of the last layer
+    length, longest: T where it is known, else all lengths up to ``longest`` (16)
+    epsilon: a bound on noise that was added to the state on purpose, ℓ2
+    ends: a regression for this model and layer; by default it is fitted, once
+    restarts, seconds: when to give up: searches of each length, wall-clock time in all
 
     Returns
     -------
-    Recovery
-        NaN at all positions but the last; ``runner_up`` is the closest of ``rivals``.
+    Recovery: NaN at all positions but the last; ``runner_up`` closest of ``rivals``
 
     Raises
     ------
-    StatesError, ModelError, LastStateError
-        For a state that no prompt has; a bad layer; a bad length or budget.
-    NotRecovered, Collision, Stopped
-        No prompt read agrees; several do; Ctrl-C. All carry the closest prompt.
+    StatesError, ModelError, LastStateError: for a bad state, layer, length or budget
+    NotRecovered, Collision, Stopped: none agrees; several do; Ctrl-C: with the closest
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -146,21 +136,21 @@ def invert_last(
     # The regression may know longer prompts.
     said = ends.read(observed.states[0]).to(model.dtype)[:, : length or longest]
     law = Law.of(model, ends)
-    last = LastMap(model, layer)
     generator = torch.Generator().manual_seed(seed + SALT)  # one for all lengths
+    last = LastMap(model, layer)
     searches = {}
     for n in [length] if length else range(1, longest + 1):
         search = Search(last, observed, law.ending(said[:, n - 1]), generator)
         searches[n] = search.steps(n, restarts)
     best = Guess(torch.zeros(1, dtype=torch.long), torch.inf, 0)
     try:
-        with tqdm(desc="inverting", disable=None if progress else True) as bar:
-            for step in _by_promise(searches, said.logsumexp(0)):
-                best = best.or_closer(step)
-                bar.set_postfix_str(f"distance {best.distance:.3g}")
-                bar.update()
-                if search.agrees(best) or time.perf_counter() - started > seconds:
-                    break
+        steps = _by_promise(searches, said.logsumexp(0))
+        bar = tqdm(steps, "inverting", disable=None if progress else True)
+        for step in bar:
+            best = best.or_closer(step)
+            bar.set_postfix_str(f"distance {best.distance:.3g}")
+            if search.agrees(best) or time.perf_counter() - started > seconds:
+                break
         return checked(search, best, started, None if length else longest)
     except KeyboardInterrupt:
         raise Stopped(_recovery(search, best, started)) from None
@@ -175,7 +165,7 @@ class LastMap:
 
     @cached_property
     def cut(self) -> nn.Module:
-        """The blocks up to the layer. Raises ``ModelError`` for one outside 0..L."""
+        """The blocks up to the layer; ``ModelError`` for one that is not there."""
         return self.model.cut(self.layer)
 
     def embeddings(self, e: Float[Tensor, "row pos d_model"]) -> States:
@@ -243,9 +233,8 @@ class Ends(Regression):
 
     def check(self, model: LanguageModel, layer: int, length: int) -> None:
         """Raise ``LastStateError`` unless it fits this model, layer and length."""
-        same = self.model is model
-        if not same or self.layer != layer or self.longest < length:
-            whose = "this" if same else "another"
+        whose = "this" if self.model is model else "another"
+        if whose == "another" or self.layer != layer or self.longest < length:
             got = f"layer {self.layer} and up to {self.longest} tokens of {whose} model"
             needed = f"layer {layer} of {model.name} and {length} tokens"
             raise LastStateError(f"got a fit for {got}; expected one for {needed}")
@@ -259,9 +248,9 @@ class Ends(Regression):
         away -= self.predict(state).double() @ whiten
         # ‖away + length‖² multiplied out, for all pairs
         squares = away.square().sum(1)[:, None] + 2 * away @ lengths.T
-        squares = squares + lengths.square().sum(1)
+        squares += lengths.square().sum(1)
         likely = (-TRUST / 2 * squares).flatten().log_softmax(0)
-        return likely.view(squares.shape).float()
+        return likely.view_as(squares).float()
 
 
 def fitted_ends(model: LanguageModel, layer: int, longest: int) -> Ends:
@@ -341,14 +330,7 @@ class Law:
         return NEIGHBOURS * lead + (1 - NEIGHBOURS) * (likelihood @ self.anywhere)
 
     def given(self, ids: Tokens, block: slice, evidence: Rows) -> Rows:
-        """Log-probabilities of a block's tokens, given log-evidence and all others.
-
-        >>> law = Law(torch.tensor([0.5, 0.5]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-        >>> ids = torch.tensor([0, 1, 0])
-        >>> likely = law.given(ids, slice(1, 2), torch.zeros(1, 2)).exp()
-        >>> likely.mul(10).round().tolist()
-        [[1.0, 9.0]]
-        """
+        """Log-probabilities of a block's tokens, given log-evidence and all others."""
         known = nn.functional.one_hot(ids, len(self.anywhere)).to(self.anywhere)
         forward = [self.anywhere]
         if block.start > 0:
@@ -398,19 +380,13 @@ class Belief:
 
 
 def sharpened(
-    belief: Belief,
-    law: Law,
-    observed: State,
-    last: LastMap,
-    drawn: Prompts,
-    states: States,
+    belief: Belief, law: Law, goal: State, last: LastMap, drawn: Prompts, states: States
 ) -> Belief:
     """One round: the belief after the state is compared with a linear model of the map.
 
-    The model is c + Σ J_t (e_t − m_t), right on average on the ``drawn`` prompts with
-    these ``states``. A token at t is scored by a normal density with covariance
-    S = R + Σ J_u C_u J_uᵀ over other positions u: R is that of the model's error, C_u
-    that of an embedding (chapter 17). ``DAMPING`` of the new belief is taken.
+    The model is c + Σ J_t (e_t − m_t), right on average on the ``drawn`` prompts. A
+    token at t is scored by a normal density with covariance S = R + Σ J_u C_u J_uᵀ over
+    other positions u: R is that of its error, C_u that of an embedding (chapter 17).
     """
     table = last.model.embeddings
     mean, spread = belief.moments(table)
@@ -420,7 +396,7 @@ def sharpened(
     away = table[drawn[:, belief.block]] - mean
     error = states - torch.einsum("nij,snj->si", slopes, away)
     centre = error.mean(0)
-    residual = observed - centre
+    residual = goal - centre
     parts = slopes @ spread @ slopes.mT  # J_t C_t J_tᵀ, what each position explains
     explained = parts.sum(0)
     noise = error_covariance(error - centre, residual, explained)
@@ -440,19 +416,12 @@ def sharpened(
 
 
 def error_covariance(error: States, residual: State, explained: Square) -> Square:
-    """Covariance of the error of a linear model, half way to a multiple of I.
-
-    What neither error nor spread explains of the residual goes to all directions: a
-    belief that has settled on wrong tokens is not certain any more.
-
-    >>> zero, residual = torch.zeros(2, 2), torch.tensor([3.0, 4.0])
-    >>> error_covariance(zero, residual, zero).diagonal().tolist()
-    [12.5, 12.5]
-    """
+    """Covariance of the error of a linear model, half way to a multiple of I."""
     width = len(residual)
     sample = error.T @ error / len(error)
     size = sample.diagonal().mean() / 2  # half of it, as the same for all directions
     square = residual.square().sum()
+    # What nothing explains goes to all directions: it unsettles a wrong belief.
     missing = (square - (2 * size * width + explained.diagonal().sum())) / width
     # Never singular, also where prompts were drawn that agree exactly.
     least = square.clamp_min(torch.finfo(residual.dtype).tiny) * 1e-6
@@ -529,14 +498,12 @@ class Search:
             if k == count or stuck or self.agrees(best):
                 break
             settled = likeliest
-            state = self.observed.states[0]
-            belief = sharpened(belief, self.law, state, self.last, drawn, states)
+            goal = self.observed.states[0]
+            belief = sharpened(belief, self.law, goal, self.last, drawn, states)
         return best
 
 
-def _by_promise(
-    searches: dict[int, Iterator[Guess]], likely: Tensor
-) -> Iterator[Guess]:
+def _by_promise(searches: dict, likely: Tensor) -> Iterator[Guess]:
     """Yield steps of searches by length, the most promising one first."""
     # A step costs as much as it has tokens; time is shared out in proportion to
     # √(probability of the length) / distance: what comes close is followed up.
@@ -555,27 +522,23 @@ def _by_promise(
         yield step
 
 
-def _recovery(
-    search: Search, guess: Guess, started: float, runner_up: float = torch.inf
-) -> Recovery:
+def _recovery(search: Search, guess: Guess, started: float, *rival: float) -> Recovery:
     """A prompt as a ``Recovery``, not verified: NaN at all positions but the last."""
     ids = guess.ids.cpu()
-    values = [guess.distance, runner_up, float(search.observed.radius)]
     columns = torch.full((4, len(ids)), torch.nan)
-    columns[:3, -1] = torch.tensor(values)
+    runner_up = min(rival, default=torch.inf)
+    radius = float(search.observed.radius)
+    columns[:3, -1] = torch.tensor([guess.distance, runner_up, radius])
     *measured, margin = columns
     tested = torch.zeros_like(ids)
     tested[-1] = guess.tested
     unsure = torch.zeros_like(ids).bool()
-    text = search.last.model.decode(ids)
-    rest = (text, time.perf_counter() - started, search.last.layer)
-    return Recovery(ids, *measured, tested, unsure, margin, *rest)
+    rest = (search.last.model.decode(ids), time.perf_counter() - started)
+    return Recovery(ids, *measured, tested, unsure, margin, *rest, search.last.layer)
 
 
-def checked(
-    search: Search, best: Guess, started: float, longest: int | None
-) -> Recovery:
-    """Read the prompt once more, alone, and its rivals, up to ``longest`` tokens."""
+def checked(search: Search, best: Guess, started: float, most: int | None) -> Recovery:
+    """Read the prompt once more, alone, and its rivals, up to ``most`` tokens."""
     model = search.last.model
     state = model.states(best.ids, search.last.layer)[-1:]
     again = search.read(best.ids[None], state)._replace(tested=best.tested)
@@ -587,7 +550,7 @@ def checked(
         line = f"no prompt was found: the closest of {best.tested} read, {line}"
         raise NotRecovered(f"{line}, after {recovered.seconds:.0f} s", recovered)
     rival = Guess(best.ids, torch.inf, 0)
-    for prompts in rivals(model, best.ids, longest):
+    for prompts in rivals(model, best.ids, most):
         rival = rival.or_closer(search.read(prompts, search.last.tokens(prompts)))
     recovered = _recovery(search, again, started, rival.distance)
     if search.agrees(rival):
@@ -598,11 +561,7 @@ def checked(
 
 
 def rivals(model: LanguageModel, ids: Tokens, longest: int | None) -> list[Tensor]:
-    """The prompts most likely to share a last state with one, by their lengths.
-
-    One token has a near embedding; or the first one stands once less or more, since
-    models of relative positions cannot always count repeated tokens (chapter 5).
-    """
+    """The prompts most likely to share a last state with one, by their lengths."""
     table = model.embeddings.float()
     count = min(RIVALS, model.vocab_size - 1)
     # A token is no rival of itself.
@@ -610,6 +569,7 @@ def rivals(model: LanguageModel, ids: Tokens, longest: int | None) -> list[Tenso
     near = ids.repeat(len(ids), count, 1)
     positions = torch.arange(len(ids))
     near[positions, :, positions] = apart.topk(count, largest=False).indices
+    # Models of relative positions cannot always count repeated tokens (chapter 5).
     resized = (ids[1:], torch.cat([ids[:1], ids]))
     fitting = [rows[None] for rows in resized if 1 <= len(rows) <= (longest or 0)]
     return [near.flatten(0, 1), *fitting]
@@ -620,9 +580,9 @@ def _check(model: LanguageModel, layer: int, lengths: dict[str, int | None]) -> 
     if torch.finfo(model.dtype).bits <= 16:
         got = f"got a model that computes in {model.dtype}"
         raise LastStateError(f"{got}; expected torch.float32 or torch.float64")
-    reads = f"{model.name} reads 1 to {model.n_positions} tokens"
     for name, value in lengths.items():
         if value is not None and not 1 <= value <= model.n_positions:
+            reads = f"{model.name} reads 1 to {model.n_positions} tokens"
             raise LastStateError(f"got {name}={value}; {reads}")
     if layer == 0 and lengths["length"] != 1:
         got = "got layer 0, whose last state knows the last token alone"

@@ -1,8 +1,7 @@
 """The lens: a regression from hidden states back to embeddings; drafts without search.
 
-Ridge regression (chapter 12): a token's embedding is predicted from its state, the
-state normalised, and random features of it; tokens are ranked by the Mahalanobis
-distance of what each leaves unexplained. A lens only proposes: its drafts are verified.
+Ridge regression (chapter 12) predicts a token's embedding from its state; tokens are
+ranked by the Mahalanobis distance of what each leaves. Drafts are verified elsewhere.
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,15 +45,12 @@ class LensError(SipItError):
 
 @dataclass(frozen=True, eq=False)
 class Regression:
-    """A linear map of ``regressors`` of states, and how to weigh what it leaves over.
+    """A linear map of ``regressors`` of states, and how to weigh what it leaves."""
 
-    ``directions`` weigh the random features; ‖(y − ŷ) ``whiten``‖ is Mahalanobis's.
-    """
-
-    directions: Float[Tensor, "d_model features"]
+    directions: Float[Tensor, "d_model features"]  # of the random features
     slope: Float[Tensor, "inputs outputs"]
     intercept: Float[Tensor, " outputs"]
-    whiten: Float[Tensor, "outputs outputs"]
+    whiten: Float[Tensor, "outputs outputs"]  # ‖(y − ŷ) whiten‖ is Mahalanobis's
 
     def predict(self, states: Rows) -> Float[Tensor, "*rows outputs"]:
         """The prediction ŷ for states of any leading shape."""
@@ -91,17 +87,9 @@ class Lens(Regression):
     ) -> "Lens":
         """Fit on the first ``tokens`` of ``prompts``, in one pass.
 
-        Parameters
-        ----------
-        prompts
-            Token ids; by default ``training_prompts``, prepared once for a model.
-        features, seed
-            How many random features of a state; the seed of these and of prompts.
-
-        Raises
-        ------
-        ModelError, LensError
-            For a bad layer or prompt; for fewer tokens than d_model.
+        ``prompts`` are by default ``training_prompts``; ``seed`` is theirs, and that of
+        the random ``features`` of a state. Raises ``ModelError`` for a bad layer or
+        prompt, ``LensError`` for fewer tokens than d_model.
         """
         model.check_layer(layer)
         key = ("prompts of a lens", tokens, seed)
@@ -131,8 +119,8 @@ class Lens(Regression):
 
     def draft(self, states: Rows) -> Int[Tensor, "*rows"]:
         """The likeliest token of each state: no prefix, no search, nothing verified."""
-        flat = states.reshape(-1, states.shape[-1])
         # One state by all tokens is a row of the vocabulary's size.
+        flat = states.reshape(-1, states.shape[-1])
         batches = flat.split(max(1, HELD // self.model.vocab_size))
         tokens = torch.cat([self.nearness(rows).argmax(-1) for rows in batches])
         return tokens.reshape(states.shape[:-1])
@@ -201,17 +189,10 @@ class Lens(Regression):
 
 
 def training_prompts(model: LanguageModel, seed: int = 0) -> Iterator[Tokens]:
-    """Yield prompts for ever: half random, half prose and code (``io.text``).
-
-    >>> from sipit_lite import LanguageModel, load
-    >>> model = LanguageModel(load(device="cpu").decoder)  # no tokenizer, so no text
-    >>> prompts = training_prompts(model)
-    >>> [len(next(prompts)) for _ in range(33)][-2:]
-    [64, 16]
-    """
+    """Yield prompts for ever: half random, half prose and code (``io.text``)."""
     longest = min(LENGTHS[0], model.n_positions)
-    vocab = model.vocab_size
     generator = torch.Generator().manual_seed(seed)
+    vocab = model.vocab_size
     draws = (torch.randint(vocab, (longest,), generator=generator) for _ in count())
     turns = cycle([draws])
     if model.tokenizer is not None:
@@ -219,12 +200,11 @@ def training_prompts(model: LanguageModel, seed: int = 0) -> Iterator[Tokens]:
         prose = text_prompts(model.tokenizer, "prose", longest, **text)
         code = text_prompts(model.tokenizer, "code", longest, **text)
         turns = cycle([prose, draws, code, draws])
-    # Lengths take turns, a pass each: attention averages over few tokens at the first
-    # positions, and states look different there.
+    # Lengths take turns, since states look different at the first positions.
     for length in cycle(LENGTHS):
         for stream in islice(turns, PASS // longest):
-            window = next(stream, None)  # text ends, random tokens do not
-            if window is not None:
+            # Text ends, random tokens do not.
+            for window in islice(stream, 1):
                 yield from window.split(length)
 
 
@@ -250,13 +230,7 @@ def regressors(states: Rows, directions: Tensor) -> Float[Tensor, "*rows inputs"
 
 
 def ridge(pairs: Pairs, features: int, generator: torch.Generator) -> Regression:
-    """Least squares with an intercept, in one pass over batches of states and goals.
-
-    >>> x = torch.linspace(-1, 1, 20)[:, None] * torch.tensor([1.0, 0.5])
-    >>> fit = ridge([(x, 3 * x + 1)], 0, torch.Generator())
-    >>> fit.predict(torch.tensor([0.2, 0.1])).mul(10).round().tolist()
-    [16.0, 13.0]
-    """
+    """Least squares with an intercept, in one pass over batches of states and goals."""
     sums: list[Tensor] = []
     rows = 0
     for states, goals in pairs:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,28 +17,18 @@ SMALLEST_DAMPING = 1e-4
 LENS_BATCHES = 2  # of a lens, tried before Newton: few misses rank further down
 
 
-@runtime_checkable
-class Start(Policy, Protocol):
-    """Candidates to try first, and where to start from: a ``Lens``."""
-
-    def embeddings(self, states: Float[Tensor, "*rows d_model"]) -> Tensor:
-        """The embedding expected behind each state."""
-
-
 @dataclass(frozen=True)
 class Newton:
     """Levenberg–Marquardt on the one-step map, then the tokens nearest to its end.
 
-    Parameters
-    ----------
-    damping: λ at the start; shrinks after a step that lowered the residual, else grows
-    lens: gives the first candidates and the start, else the mean embedding
+    ``damping`` is λ at the start; it shrinks after a step that lowered the residual.
+    ``lens`` gives the first candidates and the start, else the mean embedding.
     """
 
     proposals_per_step: int = 8
     max_steps: int = 12
     damping: float = 0.1
-    lens: Start | None = None
+    lens: Policy | None = None  # a ``Lens``, which also has ``embeddings``
 
     def __post_init__(self) -> None:
         check_settings(self, "proposals_per_step", "max_steps")

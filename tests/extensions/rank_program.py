@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sipit_lite import StatesError, collisions, invert_many, load
+from sipit_lite import collisions, load
 from sipit_lite.extensions import distributed
 from sipit_lite.io import corpora, shards
 from sipit_lite.io.text import bundled, distinct
@@ -48,22 +48,6 @@ def states_equal_one_process(rank: int, count: int, folder: Path) -> None:
         states, shards.last_states(model, prompts, [1, 6])[:, rows]
     )
     assert sorted(chain(*distributed._gathered(rows.tolist()))) == list(range(40))
-
-
-def outcomes_equal_one_process(rank: int, count: int, folder: Path) -> None:
-    """Recoveries and refusals, in order, on every rank."""
-    model = load(device="cpu")
-    texts = ("one", "two words", "three words now", "four")
-    states = [model.states(text, 1) for text in texts]
-    states[2] = model.states("three words now", 2)
-    states[3] = states[3] * torch.nan
-    outcomes = distributed.many_inverted(states, model, 1)
-    alone = invert_many(states, model, 1)
-    assert [type(x) for x in outcomes] == [type(x) for x in alone]
-    said = [[getattr(x, "text", str(x)) for x in both] for both in (outcomes, alone)]
-    assert said[0] == said[1]
-    assert outcomes[2].position == alone[2].position
-    assert isinstance(outcomes[3], StatesError)
 
 
 def traffic_is_as_calculated(rank: int, count: int, folder: Path) -> None:

@@ -18,7 +18,6 @@ from sipit_lite.model import StatesError
 CASES = [
     "pairs_equal_one_process",
     "states_equal_one_process",
-    "outcomes_equal_one_process",
     "traffic_is_as_calculated",
     "corpora_are_streamed_once",
 ]
@@ -134,7 +133,7 @@ def test_refusals_are_one_line(
 
 
 def test_alone_is_one_rank() -> None:
-    """Without torchrun the functions work; too large a k and repetitions are refused."""
+    """Without torchrun the functions work; too large a k is refused."""
     x = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.5]])
     pairs, distances = distributed.closest_pairs(torch.arange(3), x, 2)
     assert pairs.tolist() == [[1, 2], [0, 1]] and distances.tolist() == [0.5, 5.0]
