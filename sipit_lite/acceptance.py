@@ -1,12 +1,13 @@
 """When is a token accepted? The rule of the local verifier, all of it (chapters 9, 12).
 
 1. Its state lies within the radius ε_t of the observed one. No magic ε: the radius is
-   the float noise of this model at this layer, measured, plus noise that was announced;
-   rounding to a coarser stored format is an interval around each number.
+   the float noise of this model at this layer and position, measured, plus noise that
+   was announced; rounding to a coarser stored format is an interval around each number.
 2. No other token tested lies there too. Rivals are always tested: the tokens with the
-   nearest embeddings, or all tokens where the first only just verified.
-3. A drafted token is spared its rivals only where it agrees clearly, no embedding is
-   near its own, and states of different tokens are known to be far apart.
+   nearest embeddings, all whose states the first block leaves nearly equal, and all
+   tokens where the first only just verified.
+3. A drafted token is spared its rivals only where it agrees clearly, the first block
+   tells it from all others, and states of different tokens are known to be far apart.
 4. In 16 bits several tokens may lie within the noise: that one is accepted whose state
    comes out bit for bit in a pass of the same length.
 """
@@ -15,10 +16,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from sipit_lite.collisions import closest_pairs
 from sipit_lite.model import LanguageModel, ModelError, StatesError
 from sipit_lite.onestep import EXACT, ROWS, OneStepMap
 from sipit_lite.policies import nearest
@@ -27,9 +29,10 @@ SAFETY = 16  # noise is measured at few positions; other prompts stay within thi
 PROBES = (0, 1, 3, 7, 15, 31, 63, 127, 255)  # where: it grows with the prefix
 APART = 64  # radii between tokens for a draft to be trusted without testing rivals
 CLEAR = 0.25  # a residual beyond this share of the radius has all tokens tested
-RELATED = 0.1  # nearer than this share of the distance from the mean embedding
+RELATED = 0.05  # nearer than this share of the usual distance from the mean state
+LATER = 7  # the later position at which tokens are compared
+PAIRS = 512  # related pairs expected at most; where there are more, all rows are judged
 CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each candidate
-SMALL = 2**13  # vocabularies up to this size are compared with themselves at once
 
 State = Float[Tensor, " d_model"]
 States = Float[Tensor, "rows d_model"]
@@ -43,12 +46,14 @@ class Observation:
     """Observed states with what is known of their noise: A_{π,t}(·; ε_t) for each t.
 
     ``half_width`` is how far rounding to the stored format may have moved each number;
-    ``radius`` holds ε_t.
+    ``radius`` holds ε_t; ``trusted`` says where states of different tokens were
+    measured to lie ``APART`` radii apart, so that a draft that agrees needs no rivals.
     """
 
     states: States
     half_width: States
     radius: Distances
+    trusted: Bool[Tensor, " pos"]
 
     @classmethod
     def of(
@@ -68,25 +73,24 @@ class Observation:
         model.check_layer(layer)
         values = check_states(states, model)
         bound = _check_bound("epsilon", epsilon, values)
-        radius = noise_floor(model, layer) * vector_norm(values, dim=1)
+        # The first position is a world of its own: often all its states are huge.
+        first = torch.arange(len(values), device=values.device).clamp(max=1)
+        floor, gap = (column[first] for column in _measured(model, layer).to(values))
+        radius = floor * vector_norm(values, dim=1)
         radius = radius.to(model.dtype) + bound.to(model.dtype)
+        trusted = APART * radius <= gap
         if not radius.isfinite().all():
             norm = float(values.double().norm(dim=1).max())
             raise StatesError(f"got states of norm {norm:.1e}; {model.dtype} overflows")
         if half_width is None:
             # Numbers stored in the model's own format are compared in it, bit for bit.
             widths = rounding_half_width(states, model)
-            return cls(values.to(model.dtype), widths, radius)
-        half_width = _check_bound("half_width", half_width, values)
-        return cls(values, half_width[:, None].expand_as(values), radius)
+            return cls(values.to(model.dtype), widths, radius, trusted)
+        widths = _check_bound("half_width", half_width, values)[:, None]
+        return cls(values, widths.expand_as(values), radius, trusted)
 
     def __len__(self) -> int:
         return len(self.states)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the states were stored at least as finely as the model computes."""
-        return not bool(self.half_width.any())
 
     def distance(self, t: int, candidates: States) -> Distances:
         """Distance of each candidate's state from the observed one at position t."""
@@ -178,28 +182,19 @@ def noise_floor(model: LanguageModel, layer: int) -> float:
     """Relative float noise of a state: the same by three routes, times ``SAFETY``.
 
     The routes are one pass over a random prompt, one cached step, and a cached step in
-    a full batch; never below half a unit of rounding. Measured once a model and layer:
-    load anew after changing weights. Raises ``ModelError`` where the routes differ by
-    more than rounding can.
+    a full batch; never below half a unit of rounding. The larger of the first position
+    and of later ones, which an ``Observation`` keeps apart. Measured once: load anew
+    after changing weights. Raises ``ModelError`` where more than rounding differs.
 
     >>> from sipit_lite import load
     >>> 0 < noise_floor(load(device="cpu"), 3) < 1e-3
     True
     """
-    return _measured(model, layer)[0]
+    return float(_measured(model, layer)[0].max())
 
 
-def separated(model: LanguageModel, layer: int) -> bool:
-    """Whether states of different tokens are ``APART`` radii from each other.
-
-    Measured on random tokens and the nearest neighbours of their embeddings. Not so
-    where one huge dimension makes all norms, and so all radii, large.
-    """
-    return _measured(model, layer)[1]
-
-
-def _measured(model: LanguageModel, layer: int) -> tuple[float, bool]:
-    """Noise of the states of a layer, and whether its tokens are that far apart."""
+def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
+    """Noise, and the least distance of tokens: of the first and of later positions."""
     key = ("noise", layer)
     if key in model.measured:
         return model.measured[key]
@@ -225,54 +220,65 @@ def _measured(model: LanguageModel, layer: int) -> tuple[float, bool]:
         spreads.append(differences.max() / routes[0].norm())
         pairs = torch.cdist(rows, rows, compute_mode=EXACT)
         same = sample[:, None] == sample  # drawn tokens may be each other's neighbours
-        gaps.append(pairs.masked_fill(same, torch.inf).min() / rows.norm(dim=1).max())
-    spread = float(torch.stack(spreads).max())  # NaN, unlike in max(), is not lost
+        gaps.append(pairs.masked_fill(same, torch.inf).min())
+    spread = torch.stack(spreads)
     unit = torch.finfo(model.dtype).eps
     # Half of the digits are no rounding: such states depend on what comes later.
-    if not spread <= unit**0.5:
+    if not spread.max() <= unit**0.5:  # NaN is no rounding either
         raise ModelError(
-            f"got {model.name}, whose states at layer {layer} differ by {spread:.1e} "
-            "of their norm between one pass and cached steps; expected rounding alone, "
-            f"under {unit**0.5:.1e} (is it causal?)"
+            f"got {model.name}, whose states at layer {layer} differ by "
+            f"{spread.max():.1e} of their norm between one pass and cached steps; "
+            f"expected rounding alone, under {unit**0.5:.1e} (is it causal?)"
         )
-    floor = SAFETY * max(unit / 2, spread)
-    model.measured[key] = (floor, bool((torch.stack(gaps) >= APART * floor).all()))
+    floor = SAFETY * spread.clamp(min=unit / 2)
+    gap = torch.stack(gaps)
+    last = min(1, length - 1)  # a context of one position has no later ones
+    columns = [floor[0], floor[last:].max(), gap[0], gap[last:].min()]
+    model.measured[key] = torch.stack(columns).reshape(2, 2)
     return model.measured[key]
 
 
-def related(tokens: Tokens, model: LanguageModel) -> Bool[Tensor, " tokens"]:
-    """Whether another embedding is so near a token's that it might share its states."""
-    known = model.measured.get(("related",))
-    if known is None:
-        known = torch.full_like(model.vocabulary, -1, dtype=torch.int8)
-        model.measured[("related",)] = known
-    new = tokens[known[tokens] < 0].unique()
-    if len(new) and model.vocab_size <= SMALL:
-        new = model.vocabulary
-    if len(new):
-        table = model.embeddings.float()
-        centred = table - table.mean(0)
-        squares = centred.square().sum(1)
-        # ‖a − b‖² − ‖a‖² = ‖b‖² − 2a·b, smallest over all b ≠ a.
-        apart = torch.addmm(squares, centred[new], centred.T, alpha=-2)
-        least = apart.scatter_(1, new[:, None], torch.inf).amin(1)
-        known[new] = (least + squares[new] < RELATED**2 * squares[new]).to(known)
-    return known[tokens] > 0
+def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
+    """Which tokens another token nearly equals once the first block has read them.
+
+    All blocks behind see nothing else of a token, so what is equal there stays equal.
+    Compared at the first and at one later position, once a model, by the detector.
+    """
+    depth = min(layer, 1)
+    key = ("related", depth)
+    if key in model.measured:
+        return model.measured[key]
+    near = torch.zeros_like(model.vocabulary, dtype=torch.bool)
+    pairs = len(near) * (len(near) - 1) // 2
+    generator = torch.Generator().manual_seed(0)
+    prefix = torch.randint(model.vocab_size, (LATER,), generator=generator)
+    for t in {0, min(LATER, model.n_positions - 1)} if pairs else ():
+        states = OneStepMap.after(model, depth, prefix[:t]).tokens(model.vocabulary)
+        states = states.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        limit = RELATED * vector_norm(states - states.mean(0), dim=1).median()
+        report = closest_pairs(states, min(PAIRS, pairs))
+        rows = report.pairs[report.distances <= limit].flatten().to(near.device)
+        near[rows] = True
+        if report.distances[-1] <= limit:
+            nearest_of_all = closest_pairs(states, 1, nearest=True).nearest
+            near |= nearest_of_all.to(near.device) <= limit
+    model.measured[key] = near
+    return near
 
 
 def agreeing(
-    observed: Observation, tokens: Tokens, states: States, model: LanguageModel
+    observed: Observation, tokens: Tokens, states: States, twins: Bool[Tensor, " vocab"]
 ) -> tuple[int, Distances]:
-    """How many of the drafted tokens, the last ``len(tokens)``, are accepted.
+    """How many of the drafted tokens, the last ones, are accepted; all distances.
 
-    Those up to the first that does not agree clearly, or has a related token: later
-    states were computed after a wrong token and prove nothing. Then all distances.
+    Those up to the first that does not agree clearly or has rivals: later states were
+    computed after a wrong token and prove nothing.
     """
     first = len(observed) - len(tokens)
     apart = (states - observed.states[first:]).float()
     distance = vector_norm(apart, dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
     agrees = distance <= CLEAR * observed.radius[first:]
-    agrees &= ~related(tokens, model)
+    agrees &= observed.trusted[first:] & ~twins[tokens]
     return int(agrees.cumprod(0).sum()), distance
 
 
@@ -287,7 +293,7 @@ def try_candidates(
     """Distances of the tokens tested at position t, NaN for the others.
 
     Batches are tested until one holds a token that verifies; then its rivals are.
-    ``trusting`` spares a clear token without related ones its rivals, as in a draft.
+    ``trusting`` spares a clear token without twins its rivals, as in a draft.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -305,11 +311,16 @@ def try_candidates(
             break
     best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
     clear = bool(distance[best] <= CLEAR * observed.radius[t])
-    if trusting and clear and not related(best[None], step.model):
+    twins = related(step.model, step.layer)
+    if trusting and clear and observed.trusted[t] and not twins[best]:
         return distance
     # Far out in the radius another token may well be nearer: then all are tested.
     count = CHALLENGERS if clear else len(table)
     rivals = nearest(table, table[best], distance.isnan(), count)
+    if clear and twins[best]:
+        rivals = torch.cat(
+            [rivals, (twins & distance.isnan()).nonzero()[:, 0]]
+        ).unique()
     if len(rivals):
         distance[rivals] = observed.distance(t, step.tokens(rivals))
     return distance

@@ -7,8 +7,7 @@ what float32 can have lost, exceeds the best. Others are computed in float64.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, islice, product
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from tqdm import tqdm
 
-from sipit_lite.model import StatesError
+from sipit_lite.model import StatesError, plain_settings
 
 COLLISION = 1e-6  # the paper's threshold on the ℓ2 distance
 RTOL = 1e-5  # the paper's practical collision: torch.allclose
@@ -67,6 +66,8 @@ class CollisionReport:
         return float(self.distances[0])
 
 
+@plain_settings()
+@torch.no_grad()
 def closest_pairs(
     states: object,
     k: int = 10,
@@ -94,51 +95,41 @@ def closest_pairs(
     """
     start = time.perf_counter()
     states = _checked(states)
-    rows = torch.arange(len(states), device="cpu")
+    rows = torch.arange(len(states))
     if prompts is not None:
         if len(prompts) != len(states):
             got = f"got {len(prompts)} prompts for {len(states)} rows"
             raise StatesError(f"{got}; expected one for each row")
-        rows = first_occurrences(prompts)
+        places: dict[tuple[int, ...], int] = {}
+        for place, prompt in enumerate(prompts):
+            places.setdefault(tuple(prompt.tolist()), place)
+        rows = torch.tensor(list(places.values()))
     possible = len(rows) * (len(rows) - 1) // 2
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= possible:
         got = f"got k={k!r} and {len(rows)} rows of distinct prompts"
         raise StatesError(f"{got}; expected 1 to {possible}, the number of pairs")
-    with _plain_settings(states.device.type):
-        x = states if len(rows) == len(states) else states[rows.to(states.device)]
-        # Equal rows collide without a search: the first of each group stands for it.
-        first, group, sizes = _groups(x)
-        search = _Search(x if len(first) == len(x) else x[first], sizes, k, nearest)
-        search.run(progress)
-        pairs, distances = _pairs_of_rows(search, group)
-        equal = int((sizes * (sizes - 1) // 2).sum())
-        near = search.near.where(sizes == 1, 0.0)
-        return CollisionReport(
-            pairs=rows[pairs],
-            distances=distances,
-            compared=possible,
-            bounded=search.bounded,
-            recomputed=search.recomputed,
-            collisions=equal + search.collisions,
-            practical=equal + search.practical,
-            slack=search.slack,
-            rows=rows,
-            duplicates=len(states) - len(rows),
-            nearest=near[group].cpu() if nearest else None,
-            seconds=time.perf_counter() - start,
-        )
-
-
-def first_occurrences(prompts: Sequence[Tensor] | Tensor) -> Int[Tensor, " n"]:
-    """Places of the prompts that have not occurred before.
-
-    >>> first_occurrences(torch.tensor([[1, 2], [3, 3], [1, 2]])).tolist()
-    [0, 1]
-    """
-    places: dict[tuple[int, ...], int] = {}
-    for place, prompt in enumerate(prompts):
-        places.setdefault(tuple(prompt.tolist()), place)
-    return torch.tensor(list(places.values()), device="cpu")
+    x = states if len(rows) == len(states) else states[rows.to(states.device)]
+    # Equal rows collide without a search: the first of each group stands for it.
+    first, group, sizes = _groups(x)
+    search = _Search(x if len(first) == len(x) else x[first], sizes, k, nearest)
+    search.run(progress)
+    pairs, distances = _pairs_of_rows(search, group)
+    equal = int((sizes * (sizes - 1) // 2).sum())
+    near = search.near.where(sizes == 1, 0.0)
+    return CollisionReport(
+        pairs=rows[pairs],
+        distances=distances,
+        compared=possible,
+        bounded=search.bounded,
+        recomputed=search.recomputed,
+        collisions=equal + search.collisions,
+        practical=equal + search.practical,
+        slack=search.slack,
+        rows=rows,
+        duplicates=len(states) - len(rows),
+        nearest=near[group].cpu() if nearest else None,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def float32_slack(axes: int) -> float:
@@ -317,8 +308,11 @@ class _Search:
         self.practical += int(weights[maybe][alike].sum())
 
     def _lower_near(self, i: Tensor, j: Tensor) -> Float64[Tensor, " m"]:
-        """Float64 distances of pairs, which may lower the rows' nearest."""
-        distances = _distances(self.x, i, j)
+        """Float64 distances of pairs, a part at a time; the rows' nearest with them."""
+        parts = []
+        for a, b in zip(i.split(self.step), j.split(self.step), strict=True):
+            parts.append(vector_norm(self.x[a].double() - self.x[b].double(), dim=1))
+        distances = torch.cat(parts)
         self.near.scatter_reduce_(0, i, distances, "amin")
         self.near.scatter_reduce_(0, j, distances, "amin")
         return distances
@@ -371,15 +365,6 @@ def _pairs_of_rows(search: _Search, group: Int[Tensor, " n"]) -> tuple[Tensor, T
     return numbers[:, 1:].long(), numbers[:, 0]
 
 
-def _distances(x: Tensor, i: Tensor, j: Tensor) -> Float64[Tensor, " m"]:
-    """Distances of pairs of rows, a part at a time."""
-    distances = []
-    step = max(1, CHUNK // x.shape[1])
-    for a, b in zip(i.split(step), j.split(step), strict=True):
-        distances.append(vector_norm(x[a].double() - x[b].double(), dim=1))
-    return torch.cat(distances)
-
-
 def _checked(states: object) -> Float[Tensor, "n d_model"]:
     """The states, if pairs of them can be compared."""
     got = type(states).__name__
@@ -401,20 +386,3 @@ def _checked(states: object) -> Float[Tensor, "n d_model"]:
             f" ({named}); expected finite states"
         )
     return states
-
-
-@contextmanager
-def _plain_settings(device: str) -> Iterator[None]:
-    """No TF32, bfloat16 or autocast inside products, whatever the caller has set."""
-    settings = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        # New tensors are on the CPU, unless said otherwise.
-        quiet = torch.autocast(device, enabled=False)
-        with torch.no_grad(), quiet, torch.device("cpu"):
-            yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision

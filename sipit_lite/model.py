@@ -6,6 +6,8 @@ States are taken after a block and before the final norm, as in the paper (§3).
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from hashlib import sha256
 from numbers import Integral
@@ -32,6 +34,27 @@ class StatesError(SipItError):
 
 class ModelError(SipItError):
     """A model that cannot be loaded, or a question that it cannot answer."""
+
+
+@contextmanager
+def plain_settings() -> Iterator[None]:
+    """No TF32 in products, autocast, inference mode, default format or device."""
+    products = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        for setting in products:
+            before = setting.fp32_precision
+            stack.callback(setattr, setting, "fp32_precision", before)
+            setting.fp32_precision = "ieee"
+        torch.set_default_dtype(torch.float32)
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":  # a context of its own slows down
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 class LanguageModel:
@@ -134,6 +157,7 @@ class LanguageModel:
             expected = f"tokens are 0 to {self.vocab_size - 1}"
             raise ModelError(f"got ids from {ids.min()} to {ids.max()}; {expected}")
 
+    @plain_settings()
     def states(self, prompt: str | Tensor, layer: int) -> Float[Tensor, "*batch pos d"]:
         """Hidden states H^(ℓ) at every position, before the final norm.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sipit_lite.memory import advised, is_out_of_memory
-from sipit_lite.model import LanguageModel, ModelError
+from sipit_lite.model import LanguageModel, ModelError, plain_settings
 
 ROWS = 256  # candidates a pass: enough to keep the matrix products busy
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -61,6 +61,7 @@ class OneStepMap:
         states, (step,) = self.branch(ids[None])
         return states[0], step
 
+    @plain_settings()
     def branch(self, rows: Tensor) -> tuple[Tensor, list["OneStepMap"]]:
         """States of continuations, shape (rows, pos, d), and the map after each row."""
         cache = self._cache(len(rows))
@@ -79,6 +80,7 @@ class OneStepMap:
         past = ((k[:, :, :position], v[:, :, :position]) for k, v in self.past)
         return replace(self, position=position, past=tuple(past))
 
+    @plain_settings()
     def tokens(self, tokens: Int[Tensor, " rows"]) -> Rows:
         """F(v) for each candidate token, shape (candidates, d_model)."""
         copied = sum(keys.numel() + values.numel() for keys, values in self.past)

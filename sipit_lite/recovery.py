@@ -1,6 +1,6 @@
 """What an inversion gives: a recovered prompt, or an error that carries one."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -15,8 +15,10 @@ class Recovery:
     ``distance`` is ‖F(v) − ĥ_t‖₂ of the accepted token v and ``radius`` the ε_t it had
     to meet; ``runner_up`` the smallest distance of another token tested, infinite where
     none was; ``tested`` counts them. ``verified`` is False only where a token that no
-    test accepted was taken (``on_fail="nearest"``). ``margin`` is Δ_{π,t} where
-    ``certify=True`` measured it, else NaN; ``seconds`` is wall-clock time.
+    test accepted was taken (``on_fail="nearest"``), and ``twins`` lists by position the
+    tokens that verify where several do. ``margin`` is the distance from the state of v
+    to the nearest state of any other token, at least Δ_{π,t}, where ``certify=True``
+    measured it, else NaN; ``seconds`` is wall-clock time.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -29,21 +31,17 @@ class Recovery:
     text: str = ""
     seconds: float = 0.0
     layer: int | None = None
-
-    def first(self, count: int) -> "Recovery":
-        """The first positions alone, as copies; ``text`` stays."""
-        columns = {n: x for n, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **{n: x[:count].clone() for n, x in columns.items()})
+    twins: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def headroom(self) -> Float[Tensor, " pos"]:
-        """Noise each state could still bear: Δ_{π,t}/2 − ``distance`` (Theorem 3.2)."""
+        """Noise each state could still bear: ``margin``/2 − ``distance`` (Thm. 3.2)."""
         return self.margin / 2 - self.distance
 
     @property
     def certified(self) -> bool:
-        """Whether every residual is below Δ_{π,t}/2."""
-        return bool((self.headroom > 0).all())
+        """Whether all are verified, each residual below half its token's margin."""
+        return bool((self.verified & (self.headroom > 0)).all())
 
 
 class NotVerified(SipItError):

@@ -7,12 +7,13 @@ cannot be verified (``acceptance``) is an error that carries the verified prefix
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -21,11 +22,10 @@ from sipit_lite.acceptance import (
     Observation,
     agreeing,
     bit_for_bit,
-    separated,
+    related,
     try_candidates,
 )
-from sipit_lite.collisions import closest_pairs
-from sipit_lite.model import LanguageModel, StatesError
+from sipit_lite.model import LanguageModel, StatesError, plain_settings
 from sipit_lite.onestep import OneStepMap
 from sipit_lite.policies import Drafter, Gradient, Policy
 from sipit_lite.recovery import Ambiguous, Interrupted, NotVerified, Outcome, Recovery
@@ -67,8 +67,8 @@ def invert(
     passes
         For 16 bits: how many positions each pass computed; one pass by default.
     certify
-        Test all tokens at each position and measure Δ_{π,t}. All are tested anyway with
-        ``epsilon``, in 16 bits, and for states coarser than the model's format.
+        Test all tokens and measure the margin of the accepted one. All are tested
+        anyway with ``epsilon``, in 16 bits, and for states stored more coarsely.
     on_fail
         ``"nearest"`` takes the nearest token where none or several verify, marks it as
         not ``verified``, and goes on.
@@ -98,6 +98,7 @@ def invert(
     return outcome
 
 
+@plain_settings()
 def invert_many(
     states: Sequence[Tensor],
     model: LanguageModel,
@@ -124,18 +125,20 @@ def invert_many(
     shared = _Options(model, layer, **options)
     prompts = [_Prompt(shared) for _ in states]
     try:
+        model.check_layer(layer)
+        if shared.lens is not None:
+            shared.lens.check(model, layer)
         for i, prompt in enumerate(prompts):
             noise = epsilon[i] if isinstance(epsilon, Sequence) else epsilon
-            width = half_width[i] if half_width else None
-            prompt.observe(states[i], noise, width, passes[i] if passes else None)
+            width = half_width and half_width[i]
+            prompt.observe(states[i], noise, width, passes and passes[i])
         _recover(prompts, shared, progress)
+        return [prompt.error or prompt.recovered() for prompt in prompts]
     except KeyboardInterrupt:
+        outcomes = [prompt.error or prompt.recovered() for prompt in prompts]
         # The one that was being read; all others are in the outcomes.
-        stopped = next((p for p in prompts if not p.done), prompts[0]).recovered()
-        raise Interrupted(
-            stopped, [p.error or p.recovered() for p in prompts]
-        ) from None
-    return [prompt.error or prompt.recovered() for prompt in prompts]
+        stopped = [prompt for prompt in prompts if not prompt.done] or prompts
+        raise Interrupted(stopped[0].recovered(), outcomes) from None
 
 
 @dataclass
@@ -156,10 +159,7 @@ class _Options:
             got = f"got policy={self.policy!r}, on_fail={self.on_fail!r}"
             expected = "expected 'auto' or a policy, 'raise' or 'nearest'"
             raise StatesError(f"{got}; {expected}")
-        self.model.check_layer(self.layer)
         self.drafts = self.lens is not None and self.policy == "auto"
-        if self.lens is not None:
-            self.lens.check(self.model, self.layer)
         if self.policy == "auto":
             self.policy = Gradient() if self.lens is None else self.lens.search()
 
@@ -167,8 +167,7 @@ class _Options:
 class _Prompt:
     """One prompt on its way: ``length`` positions are settled, at best drafted behind.
 
-    ``recovery`` has a row for every position; ``tokens`` holds those that are settled
-    and the draft behind them, on the device. ``error`` ends the prompt.
+    ``recovery`` has a row for every position; ``tokens`` are those settled and drafted.
     """
 
     def __init__(self, options: _Options) -> None:
@@ -178,9 +177,8 @@ class _Prompt:
         self.recovery = _blank(torch.zeros(0))
         self.tokens = options.model.vocabulary[:0]  # none yet, on the right device
         self.length = 0
-        self.drafted = False
         self.searched = False  # if not, one pass has read it all
-        self.error: StatesError | NotVerified | None = None
+        self.error: StatesError | NotVerified | None = None  # ends the prompt
 
     def observe(self, states: object, noise: Bound, width: Bound, passes: Any) -> None:
         """Check what was observed; ``error`` says what is wrong with it."""
@@ -201,7 +199,8 @@ class _Prompt:
         # Announced noise is no rounding, which a pass of the same length would repeat.
         self.repeatable = sixteen_bits and noise is None
         # Where two tokens could fit one stored state, only a scan can tell.
-        coarse = sixteen_bits or not self.observed.exact or noise is not None
+        rounded = bool(self.observed.half_width.any())
+        coarse = sixteen_bits or rounded or noise is not None
         self.exhaustive = coarse or options.certify or options.on_fail == "nearest"
 
     @property
@@ -211,17 +210,22 @@ class _Prompt:
 
     def recovered(self) -> Recovery:
         """The positions that are settled."""
-        recovery = self.recovery.first(self.length)
-        recovery.text = self.options.model.decode(recovery.tokens)
-        recovery.seconds = time.perf_counter() - self.started
-        return recovery
+        columns = {}
+        for name, column in vars(self.recovery).items():
+            if isinstance(column, Tensor):
+                columns[name] = column[: self.length].clone()
+        text = self.options.model.decode(columns["tokens"])
+        seconds = time.perf_counter() - self.started
+        return replace(self.recovery, **columns, text=text, seconds=seconds)
 
-    def accept_draft(self, states: Float[Tensor, "read d_model"]) -> None:
+    def accept_draft(self, states: Tensor) -> None:
         """Settle the drafted tokens that agree, up to the first that does not."""
         first = self.length
         draft = self.tokens[first:]
-        model = self.options.model
-        accepted, distance = agreeing(self.observed, draft, states, model)
+        if len(draft) == 0:
+            return
+        twins = related(self.options.model, self.options.layer)
+        accepted, distance = agreeing(self.observed, draft, states, twins)
         end = first + accepted
         self.recovery.tokens[first:end] = draft[:accepted].cpu()
         self.recovery.distance[first:end] = distance[:accepted].cpu()
@@ -232,22 +236,21 @@ class _Prompt:
         t = self.length
         options = self.options
         observed = self.observed
-        margin = float("nan")
         if self.exhaustive:
             states = step.tokens(options.model.vocabulary)
             distance = observed.distance(t, states)
-            if options.certify:
-                margin = closest_pairs(states, 1).minimum
         else:
-            row = observed.states[t]
-            order = options.policy.proposals(step, row, self.generator)
-            trusting = self.drafted
-            distance = try_candidates(step, observed, t, order, trusting=trusting)
+            order = options.policy.proposals(step, observed.states[t], self.generator)
+            distance = try_candidates(step, observed, t, order, trusting=options.drafts)
         radius = float(observed.radius[t])
         if self.repeatable:
             known = (self.tokens[:t], self.passes)
             distance, radius = bit_for_bit(distance, observed, *known, step)
-        self.recovery.margin[t] = margin
+        if options.certify:
+            best = distance.argmin()
+            gaps = vector_norm((states - states[best]).double(), dim=1)
+            gaps[best] = torch.inf  # of all others the nearest, twins included
+            self.recovery.margin[t] = gaps.min()
         self.settle(t, distance, radius)
 
     def settle(self, t: int, distance: Float[Tensor, " vocab"], radius: float) -> None:
@@ -263,6 +266,8 @@ class _Prompt:
         row.radius[t] = radius
         row.tested[t] = (~distance.isnan()).sum()
         row.verified[t] = len(verified) == 1
+        if len(verified) > 1:
+            row.twins[t] = verified.tolist()
         if row.verified[t] or self.options.on_fail == "nearest":
             # The draft behind the position stays: it is read again after this token.
             behind = self.tokens[t + 1 :]
@@ -321,18 +326,23 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     """Algorithm 1: draft, read the drafts, finish each prompt; read all once more."""
     prompts = [prompt for prompt in prompts if prompt.error is None]
     quick = [prompt for prompt in prompts if options.drafts and not prompt.exhaustive]
-    if quick and separated(options.model, options.layer):
+    if quick:
         drafts = options.lens.draft(torch.cat([p.observed.states for p in quick]))
-        for prompt in quick:
-            prompt.drafted = True
-            prompt.tokens = drafts[: len(prompt.observed)].clone()
-            drafts = drafts[len(prompt.observed) :]
+        counts = [len(prompt.observed) for prompt in quick]
+        for prompt, tokens in zip(quick, drafts.split(counts), strict=True):
+            prompt.tokens = tokens
     count = sum(len(prompt.observed) for prompt in prompts)
     start = OneStepMap.after(options.model, options.layer)
     with tqdm(total=count, desc="inverting", disable=None if progress else True) as bar:
         for batch in _batches(prompts):
-            for prompt, states, step in _read(batch, start):
-                _finish(prompt, states, step, bar)
+            # Padding stands behind a prompt, where none of its positions looks.
+            rows = pad_sequence([prompt.tokens for prompt in batch], batch_first=True)
+            together = rows  # nothing is drafted, and no model reads empty prompts
+            steps = [start] * len(batch)
+            if rows.shape[1] > 0:
+                together, steps = start.branch(rows)
+            for prompt, states, step in zip(batch, together, steps, strict=True):
+                _finish(prompt, states[: len(prompt.tokens)], step, bar)
     searched = [prompt for prompt in prompts if prompt.searched and not prompt.error]
     for batch in _batches(searched):
         # No cache this time: were the one-step map wrong, this pass would show it.
@@ -364,16 +374,3 @@ def _batches(prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
         fitting = max(1, PASS // max(1, len(waiting[-1].tokens)))
         yield waiting[-fitting:]
         waiting = waiting[:-fitting]
-
-
-def _read(batch: list[_Prompt], start: OneStepMap) -> Iterator[tuple]:
-    """Each prompt with the states of its draft and the map after it."""
-    # Padding stands behind a prompt, where none of its positions looks.
-    rows = pad_sequence([prompt.tokens for prompt in batch], batch_first=True)
-    if rows.shape[1] == 0:  # nothing is drafted, and no model reads empty prompts
-        yield from ((prompt, prompt.observed.states[:0], start) for prompt in batch)
-        return
-    together, steps = start.branch(rows)
-    for prompt, states, step in zip(batch, together, steps, strict=True):
-        count = len(prompt.tokens)
-        yield prompt, states[:count], step.crop(count)

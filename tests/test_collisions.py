@@ -22,7 +22,7 @@ from sipit_lite import (
     invert,
     margins,
 )
-from sipit_lite.collisions import CollisionReport, first_occurrences, float32_slack
+from sipit_lite.collisions import CollisionReport, float32_slack
 from sipit_lite.io.text import prompts
 
 Family = tuple[PreTrainedModel, LanguageModel]
@@ -301,9 +301,10 @@ def test_bad_input_is_refused_by_name(
 
 
 def test_repeated_prompts() -> None:
-    """Places of first occurrences; prompts of different lengths are different."""
+    """Their rows are left out; prompts of different lengths are different."""
     prompts = [torch.tensor(ids) for ids in ([1, 2], [1], [1, 2], [1, 2, 3], [1])]
-    assert first_occurrences(prompts).tolist() == [0, 1, 3]
+    report = closest_pairs(cloud("gaussian", 5, 4, 0), 1, prompts=prompts)
+    assert report.rows.tolist() == [0, 1, 3] and report.duplicates == 2
 
 
 def test_nothing_of_the_caller_changes() -> None:
@@ -375,14 +376,17 @@ def test_margins_equal_to_all_pairs(family: Family, prompt: Tensor) -> None:
 
 
 def test_one_margin_whoever_computes_it(pocket: LanguageModel) -> None:
-    """By definition, as the closest continuations, as a certificate of ``invert``."""
+    """By definition, as the closest continuations, in a scan and in a certificate."""
     ids = pocket.encode("hidden")
     states = pocket.states(ids, 2)
     brute = OneStepMap.after(pocket, 2, ids[:-1]).margin()
     (report,) = continuations(pocket, [ids[:-1]], 2)
     assert report.minimum == pytest.approx(brute, rel=1e-9)
+    scanned = margins(pocket, ids, 2)
+    assert float(scanned.prefix[-1]) == pytest.approx(brute, rel=1e-5)
     recovery = invert(states, pocket, 2, certify=True)
-    assert float(recovery.margin[-1]) == pytest.approx(brute, rel=1e-5)
+    # A certificate speaks of the accepted token alone.
+    assert torch.allclose(recovery.margin.double(), scanned.token.cpu().double())
     assert recovery.certified
     headroom = recovery.margin / 2 - recovery.distance
     assert torch.allclose(recovery.headroom, headroom)

@@ -14,13 +14,13 @@ ROOMS = ("io", "extensions", "experiments", "teaching", "pocket_gpt2")
 # Lines of each file of the core, docstrings and blank lines included.
 CORE = {
     "__init__.py": 40,
-    "model.py": 240,
+    "model.py": 250,
     "onestep.py": 140,
-    "acceptance.py": 360,
+    "acceptance.py": 370,
     "policies.py": 155,
     "recovery.py": 85,
     "sipit.py": 380,
-    "collisions.py": 425,
+    "collisions.py": 390,
     "memory.py": 35,
 }
 # Caps: before you add, delete. The rooms are still to come down, to 8 600 in all.
