@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sipit_lite.acceptance import noise_floor, separated
+from sipit_lite.acceptance import noise_floor, related
 from sipit_lite.collisions import closest_pairs
 from sipit_lite.experiments import baselines, checks, null_models, survey
 from sipit_lite.experiments.margins import continuations
@@ -400,7 +400,7 @@ def _by_layer(
     for layer in _layers(model, plan, depths):
         # What is done once for a model and a layer is not in the seconds.
         lens = _lens(model, layer, plan) if "here" in plan.ways else None
-        separated(model, layer)
+        related(model, layer)
         noise_floor(model, layer)
         for group, prompts in groups.items():
             states = [model.states(ids, layer) for ids in prompts]
