@@ -206,7 +206,6 @@ def capture(
     layers: Annotated[list[int] | None, Option("--layer", "--layers")] = None,
     output: Annotated[str, Option("-o", "--output")] = "states.safetensors",
     dtype: Annotated[Literal[Format, "int8"] | None, Option(help="On disk.")] = None,
-    keep_text: Annotated[bool, Option("--keep-text", help="The text as well.")] = False,
 ) -> None:
     """Write the hidden states of a text, and not the text, to a file.
 
@@ -217,11 +216,11 @@ def capture(
         # What is no UTF-8 becomes surrogates, which no tokenizer takes.
         text = sys.stdin.buffer.read().decode(errors="surrogateescape")
     model = session.open(max(layers) if layers else None)
-    options = {"dtype": dtype and getattr(torch, dtype), "keep_text": keep_text}
-    stored = sl.write_states(output, model, text, layers or model.n_layers, **options)
+    form = getattr(torch, dtype) if dtype else None
+    layers = layers or [model.n_layers]
+    stored = sl.write_states(output, model, text, layers, dtype=form)
     summary = {"file": output, "model": model.name, "layers": list(stored.states)}
     summary["dtype"] = str(stored.at(stored.layer).dtype).removeprefix("torch.")
-    summary["text kept"] = keep_text
     line = "  ".join(f"{name}: {value}" for name, value in summary.items())
     session.show(summary, line)
 

@@ -70,7 +70,6 @@ def test_capture_then_invert(tmp_path: Path, capsys: Output) -> None:
     summary = strict(capsys.readouterr().out)
     assert summary["file"] == str(path)
     assert (summary["layers"], summary["dtype"]) == ([2, 4], "float32")
-    assert summary["text kept"] is False
     assert run("invert", path) == 0
     assert capsys.readouterr().out == text + "\n"
 
@@ -157,7 +156,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list, str]]:
         "layer not in the file": ([good, "--layer", 2], "got layer 2"),
         "another model": ([noise], "no token verifies"),
         "a model we do not know": ([stranger], "'/some/folder'; expected --model"),
-        "no file": ([folder / "none"], "there is no file"),
+        "no file": ([folder / "none"], "not a complete safetensors file"),
         "truncated": ([folder / "short"], "not a complete safetensors file"),
         "not safetensors": ([folder / "text"], "not a complete safetensors file"),
         "no fields": ([folder / "bare"], "expected tensors 'layer.ℓ'"),

@@ -2,9 +2,8 @@
 
 A safetensors file holds the states of one prompt. Tensors: ``layer.ℓ``, shape (T, d),
 and, for 8-bit integers, ``layer.ℓ.scale``, shape (T,): the states are their product.
-Metadata: ``format``, ``model``; ``begin``, the token that the tokenizer puts first;
-``passes``, the positions of each forward pass. By request alone, the prompt: metadata
-``text`` and tensor ``ids``.
+Metadata: ``format``, ``model``, ``begin`` (the token that the tokenizer puts first),
+``passes`` (positions of each). Never the prompt: the file shows what states tell.
 """
 
 import re
@@ -37,7 +36,7 @@ class Captured:
     """The states of one prompt at one or more layers, and where they come from.
 
     ``states`` maps a layer to its states, shape (T, d), ``scales`` one of 8-bit
-    integers to its scale, shape (T,); ``text`` may be there. The rest as in a file.
+    integers to its scale, shape (T,). The rest is as in a file.
     """
 
     states: Mapping[int, Tensor]
@@ -45,7 +44,6 @@ class Captured:
     scales: Mapping[int, Tensor] = field(default_factory=dict)
     begin: int | None = None
     passes: tuple[int, ...] | None = None
-    text: str | None = None
 
     @classmethod
     def of(cls, states: Mapping, model: Any, dtype: Any, passes: Any) -> "Captured":
@@ -80,11 +78,12 @@ class Captured:
 
     def check(self, model: LanguageModel) -> None:
         """Raise ``StatesError`` where the tokenizer of ``model`` begins otherwise."""
-        if self.begin is None or model.tokenizer is None or self.begin == model.begin:
-            return
-        puts = "none" if model.begin is None else f"token {model.begin}"
-        there = f"the tokenizer of {model.name} puts {puts} first: expected another"
-        raise StatesError(f"got prompts with begin-of-text token {self.begin}; {there}")
+        known = self.begin is not None and model.tokenizer is not None
+        if known and self.begin != model.begin:
+            got = f"got prompts with begin-of-text token {self.begin}"
+            puts = "none" if model.begin is None else f"token {model.begin}"
+            there = f"the tokenizer of {model.name} puts {puts} first"
+            raise StatesError(f"{got}; {there}: expected another")
 
     def invert(
         self, model: LanguageModel, layer: int | None = None, **options: Any
@@ -96,7 +95,7 @@ class Captured:
         self.check(model)
         if layer is None:
             layer = getattr(options.get("lens"), "layer", None)
-        refusal: Exception = StatesError("got a Captured without states")
+        refusal = StatesError("got a Captured without states")
         for number in sorted(self.states) if layer is None else [layer]:
             states = self.at(number)
             known: dict[str, Any] = {"passes": self.passes}
@@ -145,16 +144,15 @@ class Tape:
         # Where this pass begins, and where the last one ended.
         start = 0 if cache is None else int(cache.get_seq_length())
         seen = sum(self.passes)
-        got = "inside capture, got a"
-        if len(given) != 1:
-            raise StatesError(f"{got} batch of {len(given)} prompts; expected one")
-        if padded:
-            raise StatesError(f"{got} prompt with padding; expected a mask of ones")
-        if decoder.training:
-            raise StatesError(f"{got} model in training mode; expected model.eval()")
-        if start != seen:
-            place = f"pass from position {start} after {seen} captured ones"
-            raise StatesError(f"{got} {place}; expected one prompt, with its cache")
+        place = f"pass from position {start} after {seen} captured ones"
+        wrong = {
+            f"batch of {len(given)} prompts; expected one": len(given) != 1,
+            "prompt with padding; expected a mask of ones": padded,
+            "model in training mode; expected model.eval()": decoder.training,
+            f"{place}; expected one prompt, with its cache": start != seen,
+        }
+        for message in filter(wrong.get, wrong):
+            raise StatesError(f"inside capture, got a {message}")
         self.passes.append(given.shape[1])
         self.thread = thread
 
@@ -207,12 +205,10 @@ def capture(
     """Record the hidden states of one prompt while any ``transformers`` decoder runs.
 
     A generation adds its tokens pass by pass, all but the last, which no model reads.
-    An error or Ctrl-C inside leaves, and writes, the passes that are complete.
-
-    ``layers`` are 0 (embeddings) to L, by default L; ``dtype`` is a format to round to,
-    as ``torch.int8``; with a tokenizer, the file says which token it puts first. Raises
-    ``StatesError`` for bad ones, and inside for a batch, padding, dropout or another
-    prompt.
+    An error or Ctrl-C inside leaves, and writes, the passes that are complete. With a
+    tokenizer, the file says which token it puts first; ``dtype``, as ``torch.int8``, is
+    a format to round to. Raises ``StatesError`` for a bad one or a layer beyond 0
+    (embeddings) to L, and inside for a batch, padding, dropout or another prompt.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -237,7 +233,7 @@ def capture(
     finally:
         # After an error, a file only where there is something to write.
         if path is not None and (finished or all(tape.rows.values())):
-            _save(path, tape.captured(), {})
+            _save(path, tape.captured())
 
 
 def write_states(
@@ -247,21 +243,17 @@ def write_states(
     layers: int | Sequence[int],
     *,
     dtype: torch.dtype | None = None,
-    keep_text: bool = False,
 ) -> Captured:
     """Write the hidden states of a text at one or more layers into a safetensors file.
 
-    ``dtype`` rounds them first; ``keep_text`` writes the text and its ids as well.
-    Raises ``ModelError`` for a bad text or layer, ``StatesError`` where the file cannot
-    be written or ``dtype`` cannot hold the states.
+    ``dtype`` rounds them first. Raises ``ModelError`` for a bad text or layer,
+    ``StatesError`` for a bad ``dtype``, or a file that cannot be written.
     """
     layers = [layers] if isinstance(layers, int) else sorted(set(layers))
     ids = model.encode(text)
     states = {layer: model.states(ids, layer).cpu() for layer in layers}
     captured = Captured.of(states, model, dtype, [len(ids)])
-    # By default not the text: the file is there to show what states tell.
-    captured = replace(captured, text=text if keep_text else None)
-    _save(path, captured, {"ids": ids.cpu()} if keep_text else {})
+    _save(path, captured)
     return captured
 
 
@@ -271,13 +263,11 @@ def read_states(path: str | Path) -> Captured:
     Raises ``StatesError`` where it is missing, truncated, or without the fields.
     """
     got = f"got {str(path)!r}"
-    if not Path(path).is_file():
-        raise StatesError(f"{got}, where there is no file of states")
     try:
         tensors, metadata = read(path)
     except (SafetensorError, OSError) as error:
-        refusal = f"{got}, not a complete safetensors file ({error})"
-        raise StatesError(refusal) from error
+        reason = f"not a complete safetensors file ({error})"
+        raise StatesError(f"{got}, {reason}") from error
     named = {int(name[6:]): x for name, x in tensors.items() if LAYER.fullmatch(name)}
     states = dict(sorted(named.items()))  # by number: as names, 10 is before 2
     scales = {}
@@ -290,8 +280,7 @@ def read_states(path: str | Path) -> Captured:
                 scales[layer] = tensors[f"layer.{layer}.scale"]
         begin = int(metadata["begin"]) if "begin" in metadata else None
         passes = tuple(map(int, metadata.get("passes", "").split())) or None
-        text = metadata.get("text")
-        return Captured(states, metadata["model"], scales, begin, passes, text)
+        return Captured(states, metadata["model"], scales, begin, passes)
     except (KeyError, ValueError) as error:  # a field is missing, or is no number
         there = f"tensors {sorted(tensors)} and metadata {sorted(metadata)}"
         fields = f"'layer.ℓ', 'layer.ℓ.scale' for 8-bit integers; 'format' ({FORMAT!r})"
@@ -299,13 +288,14 @@ def read_states(path: str | Path) -> Captured:
         raise StatesError(f"{got} with {there}; {expected}") from error
 
 
-def _save(path: str | Path, captured: Captured, extra: Mapping[str, Tensor]) -> None:
+def _save(path: str | Path, captured: Captured) -> None:
     """Write captured states in the format at the head of this file."""
     tensors = {f"layer.{layer}": x.contiguous() for layer, x in captured.states.items()}
     tensors |= {f"layer.{layer}.scale": x for layer, x in captured.scales.items()}
-    passes = " ".join(map(str, captured.passes or ())) or None
-    metadata = {name: getattr(captured, name) for name in ("model", "begin", "text")}
-    metadata |= {"format": FORMAT, "passes": passes}
-    written = {name: str(x) for name, x in metadata.items() if x is not None}
+    metadata = {"format": FORMAT, "model": captured.model}
+    if captured.begin is not None:
+        metadata["begin"] = str(captured.begin)
+    if captured.passes:
+        metadata["passes"] = " ".join(map(str, captured.passes))
     with replacing(path, StatesError, folders=False) as part:
-        save_file(tensors | dict(extra), part, written)
+        save_file(tensors, part, metadata)

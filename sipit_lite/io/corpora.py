@@ -21,7 +21,6 @@ from sipit_lite.io.loading import hub_in_reach
 from sipit_lite.io.text import TextError, distinct
 from sipit_lite.model import edge_tokens
 
-Document = Mapping[str, object]  # its text is under "text"
 # Name on the hub, configuration, column of the text; The Pile in its public copy.
 CORPORA = {
     "wikipedia": ("wikimedia/wikipedia", "20231101.en", "text"),
@@ -49,15 +48,12 @@ def from_source(
     kinds: Sequence[str] = ("prose", "code"),
     folder: str | Path | None = None,
 ) -> list[Int[Tensor, " pos"]]:
-    """``count`` different prompts: ``sampled`` from the corpora, else ``distinct``.
-
-    ``folder`` keeps what was streamed. Raises ``TextError`` as these two do.
-    """
+    """``sampled`` from the corpora, kept in ``folder``, else ``distinct``."""
     if tokenizer is None:
         raise TextError("got a model without a tokenizer; expected one that has it")
     if source != "corpora":
         return distinct(tokenizer, count, length, kinds=kinds, seed=seed, source=source)
-    path = None if folder is None else Path(folder) / FILE
+    path = Path(folder, FILE) if folder else None
     options = {"seed": seed, "path": path, "progress": True}
     return sampled(tokenizer, count, length, open_corpora(seed), **options)
 
@@ -66,7 +62,7 @@ def sampled(
     tokenizer: Any,
     count: int,
     length: int,
-    streams: Mapping[str, Iterable[Document]],
+    streams: Mapping[str, Iterable[Mapping]],
     *,
     seed: int = 0,
     path: str | Path | None = None,
@@ -76,7 +72,6 @@ def sampled(
 
     A document gives one window, which ``seed`` and its text choose, behind the begin
     token of the tokenizer; the next one steps in where that prompt is there already.
-
     ``path`` keeps prompts and places, also after an error or Ctrl-C: the same call goes
     on from there. Raises ``CorporaError`` for a stream that breaks off or ends early.
     """
@@ -121,17 +116,14 @@ def sampled(
     return [torch.tensor(ids) for ids in islice(prompts, count)]
 
 
-def open_corpora(seed: int = 0) -> dict[str, Iterable[Document]]:
-    """The corpora as streams of ``datasets``; the seed shuffles their files.
-
-    Raises ``CorporaError`` without that package, or where the hub is out of reach.
-    """
+def open_corpora(seed: int = 0) -> dict[str, Iterable[Mapping]]:
+    """The corpora as streams, files shuffled; ``CorporaError`` where out of reach."""
     try:
         import datasets
     except ImportError as error:
         expected = f"expected pip install 'sipit-lite[datasets]', {OTHERWISE}"
-        refusal = f"got source='corpora' without the package datasets; {expected}"
-        raise CorporaError(refusal) from error
+        got = "got source='corpora' without the package datasets"
+        raise CorporaError(f"{got}; {expected}") from error
     # It warns that resuming loses the shuffle buffer; one of size 1 is empty.
     datasets.logging.set_verbosity_error()
     streams = {}
@@ -143,7 +135,7 @@ def open_corpora(seed: int = 0) -> dict[str, Iterable[Document]]:
             stream = datasets.load_dataset(name, configuration, **options)
             stream = stream.select_columns([column])
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            reason = " ".join(str(error).split())  # in one line
+            reason = " ".join(str(error).split())
             got = f"got source='corpora' and no way to {name} ({reason})"
             raise CorporaError(f"{got}; expected a network, {OTHERWISE}") from error
         if column != "text":
@@ -163,7 +155,7 @@ def _window(tokenizer: Any, text: str, size: int, seed: int) -> tuple[int, ...]:
     return tuple(ids[start : start + size])
 
 
-def _texts(name: str, stream: Iterable[Document]) -> Iterator[str]:
+def _texts(name: str, stream: Iterable[Mapping]) -> Iterator[str]:
     """Text after text; whatever goes wrong in the stream is said in one line."""
     try:
         for document in stream:

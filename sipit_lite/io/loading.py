@@ -49,9 +49,8 @@ class Footprint:
         half = self.bytes * 2 / self.dtype.itemsize / GIB
         rest = self.bytes - self.n_layers * self.bytes_per_block  # embeddings and norm
         layers = max(0, (self.free - rest) // max(self.bytes_per_block, 1))
-        size = (rest + layers * self.bytes_per_block) / GIB
-        fewer = f"layers={layers} of {self.n_layers} takes {size:.2f} GiB"
-        return f"dtype=torch.bfloat16 takes {half:.2f} GiB; {fewer}; device_map='auto'"
+        fewer = f"layers={layers} of {self.n_layers} takes less; device_map='auto'"
+        return f"dtype=torch.bfloat16 takes {half:.2f} GiB; {fewer}"
 
     def __str__(self) -> str:
         size = f"{self.parameters:,} parameters, {self.n_layers} blocks, take "
@@ -73,7 +72,8 @@ def load(
 ) -> LanguageModel:
     """Load pocket-gpt2, a model of the Hugging Face hub, or one in a local folder.
 
-    Code that comes with a model is never run.
+    Code that comes with a model is never run. Raises ``ModelError`` for one out of
+    reach, gated, not causal, or too large for the memory.
 
     Parameters
     ----------
@@ -84,10 +84,6 @@ def load(
     random_init, seed: weights as the architecture draws them; no download for "gpt2"
     progress: say on standard error what the weights will take, before any is read
 
-    Raises
-    ------
-    ModelError: for one out of reach, gated, not causal, or too large for the memory.
-
     >>> load(device="cpu").name
     'pocket-gpt2'
     """
@@ -97,8 +93,8 @@ def load(
     name = str(os.environ.get("SIPIT_LITE_MODEL") or POCKET if name is None else name)
     place = str(files("sipit_lite") / "pocket_gpt2") if name == POCKET else name
     target = pick_device(device)
-    given = {"device_map": device_map, "quantization_config": quantization_config}
-    placed = {option: value for option, value in given.items() if value is not None}
+    placed = {"device_map": device_map, "quantization_config": quantization_config}
+    placed = {option: value for option, value in placed.items() if value is not None}
     common = OURS | {"local_files_only": os.path.isdir(place) or not hub_in_reach()}
     bits = 4 if getattr(quantization_config, "load_in_4bit", False) else None
     bits = 8 if getattr(quantization_config, "load_in_8bit", False) else bits
@@ -111,8 +107,7 @@ def load(
                 config = AutoConfig.from_pretrained(place, **common)
             if config.is_encoder_decoder:
                 kind = f"sequence-to-sequence model ({config.model_type})"
-                expected = "expected a decoder-only language model"
-                raise ModelError(f"got {name!r}, a {kind}; {expected}")
+                raise ModelError(f"got {name!r}, a {kind}; expected a decoder-only one")
             config = shortened(config, layers)
             needed = footprint(config, dtype, target, bits)
             if name != POCKET and progress:
@@ -150,8 +145,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     try:
         torch.zeros(1, device=device).item()  # "meta" takes zeros, and has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        expected = "expected 'auto', 'cpu', or a CUDA device in reach"
-        raise ModelError(f"got device {str(device)!r}; {expected}") from error
+        got = f"got device {str(device)!r}; expected 'auto', 'cpu', or CUDA in reach"
+        raise ModelError(got) from error
     return torch.device(device)
 
 
@@ -205,8 +200,8 @@ def _reason(name: str, error: BaseException) -> str:
     """Why a model could not be loaded, in one line."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     got = f"got model {name!r}"
-    # The cause may be several errors deep: transformers wraps those of the hub.
-    cause: BaseException | None = error
+    # Errors of the hub may be several deep: transformers wraps them.
+    cause = error
     while cause is not None:
         if isinstance(cause, huggingface_hub.errors.GatedRepoError):
             sent = "a token was sent" if huggingface_hub.get_token() else "not set"
@@ -216,8 +211,7 @@ def _reason(name: str, error: BaseException) -> str:
             return f"{got}, a pickle of more than weights; expected safetensors"
         cause = cause.__cause__ or cause.__context__
     if "trust_remote_code" in str(error):
-        expected = "expected an architecture of transformers"
-        return f"{got}, which comes with code of its own, never run here; {expected}"
+        return f"{got} with code of its own, never run; expected one of transformers"
     if isinstance(error, ImportError) or re.search("accelerate|bitsandbytes", reason):
         needs = "options that need more packages: pip install 'sipit-lite[quantised]'"
         return f"{got} with {needs} ({reason})"
@@ -230,8 +224,8 @@ def _stored(place: str, options: dict) -> nn.Module:
     options["output_loading_info"] = True
     model, report = AutoModel.from_pretrained(place, **options)
     if missing := sorted(report["missing_keys"]):
-        lacking = f"without {len(missing)} of its weights, among them {missing[0]!r}"
-        raise ModelError(f"got {place!r} {lacking}")
+        lacking = f"{len(missing)} of its weights, among them {missing[0]!r}"
+        raise ModelError(f"got {place!r} without {lacking}")
     return model
 
 
@@ -245,8 +239,7 @@ def _check_causal(model: LanguageModel) -> None:
     moved = float((one - other).norm() / one.norm())
     if moved > torch.finfo(model.dtype).eps ** 0.5:
         got = f"got {model.name}, whose first state moves by {moved:.1e} of its norm"
-        expected = "expected a causal decoder (this may be an encoder)"
-        raise ModelError(f"{got} with the second token; {expected}")
+        raise ModelError(f"{got} with the second token; expected a causal decoder")
 
 
 def _tokenizer(place: str, common: dict) -> Any:

@@ -32,8 +32,8 @@ def last_states(
 
     ``folder`` keeps them in files, which processes share and a stopped run goes on
     from; those of another model, layer or prompt are made anew. Raises ``ModelError``
-    for a bad layer or prompt, or one that does not fit into memory; ``StatesError`` for
-    none of them, or a folder that cannot be written to.
+    for a bad layer or prompt, or too little memory; ``StatesError`` for none of them,
+    or a folder that cannot be written to.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")

@@ -50,9 +50,8 @@ def prompts(
 ) -> Iterator[Int[Tensor, " pos"]]:
     """Yield windows of text that do not overlap, or random tokens without end.
 
-    ``kind``, ``source``, ``split`` (of installed text) are of ``KINDS``, ``SOURCES``,
-    ``SPLITS``; ``seed`` shuffles the passages or draws the tokens. Raises ``TextError``
-    for others, or a length below one.
+    ``seed`` shuffles bundled passages or draws tokens. Raises ``TextError`` for what is
+    not of ``KINDS``, ``SOURCES``, ``SPLITS`` (of installed text), or no length.
 
     >>> from sipit_lite import load
     >>> [len(ids) for ids, _ in zip(prompts(load().tokenizer, "prose", 8), range(3))]
@@ -81,10 +80,7 @@ def prompts(
 def windows(
     tokenizer: Any, count: int, length: int, *, kinds: Any = KINDS[:2], **options: Any
 ) -> list[Int[Tensor, " pos"]]:
-    """``prompts`` of several kinds in turn, until ``count`` differ or the text ends.
-
-    Repeated ones stay in. ``options`` are those of ``prompts``.
-    """
+    """``prompts`` of kinds in turn, until ``count`` differ; repeated ones stay in."""
     options = {"split": "train"} | options  # bulk work leaves held-out text alone
     streams = [prompts(tokenizer, kind, length, **options) for kind in kinds]
     taken = []
@@ -154,10 +150,9 @@ def paragraphs(text: str) -> list[str]:
 def is_prose(paragraph: str) -> bool:
     """Whether a paragraph is English sentences, not a table, example or signature."""
     letters = sum(c.isalpha() or c.isspace() for c in paragraph)
-    if len(paragraph) < 60 or letters < 0.88 * len(paragraph):
-        return False
+    words = len(paragraph) >= 60 and letters >= 0.88 * len(paragraph)
     sentences = _SENTENCES.fullmatch(" ".join(paragraph.split()))
-    return bool(sentences) and not _NOT_PROSE.search(paragraph)
+    return words and bool(sentences) and not _NOT_PROSE.search(paragraph)
 
 
 @cache
@@ -181,8 +176,7 @@ def _read(path: Path, kind: str) -> str:
         if kind == "code":
             return source
         # Old sources warn of invalid escapes, which is not our caller's concern.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return ""
