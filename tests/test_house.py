@@ -26,7 +26,7 @@ CORE = {
 # Caps: before you add, delete. The rooms are still to come down, to 8 600 in all.
 BUDGET = {
     "core": 1800,
-    "io": 1110,
+    "io": 1085,
     "extensions": 1160,
     "experiments": 2710,
     "teaching": 1000,

@@ -88,7 +88,7 @@ class Captured:
     def invert(
         self, model: LanguageModel, layer: int | None = None, **options: Any
     ) -> Recovery:
-        """Recover the prompt by ``sipit_lite.invert``, with its options and errors.
+        """Recover the prompt by ``invert``, with its options and errors.
 
         Without a layer, from that of the lens, or the cheapest that does not refuse.
         """
@@ -166,10 +166,7 @@ class Tape:
 def tapped(
     model: LanguageModel, layers: Iterable[int], keep: Callable | None = None
 ) -> Iterator[dict[int, Tensor]]:
-    """While the decoder or a cut runs in this thread: layer → its latest states.
-
-    ``keep`` gets each layer and its states instead, from every thread.
-    """
+    """Layer → its latest states in this thread; ``keep`` gets both, of any thread."""
     # Not ``output_hidden_states``: it leaves hooks in blocks that all cuts share.
     blocks = getattr(model.decoder, model.parts[0])
     states: dict[int, Tensor] = {}
@@ -258,10 +255,7 @@ def write_states(
 
 
 def read_states(path: str | Path) -> Captured:
-    """Read a file that ``capture`` or ``write_states`` wrote.
-
-    Raises ``StatesError`` where it is missing, truncated, or without the fields.
-    """
+    """Read a file of states; ``StatesError`` if missing, cut off, or without fields."""
     got = f"got {str(path)!r}"
     try:
         tensors, metadata = read(path)

@@ -1,10 +1,7 @@
-"""Prompts from the corpora of the paper, streamed from the Hugging Face hub.
-
-Needs ``sipit-lite[datasets]`` and a network; other iterables of documents need neither.
-"""
+"""Prompts from the paper's corpora on the hub, streamed by ``sipit-lite[datasets]``."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -30,12 +27,7 @@ CORPORA = {
 }
 SOURCES = ("bundled", "installed", "corpora")
 FILE = "prompts.safetensors"
-SAVE_EVERY = 4096  # prompts
 OTHERWISE = "or installed text, source='installed' (--source installed)"
-
-
-class CorporaError(TextError):
-    """Corpora that cannot be reached, or that hold too little."""
 
 
 def from_source(
@@ -45,17 +37,15 @@ def from_source(
     *,
     source: str = "bundled",
     seed: int = 0,
-    kinds: Sequence[str] = ("prose", "code"),
     folder: str | Path | None = None,
 ) -> list[Int[Tensor, " pos"]]:
     """``sampled`` from the corpora, kept in ``folder``, else ``distinct``."""
     if tokenizer is None:
         raise TextError("got a model without a tokenizer; expected one that has it")
     if source != "corpora":
-        return distinct(tokenizer, count, length, kinds=kinds, seed=seed, source=source)
+        return distinct(tokenizer, count, length, seed=seed, source=source)
     path = Path(folder, FILE) if folder else None
-    options = {"seed": seed, "path": path, "progress": True}
-    return sampled(tokenizer, count, length, open_corpora(seed), **options)
+    return sampled(tokenizer, count, length, open_corpora(seed), seed=seed, path=path)
 
 
 def sampled(
@@ -66,21 +56,20 @@ def sampled(
     *,
     seed: int = 0,
     path: str | Path | None = None,
-    progress: bool = False,
 ) -> list[Int[Tensor, " pos"]]:
     """``count`` different prompts of ``length`` tokens, the streams in turn.
 
     A document gives one window, which ``seed`` and its text choose, behind the begin
     token of the tokenizer; the next one steps in where that prompt is there already.
     ``path`` keeps prompts and places, also after an error or Ctrl-C: the same call goes
-    on from there. Raises ``CorporaError`` for a stream that breaks off or ends early.
+    on from there. Raises ``TextError`` for a stream that breaks off or ends early.
     """
     begin, _ = edge_tokens(tokenizer)
     first = () if begin is None else (begin,)  # as the tokenizer itself would
     if count < 1 or not streams or length <= len(first):
         got = f"got count={count}, length={length}, {len(streams)} streams"
         more = f"beyond the {len(first)} tokens that the tokenizer puts first"
-        raise CorporaError(f"{got}; expected one or more of each, and a length {more}")
+        raise TextError(f"{got}; expected one or more of each, and a length {more}")
     # What has to be the same for prompts to go on with.
     words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     of = json.dumps([sha256(words).hexdigest(), length, begin, seed, list(streams)])
@@ -92,8 +81,7 @@ def sampled(
         if hasattr(streams[name], "load_state_dict"):
             streams[name].load_state_dict(place)
     texts = {name: _texts(name, stream) for name, stream in streams.items()}
-    bar = tqdm(total=count, desc="prompts", disable=not progress or None)
-    bar.update(min(len(prompts), count))
+    bar = tqdm(total=count, desc="prompts", initial=len(prompts), disable=None)
     try:
         while len(prompts) < count:
             name = list(streams)[len(prompts) % len(streams)]  # shares stay even
@@ -103,13 +91,13 @@ def sampled(
                     break
             else:
                 got = f"got {name!r}, a stream that ended after {len(prompts)} prompts"
-                raise CorporaError(f"{got} of {length} tokens; expected its share")
+                raise TextError(f"{got} of {length} tokens; expected its share")
             prompts[first + window] = None
             if hasattr(streams[name], "state_dict"):
                 places[name] = streams[name].state_dict()
             bar.update()
             # For what ends a run without an exception.
-            if len(prompts) % SAVE_EVERY == 0:
+            if len(prompts) % 4096 == 0:
                 _store(path, of, prompts, places)
     finally:
         _store(path, of, prompts, places)
@@ -117,13 +105,13 @@ def sampled(
 
 
 def open_corpora(seed: int = 0) -> dict[str, Iterable[Mapping]]:
-    """The corpora as streams, files shuffled; ``CorporaError`` where out of reach."""
+    """The corpora as streams, files shuffled; ``TextError`` where out of reach."""
     try:
         import datasets
     except ImportError as error:
         expected = f"expected pip install 'sipit-lite[datasets]', {OTHERWISE}"
         got = "got source='corpora' without the package datasets"
-        raise CorporaError(f"{got}; {expected}") from error
+        raise TextError(f"{got}; {expected}") from error
     # It warns that resuming loses the shuffle buffer; one of size 1 is empty.
     datasets.logging.set_verbosity_error()
     streams = {}
@@ -137,7 +125,7 @@ def open_corpora(seed: int = 0) -> dict[str, Iterable[Mapping]]:
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             reason = " ".join(str(error).split())
             got = f"got source='corpora' and no way to {name} ({reason})"
-            raise CorporaError(f"{got}; expected a network, {OTHERWISE}") from error
+            raise TextError(f"{got}; expected a network, {OTHERWISE}") from error
         if column != "text":
             stream = stream.rename_column(column, "text")
         streams[corpus] = stream.shuffle(seed=seed, buffer_size=1)  # of its files
@@ -165,7 +153,7 @@ def _texts(name: str, stream: Iterable[Mapping]) -> Iterator[str]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         expected = "expected documents with 'text'; with a path, the same call goes on"
         got = f"got {name!r}, whose stream broke off ({reason})"
-        raise CorporaError(f"{got}; {expected}") from error
+        raise TextError(f"{got}; {expected}") from error
 
 
 def _store(path: str | Path | None, of: str, prompts: Mapping, places: Mapping) -> None:
@@ -173,5 +161,5 @@ def _store(path: str | Path | None, of: str, prompts: Mapping, places: Mapping) 
     if path is not None and prompts:
         ids = torch.tensor(list(prompts))
         metadata = {"of": of, "digest": digest([ids]), "places": json.dumps(places)}
-        with replacing(path, CorporaError) as part:
+        with replacing(path, TextError) as part:
             save_file({"ids": ids}, part, metadata)

@@ -88,8 +88,8 @@ def load(
     'pocket-gpt2'
     """
     if isinstance(name, nn.Module):
-        expected = "expected a name or folder: LanguageModel(model, tokenizer) takes it"
-        raise ModelError(f"got a {type(name).__name__} in memory; {expected}")
+        kind = type(name).__name__
+        raise ModelError(f"got a {kind} in memory; LanguageModel(model) takes it")
     name = str(os.environ.get("SIPIT_LITE_MODEL") or POCKET if name is None else name)
     place = str(files("sipit_lite") / "pocket_gpt2") if name == POCKET else name
     target = pick_device(device)

@@ -75,8 +75,8 @@ def _last_states(
     parts = []
     for length, group in groupby(prompts, key=len):
         for ids in torch.stack(list(group)).split(max(1, TOKENS // length)):
-            got = f"{len(ids)} prompts of {length} tokens"
-            fits = advised(got, model.dtype, ModelError)
+            size = f"{len(ids)} prompts of {length} tokens"
+            fits = advised(size, model.dtype, ModelError)
             with fits, torch.inference_mode(), tapped(model, layers) as states:
                 rows = model.embeddings[ids.to(model.device)]
                 cut(inputs_embeds=rows, use_cache=False)

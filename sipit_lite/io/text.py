@@ -66,7 +66,7 @@ def prompts(
     while kind == "random":
         yield torch.randint(len(tokenizer), (length,), generator=generator)
     # Not shuffled, which would mean to read all files first.
-    passages: Iterable[str] = installed(kind, split)
+    passages = installed(kind, split)
     if source == "bundled":
         texts = bundled(kind)
         passages = (texts[i] for i in torch.randperm(len(texts), generator=generator))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sipit_lite import LanguageModel, cli, load
 from sipit_lite.io import corpora
-from sipit_lite.io.corpora import CORPORA, CorporaError, open_corpora, sampled
+from sipit_lite.io.corpora import CORPORA, open_corpora, sampled
 from sipit_lite.io.text import TextError, bundled
 
 PAGES = [
@@ -112,7 +112,7 @@ def test_the_begin_of_text_token_comes_first(tmp_path: Path) -> None:
             model.encode("t7 t8").tolist(),
         )
     with pytest.raises(
-        CorporaError,
+        TextError,
         match=r"length=1, 1 streams; expected .* beyond the 1 tokens that the tokenizer",
     ):
         sampled(model.tokenizer, 1, 1, {"a": [{"text": "t1"}]})
@@ -136,7 +136,7 @@ def test_an_interrupted_run_goes_on_exactly(
         listed(sampled(pocket.tokenizer, 60, 9, streams())),
     )
     with pytest.raises(
-        CorporaError,
+        TextError,
         match=r"got 'pages', whose stream broke off \(ConnectionError: the line is dead",
     ):
         sampled(
@@ -173,7 +173,7 @@ def test_ctrl_c_keeps_what_there_is(
         corpora, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(
-        CorporaError,
+        TextError,
         match=r"got '.*p\.safetensors', where no file can be written \(disk full",
     ):
         sampled(pocket.tokenizer, 9, 9, {"pages": PAGES}, path=path)
@@ -203,7 +203,7 @@ def test_prompts_of_another_run_are_not_taken(
 def test_streams_that_hold_too_little(pocket: LanguageModel) -> None:
     """The stream that ended is named, and what it held."""
     with pytest.raises(
-        CorporaError,
+        TextError,
         match=r"got 'code', a stream that ended after \d+ prompts of 9 tokens",
     ):
         sampled(
@@ -216,13 +216,13 @@ def test_streams_that_hold_too_little(pocket: LanguageModel) -> None:
             },
         )
     with pytest.raises(
-        CorporaError,
+        TextError,
         match=r"got 'a', whose stream broke off \(KeyError: 'text'\)",
     ):
         sampled(pocket.tokenizer, 1, 9, {"a": [{"content": "x"}]})
     for count, of in ((0, streams()), (1, {})):
         with pytest.raises(
-            CorporaError,
+            TextError,
             match=f"got count={count}, length=9, {len(of)} streams; expected one or more",
         ):
             sampled(pocket.tokenizer, count, 9, of)
@@ -339,7 +339,7 @@ def test_without_the_package_the_extra_is_named(
     """In one line, with the command that installs it and the source that needs neither."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        CorporaError, match=r"pip install 'sipit-lite\[datasets\]'.*source='installed'"
+        TextError, match=r"pip install 'sipit-lite\[datasets\]'.*source='installed'"
     ) as refusal:
         open_corpora()
     assert "\n" not in str(refusal.value)
@@ -355,7 +355,7 @@ def test_a_refusal_of_the_hub_is_one_line(
         lambda *_, **__: (_ for _ in ()).throw(ConnectionError("off\nline")),
     )
     with pytest.raises(
-        CorporaError,
+        TextError,
         match=r"no way to wikimedia/wikipedia .*\(off line\); expected a network, or inst",
     ):
         open_corpora()
