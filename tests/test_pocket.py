@@ -79,3 +79,18 @@ def test_it_writes_what_the_package_ships(
     assert [line for line in card.splitlines() if line.startswith("## ")] == headings
     end = headings[-2]
     assert card.split(end)[1] == published.split(end)[1], "words without a number"
+
+
+def test_until_takes_the_fewest_texts_that_suffice() -> None:
+    """Three characters of texts of two: two texts; more than there are: all."""
+    texts = ["ab", "cd", "ef"]
+    counts = {0: 1, 2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 3}
+    for characters, count in counts.items():
+        assert pocket.until(texts, characters) == texts[:count]
+    assert pocket.until([], 5) == []
+
+
+def test_the_rate_rises_and_falls() -> None:
+    """Its peak is at the end of the warm-up, and it never is zero."""
+    first, last = pocket.rate(0, 1000), pocket.rate(999, 1000)
+    assert 0 < first < pocket.rate(pocket.WARMUP, 1000) == pocket.PEAK_RATE > last > 0

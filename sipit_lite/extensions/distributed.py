@@ -30,7 +30,7 @@ from sipit_lite.model import LanguageModel, SipItError, StatesError
 
 PROGRAM = "sipit_lite.extensions.distributed"
 MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
-Block = tuple[Int[Tensor, " rows"], Float[Tensor, "rows d_model"]]
+Block = tuple[Int[Tensor, " rows"], Float[Tensor, "rows d_model"]]  # one rank's
 
 
 @contextmanager
@@ -77,15 +77,11 @@ def last_states(
     if distinct < max(count, len(prompts)):
         got = f"got {len(prompts)} prompts, {distinct} of them different"
         raise StatesError(f"{got}; expected each once, and one or more for each rank")
-    # Every so-many-th prompt in the order of their lengths: equal shares of the work.
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    rows = order[rank::count]
-    share = [prompts[row] for row in rows]
     if folder is not None:
         folder = Path(folder) / f"rank-{rank}-of-{count}"
     options = {"folder": folder, "progress": rank == 0}
-    states = shards.last_states(model, share, layers, **options)
-    return torch.tensor(rows), states
+    states = shards.last_states(model, prompts[rank::count], layers, **options)
+    return torch.arange(rank, len(prompts), count), states
 
 
 def closest_pairs(
@@ -117,15 +113,6 @@ def closest_pairs(
     best = sorted(zip(distances.values(), distances, strict=True))[:k]
     values, pairs = zip(*best, strict=True)
     return torch.tensor(pairs), torch.tensor(values, dtype=torch.float64)
-
-
-def ring_bytes(prompts: int, d_model: int, ranks: int, itemsize: int = 4) -> int:
-    """Bytes that each rank sends: N/R rows and their int64 numbers, ⌊R/2⌋ times.
-
-    >>> ring_bytes(1200, 256, ranks=2)
-    619200
-    """
-    return ranks // 2 * (prompts // ranks) * (d_model * itemsize + 8)
 
 
 def _compared(

@@ -33,13 +33,13 @@ ALL = 6  # rounds over all positions
 BLOCK = 5  # rounds over a block that was forgotten
 SURE = 0.9  # a belief that repeats tokens of this probability is not sharpened further
 BLOCKS = 3  # blocks tried in a row before a search gives way to the next restart
-RESTARTS = 16  # how often a search may begin
+RESTARTS = 16  # how often a search begins
 NEIGHBOURS = 0.5  # share of a token's law that the token before has; the rest is prior
 LARGEST = 16_384  # vocabulary whose table of neighbours, a gigabyte then, is made
 TRUST = 0.5  # share of a regression's log-likelihood: its residuals are not normal
 CALM = 0.16  # of that for the last token: where held-out last tokens are likeliest
 HOPE = 1e-3  # least share of the prior in any belief about the last token
-TILT = 1.0  # standard deviation by which a restart tilts the logarithm of its prior
+TILT = 1.0  # standard deviation by which all restarts but the first tilt log-priors
 FAR = 8.0  # distance that a length is taken to have before its first step
 RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's place
 
@@ -47,7 +47,6 @@ Prompts = Int[Tensor, "row pos"]
 OverVocab = Float[Tensor, " vocab"]
 Rows = Float[Tensor, "block vocab"]
 Table = Float[Tensor, "vocab vocab"] | None
-Square = Float[Tensor, "d_model d_model"]
 Squares = Float[Tensor, "block d_model d_model"]
 
 
@@ -88,7 +87,6 @@ def invert_last(
     epsilon: float | None = None,
     ends: "Ends | None" = None,
     longest: int | None = None,
-    restarts: int = RESTARTS,
     seconds: float = 300.0,
     seed: int = 0,
     progress: bool = False,
@@ -101,7 +99,7 @@ def invert_last(
     length, longest: T where it is known, else all lengths up to ``longest`` (16)
     epsilon: a bound on noise that was added to the state on purpose, ℓ2
     ends: a regression for this model and layer; by default it is fitted, once
-    restarts, seconds: when to give up: searches of each length, wall-clock time in all
+    seconds: wall-clock time after which to give up
 
     Returns
     -------
@@ -127,13 +125,20 @@ def invert_last(
     rows = state[None] if isinstance(state, Tensor) else state  # refused there
     observed = Observation.of(rows, model, layer, epsilon)
     longest = min(LONGEST, model.n_positions) if longest is None else longest
-    _check(model, layer, {"length": length, "longest": longest})
-    for name, value in {"restarts": restarts, "seconds": seconds}.items():
-        if not value > 0:  # NaN too
-            raise LastStateError(f"got {name}={value}; expected a budget above 0")
+    if torch.finfo(model.dtype).bits <= 16:
+        got = f"got a model that computes in {model.dtype}"
+        raise LastStateError(f"{got}; expected torch.float32 or torch.float64")
+    for name, value in {"length": length, "longest": longest}.items():
+        if value is not None and not 1 <= value <= model.n_positions:
+            reads = f"{model.name} reads 1 to {model.n_positions} tokens"
+            raise LastStateError(f"got {name}={value}; {reads}")
+    if layer == 0 and length != 1:
+        got = "got layer 0, whose last state knows the last token alone"
+        raise LastStateError(f"{got}; expected length=1, or layer 1")
+    if not seconds > 0:  # NaN too
+        raise LastStateError(f"got seconds={seconds}; expected a budget above 0")
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
     ends.check(model, layer, length or longest)
-    # The regression may know longer prompts.
     said = ends.read(observed.states[0]).to(model.dtype)[:, : length or longest]
     law = Law.of(model, ends)
     generator = torch.Generator().manual_seed(seed + SALT)  # one for all lengths
@@ -141,7 +146,7 @@ def invert_last(
     searches = {}
     for n in [length] if length else range(1, longest + 1):
         search = Search(last, observed, law.ending(said[:, n - 1]), generator)
-        searches[n] = search.steps(n, restarts)
+        searches[n] = search.steps(n)
     best = Guess(torch.zeros(1, dtype=torch.long), torch.inf, 0)
     try:
         steps = _by_promise(searches, said.logsumexp(0))
@@ -246,7 +251,6 @@ class Ends(Regression):
         tokens, lengths = whiten.split([self.model.d_model, self.longest])
         away = self.model.embeddings.double() @ tokens
         away -= self.predict(state).double() @ whiten
-        # ‖away + length‖² multiplied out, for all pairs
         squares = away.square().sum(1)[:, None] + 2 * away @ lengths.T
         squares += lengths.square().sum(1)
         likely = (-TRUST / 2 * squares).flatten().log_softmax(0)
@@ -415,7 +419,7 @@ def sharpened(
     return replace(belief, log=mixed.log_softmax(-1))
 
 
-def error_covariance(error: States, residual: State, explained: Square) -> Square:
+def error_covariance(error: States, residual: State, explained: Tensor) -> Tensor:
     """Covariance of the error of a linear model, half way to a multiple of I."""
     width = len(residual)
     sample = error.T @ error / len(error)
@@ -460,7 +464,7 @@ class Search:
         distance, which = self.observed.distance(0, states).min(0)
         return Guess(prompts[which], float(distance), len(prompts))
 
-    def steps(self, length: int, restarts: int) -> Iterator[Guess]:
+    def steps(self, length: int) -> Iterator[Guess]:
         """Yield the closest prompt of each step: all positions, blocks, then anew."""
         if length == 1:
             prompts = self.last.model.vocabulary[:, None]
@@ -468,8 +472,7 @@ class Search:
             return
         drawing = {"generator": self.generator}
         nothing = torch.zeros(length, dtype=torch.long, device=self.last.model.device)
-        for restart in range(restarts):
-            # The first start is the law itself, later ones are tilted at random.
+        for restart in range(RESTARTS):
             current = self.rounds(nothing, slice(0, length), ALL, TILT * (restart > 0))
             yield current
             for k in range(BLOCKS):
@@ -564,7 +567,6 @@ def rivals(model: LanguageModel, ids: Tokens, longest: int | None) -> list[Tenso
     """The prompts most likely to share a last state with one, by their lengths."""
     table = model.embeddings.float()
     count = min(RIVALS, model.vocab_size - 1)
-    # A token is no rival of itself.
     apart = torch.cdist(table[ids], table).scatter(1, ids[:, None], torch.inf)
     near = ids.repeat(len(ids), count, 1)
     positions = torch.arange(len(ids))
@@ -573,17 +575,3 @@ def rivals(model: LanguageModel, ids: Tokens, longest: int | None) -> list[Tenso
     resized = (ids[1:], torch.cat([ids[:1], ids]))
     fitting = [rows[None] for rows in resized if 1 <= len(rows) <= (longest or 0)]
     return [near.flatten(0, 1), *fitting]
-
-
-def _check(model: LanguageModel, layer: int, lengths: dict[str, int | None]) -> None:
-    """Raise ``LastStateError`` for a question that cannot be answered."""
-    if torch.finfo(model.dtype).bits <= 16:
-        got = f"got a model that computes in {model.dtype}"
-        raise LastStateError(f"{got}; expected torch.float32 or torch.float64")
-    for name, value in lengths.items():
-        if value is not None and not 1 <= value <= model.n_positions:
-            reads = f"{model.name} reads 1 to {model.n_positions} tokens"
-            raise LastStateError(f"got {name}={value}; {reads}")
-    if layer == 0 and lengths["length"] != 1:
-        got = "got layer 0, whose last state knows the last token alone"
-        raise LastStateError(f"{got}; expected length=1, or layer 1")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sipit_lite.acceptance import States, Tokens
 from sipit_lite.extensions.newton import Newton
-from sipit_lite.io.files import replacing
+from sipit_lite.io.files import read, replacing
 from sipit_lite.io.text import prompts as text_prompts
 from sipit_lite.model import LanguageModel, SipItError
 from sipit_lite.onestep import ROWS, OneStepMap
@@ -159,11 +159,10 @@ class Lens(Regression):
     def load(cls, path: str | Path, model: LanguageModel) -> "Lens":
         """Read what ``save`` wrote; ``LensError`` for all else, and other models."""
         try:
-            with safe_open(path, framework="pt") as stored:
-                metadata = stored.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise LensError(f"expected a file of {FORMAT!r}")
-                tensors = {name: stored.get_tensor(name) for name in _TENSORS}
+            stored, metadata = read(path)
+            if metadata.get("format") != FORMAT:
+                raise LensError(f"expected a file of {FORMAT!r}")
+            tensors = {name: stored[name] for name in _TENSORS}
             layer = int(metadata["layer"])
             model.check_layer(layer)
             d = model.d_model

@@ -1,7 +1,7 @@
 """Train pocket-gpt2 again: ``python -m sipit_lite.pocket_gpt2.train FOLDER``.
 
-A small GPT-2 from the docstrings and the code of every Python install; it is
-seeded, without a network. Interrupted, it resumes. It writes what the package ships.
+A small GPT-2 from the docstrings and the code of every Python install: seeded, without
+a network, resumed where it was interrupted. It writes what the package ships.
 """
 
 import bisect
@@ -31,7 +31,6 @@ PEAK_RATE = 2e-3
 PROSE_SHARE = 0.7  # of the rows of a batch
 CODE_CHARACTERS = 24_000_000  # there is far more code than prose
 END = "<|endoftext|>"
-HERE = Path(__file__).parent
 CONFIG = GPT2Config(
     vocab_size=VOCAB, n_positions=CONTEXT, n_embd=256, n_layer=6, n_head=4,
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
@@ -52,22 +51,24 @@ def corpus() -> dict[str, list[str]]:
 
 
 def until(texts: list[str], characters: int) -> list[str]:
-    """The first texts that hold so many characters: of "ab", "cd", "ef" for 3, two."""
+    """The fewest of the first texts that hold so many characters; all, if none do."""
     ends = list(itertools.accumulate(map(len, texts)))
     return texts[: bisect.bisect_left(ends, characters) + 1]
 
 
 def tokenizer(folder: Path, texts: dict[str, list[str]]) -> PreTrainedTokenizerFast:
     """Train the byte-level BPE on the training texts, or read the one there is."""
-    path = str(folder / "tokenizer.json")
-    if not Path(path).exists():
-        code = until(texts["code train"], CODE_CHARACTERS // 4)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        training = texts["prose train"] + until(
+            texts["code train"], CODE_CHARACTERS // 4
+        )
         bpe = ByteLevelBPETokenizer()
         options = {"special_tokens": [END], "show_progress": False}
-        bpe.train_from_iterator(texts["prose train"] + code, VOCAB, **options)
-        bpe.save(path)
+        bpe.train_from_iterator(training, VOCAB, **options)
+        bpe.save(str(path))
     return PreTrainedTokenizerFast(
-        tokenizer_file=path, eos_token=END, bos_token=END, unk_token=END,
+        tokenizer_file=str(path), eos_token=END, bos_token=END, unk_token=END,
         model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
@@ -95,11 +96,7 @@ def batch(data: dict[str, Tensor], step: int) -> Int[Tensor, "row pos"]:
 
 
 def rate(step: int, steps: int) -> float:
-    """Learning rate: linear warm-up, then linear decay to zero.
-
-    >>> rate(0, 1000) < rate(WARMUP, 1000) == PEAK_RATE > rate(999, 1000) > 0
-    True
-    """
+    """Learning rate: linear warm-up, then linear decay to zero."""
     warm = min(WARMUP, steps // 10)  # short runs warm up as well
     return PEAK_RATE * min((step + 1) / (warm + 1), (steps - step) / (steps - warm))
 
@@ -124,8 +121,8 @@ def train(
     vectors = {"params": [p for p in model.parameters() if p.ndim < 2]}
     groups = [matrices | {"weight_decay": 0.1}, vectors | {"weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
-    path = folder / "checkpoint.pt"
     start = 0
+    path = folder / "checkpoint.pt"
     if path.exists():
         stored = torch.load(path)
         model.load_state_dict(stored["model"])
@@ -162,24 +159,24 @@ def losses(model: GPT2LMHeadModel, data: dict[str, Tensor], kind: str) -> list[f
     # Bigrams as numbers of two digits to the base |V|.
     pairs = torch.bincount(seen[:-1] * VOCAB + seen[1:], minlength=VOCAB**2)
     pairs = pairs.view(VOCAB, VOCAB)
-    bigrams = []
+    shares = []
     # It backs off to the unigram, with the weight that suits the held-out tokens best.
     for weight in (1, 10, 100, 300, 1000, 3000):
         count = pairs[first, second] + weight * unigram[second]
-        share = count / (pairs.sum(1)[first] + weight)
-        bigrams.append(float(-share.log().mean()))
+        shares.append(count / (pairs.sum(1)[first] + weight))
+    bigram = min(float(-share.log().mean()) for share in shares)
     one = float(-unigram[second].log().mean())
-    return [float(torch.stack(parts).mean()), min(bigrams), one]
+    return [float(torch.stack(parts).mean()), bigram, one]
 
 
 def sample(model: GPT2LMHeadModel, bpe: PreTrainedTokenizerFast, start: str) -> str:
     """60 tokens that the model writes after a start, temperature 0.7, top 40."""
     ids = bpe(start, return_tensors="pt", add_special_tokens=False)["input_ids"]
     options = {"do_sample": True, "temperature": 0.7, "top_k": 40, "pad_token_id": 0}
-    options["attention_mask"] = torch.ones_like(ids)
+    options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": 60}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        written = model.generate(ids, max_new_tokens=60, **options)
+        written = model.generate(ids, **options)
     return bpe.decode(written[0])
 
 
@@ -199,9 +196,10 @@ def main(folder: Path, steps: int = 3600) -> None:
     target = folder / "pocket_gpt2"
     model.half().save_pretrained(target)
     bpe.save_pretrained(target)
+    shipped = Path(__file__).parent
     # What the book quotes never changes: the passages are those of the package.
-    shutil.copy(HERE / "held_out.json", target)
-    card = (HERE / "card.md").read_text(encoding="utf-8").format(
+    shutil.copy(shipped / "held_out.json", target)
+    card = (shipped / "card.md").read_text(encoding="utf-8").format(
         layers=CONFIG.n_layer, width=CONFIG.n_embd, heads=CONFIG.n_head, vocab=VOCAB,
         context=CONTEXT, parameters=model.num_parameters(), steps=steps, batch=BATCH,
         python=platform.python_version(), one_in=prompts.HELD_OUT_ONE_IN,
