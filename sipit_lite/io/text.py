@@ -31,7 +31,7 @@ HELD_OUT_ONE_IN = 16
 # Larger sources are generated tables, not code that people wrote.
 MAX_FILE_BYTES = 200_000
 # A line that begins and ends as sentences do; signs of code, tables, examples.
-_SENTENCES = re.compile(r"[A-Z].*[.:!?]")
+_SENTENCES = re.compile(r"[A-Z].*[.:!?]$")
 _NOT_PROSE = re.compile(r">>>|\.\. |--|==|\|| {4}|[{}<>\\]")
 
 
@@ -151,8 +151,8 @@ def is_prose(paragraph: str) -> bool:
     """Whether a paragraph is English sentences, not a table, example or signature."""
     letters = sum(c.isalpha() or c.isspace() for c in paragraph)
     words = len(paragraph) >= 60 and letters >= 0.88 * len(paragraph)
-    sentences = _SENTENCES.fullmatch(" ".join(paragraph.split()))
-    return words and bool(sentences) and not _NOT_PROSE.search(paragraph)
+    line = " ".join(paragraph.split())
+    return bool(words and not _NOT_PROSE.search(paragraph) and _SENTENCES.match(line))
 
 
 @cache
