@@ -75,7 +75,8 @@ class Interrupted(KeyboardInterrupt):
         self.outcomes = outcomes or []
 
     def __str__(self) -> str:
-        return f"interrupted after {len(self.recovered.tokens)} verified tokens"
+        count = int(self.recovered.verified.sum())
+        return f"interrupted after {count} verified tokens"
 
 
 Outcome = Recovery | StatesError | NotVerified

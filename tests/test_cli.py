@@ -340,7 +340,7 @@ def test_a_last_state_of_no_prompt(
 def test_ctrl_c_prints_the_closest(
     capsys: Output, monkeypatch: pytest.MonkeyPatch, quick_ends: None
 ) -> None:
-    """Exit code 130, and the best so far, called not verified."""
+    """Exit code 130, and the best so far."""
 
     def pressed(*given: object) -> None:
         raise KeyboardInterrupt

@@ -27,7 +27,7 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1085,
-    "extensions": 1133,
+    "extensions": 1100,
     "experiments": 2710,
     "teaching": 1000,
     "cli": 430,

@@ -2,7 +2,6 @@
 
 Start one a core or GPU with ``torchrun``, each loads the model, and call these inside
 ``ranks()``. A rank that dies ends the run; shards in ``folder`` are used again.
-``torchrun --nproc-per-node 2 -m sipit_lite.extensions.distributed --help``.
 """
 
 import json
@@ -166,8 +165,7 @@ def compare(
     with ranks() as (rank, count):
         loaded = load(model, layers=max(layers) if layers else None)
         layers = layers or [loaded.n_layers]
-        # One rank draws them for all, since corpora are streamed once. All start
-        # together after that, or the slowest to load would be part of the time.
+        # Corpora are streamed once, so one rank draws for all; time starts after that.
         ids = []
         if rank == 0:
             options = {"source": source, "folder": folder}

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -46,7 +45,6 @@ RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's 
 Prompts = Int[Tensor, "row pos"]
 OverVocab = Float[Tensor, " vocab"]
 Rows = Float[Tensor, "block vocab"]
-Table = Float[Tensor, "vocab vocab"] | None
 Squares = Float[Tensor, "block d_model d_model"]
 
 
@@ -66,16 +64,6 @@ class NotRecovered(LastStateError):
 
 class Collision(NotRecovered):
     """Several prompts agree; ``recovered`` is one of them, ``other`` another."""
-
-
-class Stopped(Interrupted):
-    """Ctrl-C during the search; ``recovered`` is the closest prompt, not verified."""
-
-    def __str__(self) -> str:
-        last = float(self.recovered.distance[-1])
-        return (
-            f"stopped with {self.recovered.text!r} at distance {last:.3g}, not verified"
-        )
 
 
 def invert_last(
@@ -108,7 +96,7 @@ def invert_last(
     Raises
     ------
     StatesError, ModelError, LastStateError: for a bad state, layer, length or budget
-    NotRecovered, Collision, Stopped: none agrees; several do; Ctrl-C: with the closest
+    NotRecovered, Collision, Interrupted: none agrees, several, Ctrl-C: with the closest
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -138,13 +126,18 @@ def invert_last(
     if not seconds > 0:  # NaN too
         raise LastStateError(f"got seconds={seconds}; expected a budget above 0")
     ends = ends or fitted_ends(model, layer, max(longest, length or 1))
-    ends.check(model, layer, length or longest)
-    said = ends.read(observed.states[0]).to(model.dtype)[:, : length or longest]
-    law = Law.of(model, ends)
+    most = length or longest
+    whose = "this" if ends.model is model else "another"
+    if whose == "another" or ends.layer != layer or ends.longest < most:
+        got = f"layer {ends.layer} and up to {ends.longest} tokens of {whose} model"
+        needed = f"layer {layer} of {model.name} and {most} tokens"
+        raise LastStateError(f"got a fit for {got}; expected one for {needed}")
+    said = ends.read(observed.states[0]).to(model.dtype)[:, :most]
     generator = torch.Generator().manual_seed(seed + SALT)  # one for all lengths
+    law = Law.of(model, ends)
     last = LastMap(model, layer)
     searches = {}
-    for n in [length] if length else range(1, longest + 1):
+    for n in range(length or 1, most + 1):
         search = Search(last, observed, law.ending(said[:, n - 1]), generator)
         searches[n] = search.steps(n)
     best = Guess(torch.zeros(1, dtype=torch.long), torch.inf, 0)
@@ -158,7 +151,7 @@ def invert_last(
                 break
         return checked(search, best, started, None if length else longest)
     except KeyboardInterrupt:
-        raise Stopped(_recovery(search, best, started)) from None
+        raise Interrupted(_recovery(search, best, started)) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,15 +161,10 @@ class LastMap:
     model: LanguageModel
     layer: int
 
-    @cached_property
-    def cut(self) -> nn.Module:
-        """The blocks up to the layer; ``ModelError`` for one that is not there."""
-        return self.model.cut(self.layer)
-
     def embeddings(self, e: Float[Tensor, "row pos d_model"]) -> States:
         """The state of each row of embeddings; differentiable in e."""
-        states = self.cut(inputs_embeds=e, use_cache=False).last_hidden_state
-        return states[:, -1].to(self.model.device)
+        output = self.model.cut(self.layer)(inputs_embeds=e, use_cache=False)
+        return output.last_hidden_state[:, -1].to(self.model.device)
 
     def tokens(self, prompts: Prompts) -> States:
         """The state of each row of token ids."""
@@ -214,7 +202,6 @@ class Ends(Regression):
         model: LanguageModel,
         layer: int,
         longest: int = LONGEST,
-        *,
         tokens: int = 20_000,
         features: int = 512,
     ) -> "Ends":
@@ -236,18 +223,9 @@ class Ends(Regression):
         counts = torch.bincount(written.flatten(), minlength=model.vocab_size) + 0.5
         return cls(*fields.values(), model, layer, longest, counts / counts.sum())
 
-    def check(self, model: LanguageModel, layer: int, length: int) -> None:
-        """Raise ``LastStateError`` unless it fits this model, layer and length."""
-        whose = "this" if self.model is model else "another"
-        if whose == "another" or self.layer != layer or self.longest < length:
-            got = f"layer {self.layer} and up to {self.longest} tokens of {whose} model"
-            needed = f"layer {layer} of {model.name} and {length} tokens"
-            raise LastStateError(f"got a fit for {got}; expected one for {needed}")
-
     def read(self, state: State) -> Float[Tensor, "vocab longest"]:
         """Log-probabilities of each last token and length together."""
-        # Lengths sum to one: a direction without residual cancels, not in float32.
-        whiten = self.whiten.double()
+        whiten = self.whiten.double()  # a direction without residual cancels there
         tokens, lengths = whiten.split([self.model.d_model, self.longest])
         away = self.model.embeddings.double() @ tokens
         away -= self.predict(state).double() @ whiten
@@ -286,10 +264,9 @@ def _written(model: LanguageModel, shape: tuple, generator: torch.Generator) -> 
     return ids
 
 
-def followers(model: LanguageModel) -> Table:
+def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
     """P(v | u) after ⟨u⟩ alone; None beyond ``LARGEST`` tokens, or if not tied."""
-    tied = model.decoder.config.tie_word_embeddings
-    if not tied or model.vocab_size > LARGEST:
+    if not model.decoder.config.tie_word_embeddings or model.vocab_size > LARGEST:
         return None
     key = ("followers",)
     if key not in model.measured:
@@ -303,7 +280,7 @@ class Law:
     """What is expected of a prompt before its state is looked at: a Markov chain."""
 
     anywhere: OverVocab  # the probability of each token
-    after: Table = None  # by the token before, where these are not independent
+    after: Tensor | None = None  # by the token before, where these are not independent
     last: OverVocab | None = None  # log-evidence about the last token
 
     @classmethod
@@ -394,8 +371,7 @@ def sharpened(
     """
     table = last.model.embeddings
     mean, spread = belief.moments(table)
-    # At a drawn prompt, not at the means: no prompt comes near them, and the linear
-    # model there is worse than a constant (chapter 17).
+    # Not at the means, where a linear model is worse than a constant (chapter 17).
     slopes = last.jacobians(table[drawn[1]], belief.block)
     away = table[drawn[:, belief.block]] - mean
     error = states - torch.einsum("nij,snj->si", slopes, away)
@@ -508,8 +484,7 @@ class Search:
 
 def _by_promise(searches: dict, likely: Tensor) -> Iterator[Guess]:
     """Yield steps of searches by length, the most promising one first."""
-    # A step costs as much as it has tokens; time is shared out in proportion to
-    # √(probability of the length) / distance: what comes close is followed up.
+    # Time, a token each, goes by √(probability of the length) / distance so far.
     weight = likely.exp().clamp_min(1e-9).sqrt().tolist()
     spent = dict.fromkeys(searches, 0)
     nearest = dict.fromkeys(searches, FAR)
@@ -529,9 +504,8 @@ def _recovery(search: Search, guess: Guess, started: float, *rival: float) -> Re
     """A prompt as a ``Recovery``, not verified: NaN at all positions but the last."""
     ids = guess.ids.cpu()
     columns = torch.full((4, len(ids)), torch.nan)
-    runner_up = min(rival, default=torch.inf)
-    radius = float(search.observed.radius)
-    columns[:3, -1] = torch.tensor([guess.distance, runner_up, radius])
+    known = [guess.distance, min(rival, default=torch.inf), search.observed.radius[0]]
+    columns[:3, -1] = torch.tensor(known)
     *measured, margin = columns
     tested = torch.zeros_like(ids)
     tested[-1] = guess.tested

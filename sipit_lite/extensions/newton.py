@@ -48,8 +48,7 @@ class Newton:
             for batch in islice(first, LENS_BATCHES):
                 untried[batch] = False
                 yield batch
-        path = self.path(step, start, observed)
-        for e in islice(path, 1, self.max_steps + 1):
+        for e in islice(self.path(step, start, observed), 1, self.max_steps + 1):
             batch = nearest(table, e, untried, self.proposals_per_step)
             if len(batch) == 0:
                 return  # the vocabulary is exhausted
@@ -80,11 +79,7 @@ class Newton:
 def damped_step(
     jacobian: Float[Tensor, "d_model d_model"], residual: State, damping: float
 ) -> State:
-    """δ with (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀr (Levenberg, Marquardt); zero where J is.
-
-    >>> damped_step(2 * torch.eye(2), torch.tensor([4.0, 0.0]), 1.0).tolist()
-    [1.0, 0.0]
-    """
+    """δ with (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀr (Levenberg, Marquardt); zero where J is."""
     # Solved in float64: the condition number of JᵀJ is that of J squared.
     normal = (jacobian.T @ jacobian).double()
     right = (jacobian.T @ residual).double()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from sipit_lite import (
+    Interrupted,
     LanguageModel,
     LastStateError,
     ModelError,
@@ -32,7 +33,6 @@ from sipit_lite.extensions.laststate import (
     Ends,
     LastMap,
     Law,
-    Stopped,
     error_covariance,
     followers,
     rivals,
@@ -735,11 +735,11 @@ def test_ctrl_c_returns_the_best(
     monkeypatch.setattr(laststate, "sharpened", press)
     state = torch.randn(64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(
-        KeyboardInterrupt, match=r"stopped with '.*' at distance .*, not verified"
+        KeyboardInterrupt, match="interrupted after 0 verified tokens"
     ) as stop:
         invert_last(state, gpt2, 3, longest=2)
     best = stop.value.recovered
-    assert isinstance(stop.value, Stopped) and not best.verified.any()
+    assert isinstance(stop.value, Interrupted) and not best.verified.any()
     far = (row(gpt2, best.tokens, 3) - state).norm()
     assert float(best.distance[-1]) == pytest.approx(float(far), rel=1e-4)
 
@@ -757,7 +757,7 @@ def test_ctrl_c_during_the_last_look_keeps_the_prompt(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LanguageModel, "states", pressed)
-    with pytest.raises(Stopped) as stop:
+    with pytest.raises(Interrupted) as stop:
         invert_last(state, gpt2, length=2)
     assert (
         stop.value.recovered.tokens.tolist() == [3, 4]
