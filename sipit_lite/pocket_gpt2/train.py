@@ -41,8 +41,7 @@ def corpus() -> dict[str, list[str]]:
     """The texts of this Python by kind and split, such as "prose train"."""
     texts = {}
     for name in ("prose train", "prose held-out", "code train", "code held-out"):
-        stream = prompts.installed(*name.split())
-        texts[name] = list(tqdm(stream, name, disable=None))
+        texts[name] = list(prompts.installed(*name.split()))
     for name, share in (("code train", 1), ("code held-out", 16)):
         # Packages are of very different sizes: a sample of all of them.
         random.Random(0).shuffle(texts[name])
@@ -60,12 +59,10 @@ def tokenizer(folder: Path, texts: dict[str, list[str]]) -> PreTrainedTokenizerF
     """Train the byte-level BPE on the training texts, or read the one there is."""
     path = folder / "tokenizer.json"
     if not path.exists():
-        training = texts["prose train"] + until(
-            texts["code train"], CODE_CHARACTERS // 4
-        )
+        code = until(texts["code train"], CODE_CHARACTERS // 4)
         bpe = ByteLevelBPETokenizer()
         options = {"special_tokens": [END], "show_progress": False}
-        bpe.train_from_iterator(training, VOCAB, **options)
+        bpe.train_from_iterator(texts["prose train"] + code, VOCAB, **options)
         bpe.save(str(path))
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path), eos_token=END, bos_token=END, unk_token=END,
@@ -85,11 +82,10 @@ def batch(data: dict[str, Tensor], step: int) -> Int[Tensor, "row pos"]:
     """The training rows of a step, which is their seed: a resumed run sees the same."""
     generator = torch.Generator().manual_seed(step)
     # Which rows are prose, and where each begins, as a share of its text.
-    prose = torch.rand(BATCH, generator=generator) < PROSE_SHARE
-    places = torch.rand(BATCH, generator=generator)
+    draws = torch.rand(2, BATCH, generator=generator)
     rows = []
-    for is_prose, place in zip(prose.tolist(), places.tolist(), strict=True):
-        source = data["prose train" if is_prose else "code train"]
+    for kind, place in draws.T.tolist():
+        source = data["prose train" if kind < PROSE_SHARE else "code train"]
         start = int(place * (len(source) - CONTEXT - 1))
         rows.append(source[start : start + CONTEXT + 1])
     return torch.stack(rows)
