@@ -89,9 +89,6 @@ class Observation:
         widths = _check_bound("half_width", half_width, values)[:, None]
         return cls(values, widths.expand_as(values), radius, trusted)
 
-    def __len__(self) -> int:
-        return len(self.states)
-
     def distance(self, t: int, candidates: States) -> Distances:
         """Distance of each candidate's state from the observed one at position t."""
         return distance_to_stored(candidates, self.states[t], self.half_width[t])
@@ -234,8 +231,7 @@ def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
     gap = torch.stack(gaps)
     last = min(1, length - 1)  # a context of one position has no later ones
     columns = [floor[0], floor[last:].max(), gap[0], gap[last:].min()]
-    model.measured[key] = torch.stack(columns).reshape(2, 2)
-    return model.measured[key]
+    return model.measured.setdefault(key, torch.stack(columns).reshape(2, 2))
 
 
 def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
@@ -257,13 +253,11 @@ def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
         states = states.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         limit = RELATED * vector_norm(states - states.mean(0), dim=1).median()
         report = closest_pairs(states, min(PAIRS, pairs))
-        rows = report.pairs[report.distances <= limit].flatten().to(near.device)
-        near[rows] = True
+        near[report.pairs[report.distances <= limit].to(near.device)] = True
         if report.distances[-1] <= limit:
             nearest_of_all = closest_pairs(states, 1, nearest=True).nearest
             near |= nearest_of_all.to(near.device) <= limit
-    model.measured[key] = near
-    return near
+    return model.measured.setdefault(key, near)
 
 
 def agreeing(
@@ -274,7 +268,7 @@ def agreeing(
     Those up to the first that does not agree clearly or has rivals: later states were
     computed after a wrong token and prove nothing.
     """
-    first = len(observed) - len(tokens)
+    first = len(observed.states) - len(tokens)
     apart = (states - observed.states[first:]).float()
     distance = vector_norm(apart, dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
     agrees = distance <= CLEAR * observed.radius[first:]
@@ -294,14 +288,6 @@ def try_candidates(
 
     Batches are tested until one holds a token that verifies; then its rivals are.
     ``trusting`` spares a clear token without twins its rivals, as in a draft.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> seen = Observation.of(model.states("hidden states", 3), model, 3)
-    >>> step = OneStepMap.after(model, 3)
-    >>> distance = try_candidates(step, seen, 0, [model.vocabulary])
-    >>> int(distance.argmin()) == int(model.encode("hidden states")[0])
-    True
     """
     table = step.model.embeddings
     distance = torch.full((len(table),), torch.nan, device=table.device)

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 
 import torch
 
-GIB = 2**30
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that no memory could be had, on CUDA or on the CPU."""

@@ -48,8 +48,7 @@ def plain_settings() -> Iterator[None]:
             setting.fp32_precision = "ieee"
         torch.set_default_dtype(torch.float32)
         for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type != "cpu":  # a context of its own slows down

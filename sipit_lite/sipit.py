@@ -186,7 +186,7 @@ class _Prompt:
         where = (options.model, options.layer)
         try:
             self.observed = Observation.of(states, *where, noise, width)
-            count = len(self.observed)
+            count = len(self.observed.states)
             self.passes = [count] if passes is None else list(passes)
             if min(self.passes, default=0) < 1 or sum(self.passes) != count:
                 expected = f"expected lengths of at least 1, {count} in all"
@@ -328,10 +328,10 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     quick = [prompt for prompt in prompts if options.drafts and not prompt.exhaustive]
     if quick:
         drafts = options.lens.draft(torch.cat([p.observed.states for p in quick]))
-        counts = [len(prompt.observed) for prompt in quick]
+        counts = [len(prompt.observed.states) for prompt in quick]
         for prompt, tokens in zip(quick, drafts.split(counts), strict=True):
             prompt.tokens = tokens
-    count = sum(len(prompt.observed) for prompt in prompts)
+    count = sum(len(prompt.observed.states) for prompt in prompts)
     start = OneStepMap.after(options.model, options.layer)
     with tqdm(total=count, desc="inverting", disable=None if progress else True) as bar:
         for batch in _batches(prompts):

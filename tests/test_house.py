@@ -23,16 +23,16 @@ CORE = {
     "collisions.py": 390,
     "memory.py": 35,
 }
-# Caps: before you add, delete. The rooms are still to come down, to 8 600 in all.
+# Caps: before you add, delete.
 BUDGET = {
     "core": 1800,
-    "io": 1085,
-    "extensions": 1100,
-    "experiments": 2710,
+    "io": 1100,
+    "extensions": 1200,
+    "experiments": 2900,
     "teaching": 1000,
     "cli": 430,
-    "door": 60,
-    "all": 9330,
+    "door": 25,
+    "all": 8600,
 }
 # What each part of the house may import, itself included.
 MAY_IMPORT = {
@@ -58,8 +58,7 @@ def part_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     if relative.parts[0] in ROOMS:
         return relative.parts[0]
-    # What is there before anything is imported.
-    if relative.name in ("__init__.py", "__main__.py"):
+    if relative.name == "__main__.py":
         return "door"
     return "cli" if relative.name == "cli.py" else "core"
 

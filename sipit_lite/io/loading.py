@@ -23,10 +23,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from sipit_lite.memory import GIB, is_out_of_memory
+from sipit_lite.memory import is_out_of_memory
 from sipit_lite.model import LanguageModel, ModelError, landmarks
 
 POCKET = "pocket-gpt2"
+GIB = 2**30
 OURS = {"trust_remote_code": False}  # code of others is never run, nor asked about
 LOADING = threading.Lock()
 
