@@ -27,7 +27,7 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1100,
-    "extensions": 1200,
+    "extensions": 1100,
     "experiments": 2900,
     "teaching": 1000,
     "cli": 430,
