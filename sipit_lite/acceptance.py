@@ -31,7 +31,6 @@ APART = 64  # radii between tokens for a draft to be trusted without testing riv
 CLEAR = 0.25  # a residual beyond this share of the radius has all tokens tested
 RELATED = 0.05  # nearer than this share of the usual distance from the mean state
 LATER = 7  # the later position at which tokens are compared
-PAIRS = 512  # related pairs expected at most; where there are more, all rows are judged
 CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each candidate
 
 State = Float[Tensor, " d_model"]
@@ -245,18 +244,14 @@ def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
     if key in model.measured:
         return model.measured[key]
     near = torch.zeros_like(model.vocabulary, dtype=torch.bool)
-    pairs = len(near) * (len(near) - 1) // 2
     generator = torch.Generator().manual_seed(0)
     prefix = torch.randint(model.vocab_size, (LATER,), generator=generator)
-    for t in {0, min(LATER, model.n_positions - 1)} if pairs else ():
+    for t in {0, min(LATER, model.n_positions - 1)} if len(near) > 1 else ():
         states = OneStepMap.after(model, depth, prefix[:t]).tokens(model.vocabulary)
         states = states.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         limit = RELATED * vector_norm(states - states.mean(0), dim=1).median()
-        report = closest_pairs(states, min(PAIRS, pairs))
-        near[report.pairs[report.distances <= limit].to(near.device)] = True
-        if report.distances[-1] <= limit:
-            nearest_of_all = closest_pairs(states, 1, nearest=True).nearest
-            near |= nearest_of_all.to(near.device) <= limit
+        report = closest_pairs(states, 1, nearest=True, within=float(limit))
+        near |= report.nearest.to(near.device) < float(limit)
     return model.measured.setdefault(key, near)
 
 

@@ -74,6 +74,7 @@ def closest_pairs(
     *,
     prompts: Sequence[Tensor] | Tensor | None = None,
     nearest: bool = False,
+    within: float = torch.inf,
     progress: bool = False,
 ) -> CollisionReport:
     """Find the k closest pairs of rows: those of all pairs compared in float64.
@@ -84,6 +85,7 @@ def closest_pairs(
     prompts : one for each row; a row whose prompt occurred before is left out and
         counted, while equal states of different prompts are collisions
     nearest : whether the nearest neighbour of every row is wanted too
+    within : pairs and neighbours farther than this need not be found: far quicker
 
     Raises ``StatesError`` for rows that are not finite (it says which), another format,
     shape or number of prompts, or a k that is not between 1 and the number of pairs.
@@ -111,7 +113,8 @@ def closest_pairs(
     x = states if len(rows) == len(states) else states[rows.to(states.device)]
     # Equal rows collide without a search: the first of each group stands for it.
     first, group, sizes = _groups(x)
-    search = _Search(x if len(first) == len(x) else x[first], sizes, k, nearest)
+    options = (k, nearest, within)
+    search = _Search(x if len(first) == len(x) else x[first], sizes, *options)
     search.run(progress)
     pairs, distances = _pairs_of_rows(search, group)
     equal = int((sizes * (sizes - 1) // 2).sum())
@@ -164,7 +167,7 @@ class _Bounds:
 class _Search:
     """One run of the detector over different rows; the best so far is its state."""
 
-    def __init__(self, x: Tensor, sizes: Tensor, k: int, nearest: bool) -> None:
+    def __init__(self, x: Tensor, sizes: Tensor, k: int, nearest: bool, within: float):
         n, width = x.shape
         self.x = x
         self.sizes = sizes
@@ -202,11 +205,13 @@ class _Search:
         self.floor = floor.clamp_min(COLLISION)
         self.pairs = self.order.new_zeros(0, 2)
         self.distances = self.floor.new_zeros(0)
-        self.near = torch.full_like(self.floor, torch.inf if nearest else 0.0)
+        self.near = torch.full_like(self.floor, within if nearest else 0.0)
         # Neighbours in the tree are often close, which bounds the k-th best distance.
         count = n - 1 if nearest else min(n - 1, max(k, COLUMNS))
         beside = self._lower_near(self.order[:count], self.order[1 : count + 1])
-        self.kth = float(beside.kthvalue(k).values) if len(beside) >= k else torch.inf
+        self.kth = within
+        if len(beside) >= k:
+            self.kth = min(within, float(beside.kthvalue(k).values))
 
     @cached_property
     def full(self) -> _Bounds:
@@ -361,7 +366,7 @@ def _pairs_of_rows(search: _Search, group: Int[Tensor, " n"]) -> tuple[Tensor, T
         pairs = combinations(first, 2) if one == other else product(first, second)
         ranked += [(distance, *sorted(pair)) for pair in islice(pairs, search.k)]
     ranked = sorted(ranked)[: search.k]
-    numbers = torch.tensor(ranked, dtype=torch.float64)
+    numbers = torch.tensor(ranked, dtype=torch.float64).reshape(-1, 3)
     return numbers[:, 1:].long(), numbers[:, 0]
 
 

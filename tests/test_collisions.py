@@ -424,3 +424,17 @@ def test_margins_refuse_bad_input(pocket: LanguageModel) -> None:
         margins(pocket, torch.tensor([1]), 7)
     with pytest.raises(ModelError):
         margins(pocket, torch.tensor([5000]), 1)
+
+
+@pytest.mark.parametrize("kind", CLOUDS)
+def test_within_a_distance(kind: str) -> None:
+    """Neighbours within it are those of all pairs; other rows have no nearer one."""
+    x = cloud(kind, 300, 24, 5)
+    exact = distances(x).fill_diagonal_(torch.inf).amin(1)
+    within = float(exact.quantile(0.3))
+    report = closest_pairs(x, 1, nearest=True, within=within)
+    expected = exact.clamp(max=within)
+    torch.testing.assert_close(report.nearest, expected, rtol=1e-9, atol=1e-12)
+    # Nothing is as near as this: no row has a neighbour, and that is no error.
+    nothing = closest_pairs(x, 1, nearest=True, within=float(exact.min()) / 2)
+    assert (nothing.nearest >= float(exact.min()) / 2).all()
