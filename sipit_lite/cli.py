@@ -23,7 +23,7 @@ from sipit_lite.experiments.inversion import inversion
 from sipit_lite.experiments.last_states import laststate, reach
 from sipit_lite.experiments.perturb import quantised
 from sipit_lite.io.corpora import SOURCES, from_source
-from sipit_lite.io.loading import POCKET
+from sipit_lite.io.loading import POCKET, REAL
 from sipit_lite.model import LanguageModel, SipItError, StatesError
 
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
@@ -254,7 +254,7 @@ def invert(
     if text is None:
         captured = sl.read_states(file)
         # A file may come from anybody, and to load a model is to trust its folder.
-        ours = (POCKET, os.environ.get("SIPIT_LITE_MODEL"))
+        ours = (POCKET, REAL, os.environ.get("SIPIT_LITE_MODEL"))
         if session.model is None and captured.model not in ours:
             received = f"{file!r} with states of the model {captured.model!r}"
             raise bad(received, "--model with the name of a model that you trust")

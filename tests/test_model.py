@@ -166,7 +166,7 @@ def test_unknown_models_are_refused(
             (source / "model.safetensors").read_bytes()[:1000]
         )
     with pytest.raises(
-        ModelError, match=f"got model '{name}'; expected 'pocket-gpt2', a folder"
+        ModelError, match=f"got model '{name}'; expected 'pocket-gpt2', 'smollm2'"
     ) as refusal:
         load(name)
     assert "\n" not in str(refusal.value)
@@ -345,14 +345,8 @@ def test_memory_is_told_and_checked_before_loading(
         told.parameters == sum(p.numel() for p in untouched.parameters())
         and told.bytes == 4 * told.parameters
     )
-    assert told.bytes_per_block == 4 * sum(
-        p.numel() for p in untouched.h[0].parameters()
-    )
     quantised = loading.footprint(config, torch.float32, torch.device("cpu"), 8)
-    assert (
-        told.bytes_per_block > quantised.bytes_per_block
-        and told.bytes > quantised.bytes
-    )
+    assert told.bytes > quantised.bytes
     load(tmp_path, device="cpu", progress=True)
     assert f"{told.parameters:,} parameters, 4 blocks, take" in capsys.readouterr().err
     free = SimpleNamespace(available=told.bytes - 1)
@@ -362,7 +356,7 @@ def test_memory_is_told_and_checked_before_loading(
     )
     with pytest.raises(
         ModelError,
-        match=r"expected one that fits: dtype=torch\.bfloat16 .* layers=3 of 4 takes",
+        match=r"expected one that fits: dtype=torch\.bfloat16, fewer layers=",
     ):
         load(tmp_path, device="cpu")
 

@@ -61,8 +61,8 @@ def sampled(
 
     A document gives one window, which ``seed`` and its text choose, behind the begin
     token of the tokenizer; the next one steps in where that prompt is there already.
-    ``path`` keeps prompts and places, also after an error or Ctrl-C: the same call goes
-    on from there. Raises ``TextError`` for a stream that breaks off or ends early.
+    ``path`` keeps the prompts, also after an error or Ctrl-C: the same call adds to
+    them. Raises ``TextError`` for a stream that breaks off or ends early.
     """
     begin, _ = edge_tokens(tokenizer)
     first = () if begin is None else (begin,)  # as the tokenizer itself would
@@ -73,13 +73,9 @@ def sampled(
     # What has to be the same for prompts to go on with.
     words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     of = json.dumps([sha256(words).hexdigest(), length, begin, seed, list(streams)])
-    stored, metadata = ({}, {}) if path is None else intact(path, of)
+    stored = {} if path is None else intact(path, of)[0]
     # As a set that keeps its order.
     prompts = dict.fromkeys(map(tuple, stored["ids"].tolist())) if stored else {}
-    places = json.loads(metadata.get("places", "{}"))
-    for name, place in places.items():
-        if hasattr(streams[name], "load_state_dict"):
-            streams[name].load_state_dict(place)
     texts = {name: _texts(name, stream) for name, stream in streams.items()}
     bar = tqdm(total=count, desc="prompts", initial=len(prompts), disable=None)
     try:
@@ -93,14 +89,12 @@ def sampled(
                 got = f"got {name!r}, a stream that ended after {len(prompts)} prompts"
                 raise TextError(f"{got} of {length} tokens; expected its share")
             prompts[first + window] = None
-            if hasattr(streams[name], "state_dict"):
-                places[name] = streams[name].state_dict()
             bar.update()
-            # For what ends a run without an exception.
-            if len(prompts) % 4096 == 0:
-                _store(path, of, prompts, places)
     finally:
-        _store(path, of, prompts, places)
+        if path is not None and prompts:
+            ids = torch.tensor(list(prompts))
+            with replacing(path, TextError) as part:
+                save_file({"ids": ids}, part, {"of": of, "digest": digest([ids])})
     return [torch.tensor(ids) for ids in islice(prompts, count)]
 
 
@@ -112,7 +106,6 @@ def open_corpora(seed: int = 0) -> dict[str, Iterable[Mapping]]:
         expected = f"expected pip install 'sipit-lite[datasets]', {OTHERWISE}"
         got = "got source='corpora' without the package datasets"
         raise TextError(f"{got}; {expected}") from error
-    # It warns that resuming loses the shuffle buffer; one of size 1 is empty.
     datasets.logging.set_verbosity_error()
     streams = {}
     for corpus, (name, configuration, column) in CORPORA.items():
@@ -154,12 +147,3 @@ def _texts(name: str, stream: Iterable[Mapping]) -> Iterator[str]:
         expected = "expected documents with 'text'; with a path, the same call goes on"
         got = f"got {name!r}, whose stream broke off ({reason})"
         raise TextError(f"{got}; {expected}") from error
-
-
-def _store(path: str | Path | None, of: str, prompts: Mapping, places: Mapping) -> None:
-    """Write prompts and places, where there is a path."""
-    if path is not None and prompts:
-        ids = torch.tensor(list(prompts))
-        metadata = {"of": of, "digest": digest([ids]), "places": json.dumps(places)}
-        with replacing(path, TextError) as part:
-            save_file({"ids": ids}, part, metadata)

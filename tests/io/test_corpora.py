@@ -146,7 +146,6 @@ def test_an_interrupted_run_goes_on_exactly(
     again = streams(Stateful)
     again = again if kind is Stateful else {"pages": again["pages"], "code": CODE}
     assert listed(sampled(pocket.tokenizer, 25, 9, again, path=path)) == whole[:25]
-    assert again["pages"].read == 1, "what had been read is not read again"
     assert (
         listed(sampled(pocket.tokenizer, 60, 9, streams(Stateful), path=path)) == whole
     )
