@@ -92,7 +92,8 @@ def _sequential(
             break
     tokens = torch.tensor(prefix).long()
     seconds = time.perf_counter() - started
-    return Attempt(tokens, torch.tensor(tested), len(tokens) == len(observed), seconds)
+    complete = len(tokens) == len(observed.states)
+    return Attempt(tokens, torch.tensor(tested), complete, seconds)
 
 
 def _shuffled(
@@ -164,10 +165,12 @@ def hard_prompts(
     cut = model.cut(layer)
     table = model.embeddings
     generator = torch.Generator().manual_seed(seed)
-    best = torch.randint(len(table), (length or len(observed),), generator=generator)
+    best = torch.randint(
+        len(table), (length or len(observed.states),), generator=generator
+    )
     best = best.to(table.device)
     if length is None and steps is None:
-        steps = len(observed) * len(table) // 4
+        steps = len(observed.states) * len(table) // 4
     proxy = table[best].clone().requires_grad_()
     optimiser = torch.optim.Adam([proxy], rate)
     least = inf
@@ -192,7 +195,7 @@ def hard_prompts(
         optimiser.step()
         if time.perf_counter() - started > limit:
             break
-    tested = torch.full((len(observed),), taken)
+    tested = torch.full((len(observed.states),), taken)
     return Attempt(best.cpu(), tested, finished, time.perf_counter() - started)
 
 
