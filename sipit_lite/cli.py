@@ -54,11 +54,7 @@ app = typer.Typer(add_completion=False, help="Hidden states that give back the p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
-
-    1 for a demo that is not exact or a lens that was not stored, 2 for bad input, 130
-    after Ctrl-C, 141 where nobody reads on.
-    """
+    """Run one command: 1 a demo or lens failed, 2 bad input, 130 Ctrl-C, 141 pipe."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     label = " ".join(["sipit-lite", *arguments[:1]])
     # A terminal that cannot show a character still gets the rest.
@@ -221,8 +217,7 @@ def capture(
     stored = sl.write_states(output, model, text, layers, dtype=form)
     summary = {"file": output, "model": model.name, "layers": list(stored.states)}
     summary["dtype"] = str(stored.at(stored.layer).dtype).removeprefix("torch.")
-    line = "  ".join(f"{name}: {value}" for name, value in summary.items())
-    session.show(summary, line)
+    session.show(summary, "  ".join(f"{key}: {summary[key]}" for key in summary))
 
 
 @command
@@ -235,16 +230,18 @@ def invert(
     epsilon: Annotated[float | None, Option(help="Bound on the noise.")] = None,
     lens: Annotated[str | None, Option(help="A file; fitted if not there.")] = None,
     on_fail: Annotated[Literal["raise", "nearest"], Option(help="A guess?")] = "raise",
+    certify: Annotated[bool, Option("--certify", help="Test all tokens.")] = False,
     last: Annotated[bool, Option("--last", help="From the last state alone.")] = False,
     length: Annotated[int | None, Option(help="With --last: tokens.")] = None,
 ) -> int:
-    """Print the prompt whose hidden states are in a file.
+    """Print the prompt whose hidden states are in a file; surest with --certify.
 
     sipit-lite invert states.safetensors --lens lens.safetensors
     """
     if (file is None) == (text is None):
         raise bad("both or neither of a file and --text", "one of them")
-    others = {"policy": policy != "auto", "lens": lens, "on-fail": on_fail != "raise"}
+    others = {"policy": policy != "auto", "lens": lens, "certify": certify}
+    others["on-fail"] = on_fail != "raise"
     for name, given in others.items():
         if last and given:
             raise bad(f"--last with --{name}", "no option that needs all states")
@@ -273,12 +270,13 @@ def invert(
         row = captured.at(at)[-1:].flatten()
         recovered = sl.invert_last(row, model, at, length, **options)
     else:
-        options |= {"policy": POLICIES[policy], "on_fail": on_fail}
+        options |= {"policy": POLICIES[policy], "on_fail": on_fail, "certify": certify}
         options["lens"] = lens_of(lens, model, at) if lens else None
         # Without a layer, the cheapest one that does not refuse.
         recovered = captured.invert(model, layer, **options)
         at = recovered.layer
     summary = vars(recovered) | {"model": model.name, "layer": at}
+    summary["certified"] = recovered.certified
     session.show(summary, recovered.text)
     guesses = (~recovered.verified).nonzero()[:, 0].tolist()
     if last:
@@ -286,6 +284,8 @@ def invert(
         say("verified", ends + f"runner-up {recovered.runner_up[-1]:.2g}")
     elif guesses:
         say("not verified, nearest tokens only", f"positions {guesses}")
+    elif certify:
+        say("certified", f"{recovered.certified}, room {recovered.headroom.min():.2g}")
     # A lens that could not be kept takes no prompt with it.
     return 0 if lens is None or Path(lens).exists() else 1
 
@@ -399,11 +399,9 @@ def reproduce(
     """
     plan = {"prompts": prompts, "length": length, "limit": limit, "source": source}
     plan |= {"shards": shards, "lengths": lengths, "layers": layers, "ways": ways}
-    changes = {}
-    for name, value in plan.items():
-        # What is not given stays as the paper has it.
-        if value not in (None, []):
-            changes[name] = tuple(value) if isinstance(value, list) else value
+    # What is not given stays as the paper has it.
+    given = {name: value for name, value in plan.items() if value not in (None, [])}
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     model = session.open()
     label = f"{rounded}, rounded" if rounded else session.weights or "full"
     if rounded:
@@ -426,3 +424,7 @@ def reproduce(
         lines = paper.side_by_side([run], name)
         measured = [line for line in lines if line.measured is not None]
         session.show(run, paper.comparison(measured))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -182,6 +182,7 @@ def bad_texts(folder: Path) -> dict[str, tuple[list, str]]:
         "packages": (["--weights", "fp4"], "pip install 'sipit-lite[quantised]'"),
         "unwritable lens": (["--lens", folder / "none" / "l"], "got the lens"),
         "length": (["--length", 2], "got --length without --last"),
+        "certify with last": (["--last", "--certify"], "got --last with --certify"),
         "lens with last": (["--last", "--lens", "l"], "got --last with --lens"),
         "guess with last": (["--last", "--on-fail", "nearest"], "with --on-fail"),
         "no length": (["--last", "--length", 0], "got length=0"),
@@ -427,6 +428,21 @@ def test_a_lens_that_cannot_be_kept_loses_no_prompt(
     assert complaints(err) == ["sipit-lite invert: got a disk without room"]
 
 
+def test_certify_is_the_strongest_answer(capsys: Output) -> None:
+    """All tokens are tested, the margin of the prompt's is measured and announced."""
+    words = ("invert", "--text", "plain", "--layer", 2)
+    assert run(*words, "--certify", "--json") == 0
+    out, err = capsys.readouterr()
+    summary = strict(out)
+    assert summary["certified"] is True
+    assert summary["tested"] == [4096] * len(summary["tokens"])
+    for margin, distance in zip(summary["margin"], summary["distance"], strict=True):
+        assert 2 * distance < margin
+    assert "certified: True, room " in err.splitlines()[-1]
+    assert run(*words, "--json") == 0
+    assert strict(capsys.readouterr().out)["certified"] is False
+
+
 def test_guesses_are_announced(tmp_path: Path, capsys: Output) -> None:
     """States of another layer: a refusal, or the nearest tokens, all of them named."""
     states = load(device="cpu").states("hidden", 3)
@@ -441,9 +457,11 @@ def test_guesses_are_announced(tmp_path: Path, capsys: Output) -> None:
     assert err.strip().endswith(f"positions {list(range(count))}")
 
 
-def program(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def program(
+    *words: str, module: str = "sipit_lite", **variables: str
+) -> subprocess.CompletedProcess[str]:
     """``python -m sipit_lite`` in a process with these variables."""
-    command = [sys.executable, "-m", "sipit_lite", *words]
+    command = [sys.executable, "-m", module, *words]
     return subprocess.run(
         command,
         env=os.environ | variables,
@@ -460,6 +478,14 @@ def test_settings_of_other_programs_do_not_matter() -> None:
     words = ("invert", "--text", "hidden states", "--layer", "1", "--device", "cpu")
     done = program(*words, **settings)
     assert (done.returncode, done.stdout, done.stderr) == (0, "hidden states\n", "")
+
+
+def test_the_module_of_the_command_line_runs_it() -> None:
+    """As ``sipit-lite`` does, bad input in one line among it."""
+    done = program("fly", module="sipit_lite.cli")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "No such command 'fly'" in done.stderr
 
 
 def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
