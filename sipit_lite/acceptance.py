@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from sipit_lite.collisions import closest_pairs
-from sipit_lite.model import LanguageModel, ModelError, StatesError
+from sipit_lite.model import LanguageModel, ModelError, StatesError, plain_settings
 from sipit_lite.onestep import EXACT, ROWS, OneStepMap
 from sipit_lite.policies import nearest
 
@@ -55,6 +55,7 @@ class Observation:
     trusted: Bool[Tensor, " pos"]
 
     @classmethod
+    @plain_settings()
     def of(
         cls,
         states: object,
@@ -124,10 +125,9 @@ def check_states(states: object, model: LanguageModel) -> States:
         raise StatesError(f"{got} such as torch.float32 ({hint})")
     fits = states.ndim == 2 and states.shape[1] == model.d_model
     if not fits or not 1 <= len(states) <= model.n_positions:
-        raise StatesError(
-            f"got states of shape {tuple(states.shape)}; {model.name} has shape "
-            f"(T, {model.d_model}) with T from 1 to {model.n_positions}"
-        )
+        got = f"got states of shape {tuple(states.shape)}"
+        shape = f"(T, {model.d_model}) with T from 1 to {model.n_positions}"
+        raise StatesError(f"{got}; {model.name} has shape {shape}")
     try:
         values = states.detach().to(model.device)
         values = values.to(torch.promote_types(model.dtype, torch.float32))
@@ -147,10 +147,8 @@ def _check_bound(name: str, value: Bound, values: States) -> Distances:
     bound = torch.as_tensor(0.0 if value is None else value).to(values)
     fits = bound.shape in ((), (len(values),))
     if not fits or not bool(((bound >= 0) & bound.isfinite()).all()):
-        expected = f"or one for each of the {len(values)} positions"
-        raise StatesError(
-            f"got {name}={value}; expected one finite number, not negative, {expected}"
-        )
+        expected = "expected one finite number, not negative, or one for each of the"
+        raise StatesError(f"got {name}={value}; {expected} {len(values)} positions")
     return bound.expand(len(values))
 
 
@@ -174,13 +172,12 @@ def rounding_half_width(states: States, model: LanguageModel) -> States:
     return (unit / 2).clamp(min=stored.tiny * stored.eps / 2).to(model.dtype)
 
 
+@plain_settings()
 def noise_floor(model: LanguageModel, layer: int) -> float:
     """Relative float noise of a state: the same by three routes, times ``SAFETY``.
 
     The routes are one pass over a random prompt, one cached step, and a cached step in
-    a full batch; never below half a unit of rounding. The larger of the first position
-    and of later ones, which an ``Observation`` keeps apart. Measured once: load anew
-    after changing weights. Raises ``ModelError`` where more than rounding differs.
+    a full batch. Raises ``ModelError`` where more than rounding differs.
 
     >>> from sipit_lite import load
     >>> 0 < noise_floor(load(device="cpu"), 3) < 1e-3
@@ -196,10 +193,9 @@ def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
         return model.measured[key]
     generator = torch.Generator().manual_seed(0)
     length = min(max(PROBES) + 1, model.n_positions)
-    ids = torch.randint(model.vocab_size, (length,), generator=generator)
-    ids = ids.to(model.device)
-    drawn = torch.randperm(model.vocab_size, generator=generator)[: ROWS // 2]
-    drawn = drawn.to(model.device)
+    vocab = model.vocab_size
+    ids = model.vocabulary[torch.randint(vocab, (length,), generator=generator)]
+    drawn = model.vocabulary[torch.randperm(vocab, generator=generator)[: ROWS // 2]]
     table = model.embeddings.float()
     apart = torch.cdist(table[drawn], table).scatter(1, drawn[:, None], torch.inf)
     sample = torch.cat([drawn, apart.argmin(1)])
@@ -221,11 +217,10 @@ def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
     unit = torch.finfo(model.dtype).eps
     # Half of the digits are no rounding: such states depend on what comes later.
     if not spread.max() <= unit**0.5:  # NaN is no rounding either
-        raise ModelError(
-            f"got {model.name}, whose states at layer {layer} differ by "
-            f"{spread.max():.1e} of their norm between one pass and cached steps; "
-            f"expected rounding alone, under {unit**0.5:.1e} (is it causal?)"
-        )
+        got = f"got {model.name}, whose states at layer {layer} differ by"
+        share = f"{spread.max():.1e} of their norm between one pass and cached steps"
+        expected = f"expected rounding alone, under {unit**0.5:.1e} (is it causal?)"
+        raise ModelError(f"{got} {share}; {expected}")
     floor = SAFETY * spread.clamp(min=unit / 2)
     gap = torch.stack(gaps)
     last = min(1, length - 1)  # a context of one position has no later ones
@@ -233,6 +228,7 @@ def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
     return model.measured.setdefault(key, torch.stack(columns).reshape(2, 2))
 
 
+@plain_settings()
 def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
     """Which tokens another token nearly equals once the first block has read them.
 
@@ -299,9 +295,8 @@ def try_candidates(
     count = CHALLENGERS if clear else len(table)
     rivals = nearest(table, table[best], distance.isnan(), count)
     if clear and twins[best]:
-        rivals = torch.cat(
-            [rivals, (twins & distance.isnan()).nonzero()[:, 0]]
-        ).unique()
+        others = (twins & distance.isnan()).nonzero()[:, 0]
+        rivals = torch.cat([rivals, others]).unique()
     if len(rivals):
         distance[rivals] = observed.distance(t, step.tokens(rivals))
     return distance

@@ -377,17 +377,15 @@ def _checked(states: object) -> Float[Tensor, "n d_model"]:
         got = f"{states.dtype} of shape {tuple(states.shape)}"
     usable = isinstance(states, Tensor) and states.dtype in FORMATS and states.ndim == 2
     if not usable or len(states) < 2 or states.shape[1] == 0:
-        raise StatesError(
-            f"got {got}; expected a tensor of floats (float16 to float64) of shape"
-            " (N, d_model), at least 2 rows of at least 1 number"
-        )
+        expected = "a tensor of floats (float16 to float64) of shape (N, d_model)"
+        rows = "at least 2 rows of at least 1 number"
+        raise StatesError(f"got {got}; expected {expected}, {rows}")
     # Numbers whose squares overflow are as useless as NaN.
     sizes = torch.cat([part.detach().abs().amax(1) for part in states.split(COLUMNS)])
     bad = (~(sizes.double() < 1e150)).nonzero()[:, 0].tolist()
     if bad:
         named = ", ".join(map(str, bad[:10])) + ", …" * (len(bad) > 10)
-        raise StatesError(
-            f"got NaN, Inf or squares that overflow in {len(bad)} of {len(states)} rows"
-            f" ({named}); expected finite states"
-        )
+        which = f"{len(bad)} of {len(states)} rows ({named})"
+        got = f"got NaN, Inf or squares that overflow in {which}"
+        raise StatesError(f"{got}; expected finite states")
     return states

@@ -14,14 +14,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def advised(what: str, dtype: torch.dtype, kind: type[Exception]) -> Iterator[None]:
-    """Turn running out of memory into an error of ``kind`` that says what may fit.
-
-    >>> with advised("8 prompts", torch.bfloat16, ValueError):
-    ...     raise torch.OutOfMemoryError("CUDA out of memory")
-    Traceback (most recent call last):
-    ValueError: got 8 prompts, which do not fit into memory; expected fewer or shorter \
-ones at a time, or a lower layer
-    """
+    """Turn running out of memory into an error of ``kind`` that says what may fit."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

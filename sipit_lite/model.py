@@ -6,6 +6,7 @@ States are taken after a block and before the final norm, as in the paper (§3).
 
 import copy
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -22,6 +23,9 @@ from sipit_lite.memory import advised
 
 # What a configuration says that changes no state.
 ASIDE = ("architectures", "transformers_version", "dtype", "use_cache")
+LOCK = threading.Lock()
+INSIDE: list[int] = []  # threads with plain settings, as often as they enter
+SHARED = ExitStack()  # what they share, restored by the last one to leave
 
 
 class SipItError(ValueError):
@@ -39,21 +43,30 @@ class ModelError(SipItError):
 @contextmanager
 def plain_settings() -> Iterator[None]:
     """No TF32 in products, autocast, inference mode, default format or device."""
-    products = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    with ExitStack() as stack:
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        for setting in products:
-            before = setting.fp32_precision
-            stack.callback(setattr, setting, "fp32_precision", before)
-            setting.fp32_precision = "ieee"
-        torch.set_default_dtype(torch.float32)
-        for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if torch.get_default_device().type != "cpu":  # a context of its own slows down
-            stack.enter_context(torch.device("cpu"))
-        yield
+    with LOCK:
+        INSIDE.append(threading.get_ident())
+        if len(INSIDE) == 1:
+            SHARED.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+            for setting in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+                before = setting.fp32_precision
+                SHARED.callback(setattr, setting, "fp32_precision", before)
+                setting.fp32_precision = "ieee"
+    try:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())  # which that turns on
+            if torch.get_default_device().type != "cpu":  # else slower for nothing
+                stack.enter_context(torch.device("cpu"))
+            yield
+    finally:
+        with LOCK:
+            INSIDE.pop()
+            if not INSIDE:
+                SHARED.close()
 
 
 class LanguageModel:
@@ -120,13 +133,13 @@ class LanguageModel:
         quoted = repr(text if len(text) <= 40 else text[:39] + "…")  # it may be secret
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ModelError(f"got the text {quoted} with lone surrogates, not UTF-8")
-        ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-        if ids.numel() == 0:
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) == 0:
             raise ModelError(f"got the text {quoted} of 0 tokens; expected one or more")
-        if int(ids.max()) >= self.vocab_size:
+        if max(ids) >= self.vocab_size:
             known = f"{self.name} has {self.vocab_size}: tokenizer and model disagree"
-            raise ModelError(f"got token {int(ids.max())}; {known}")
-        return ids.to(self.device)
+            raise ModelError(f"got token {max(ids)}; {known}")
+        return torch.tensor(ids, device=self.device)
 
     def decode(self, ids: Int[Tensor, " pos"]) -> str:
         """The text that ``encode`` turned into these ids, or the ids themselves."""
@@ -231,11 +244,10 @@ def landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
             norms.append(name)
     limited = hasattr(decoder.config, "max_position_embeddings")
     if len(blocks) != 1 or not norms or not limited:
-        raise ModelError(
-            f"got {type(decoder).__name__} with {len(blocks)} lists of {depth} blocks, "
-            f"{len(norms)} norms of width {width} and {'a' if limited else 'no'} "
-            "max_position_embeddings; expected a decoder-only language model"
-        )
+        parts = f"{len(blocks)} lists of {depth} blocks, {len(norms)} norms of width"
+        limit = f"{width} and {'a' if limited else 'no'} max_position_embeddings"
+        got = f"got {type(decoder).__name__} with {parts} {limit}"
+        raise ModelError(f"{got}; expected a decoder-only language model")
     return blocks[0], norms[-1]  # a norm of the embeddings comes first
 
 

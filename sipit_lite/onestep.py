@@ -80,7 +80,6 @@ class OneStepMap:
         past = ((k[:, :, :position], v[:, :, :position]) for k, v in self.past)
         return replace(self, position=position, past=tuple(past))
 
-    @plain_settings()
     def tokens(self, tokens: Int[Tensor, " rows"]) -> Rows:
         """F(v) for each candidate token, shape (candidates, d_model)."""
         copied = sum(keys.numel() + values.numel() for keys, values in self.past)
@@ -98,6 +97,7 @@ class OneStepMap:
                     # The device is fuller than it looked: smaller passes say the same.
                     size //= 2
 
+    @plain_settings()
     def embedding(self, e: Rows) -> Rows:
         """F(e): the next token's embedding replaced by each row; differentiable."""
         if self.position >= self.model.n_positions:
@@ -105,6 +105,7 @@ class OneStepMap:
             raise ModelError(f"got a prefix of {self.position} tokens; {reads}")
         return self._run(e[:, None], self._cache(len(e)))[:, 0]
 
+    @plain_settings()
     def jacobian(
         self, e: Float[Tensor, " d_model"]
     ) -> Float[Tensor, "d_model d_model"]:

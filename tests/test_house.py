@@ -14,9 +14,9 @@ ROOMS = ("io", "extensions", "experiments", "teaching", "pocket_gpt2")
 # Lines of each file of the core, docstrings and blank lines included.
 CORE = {
     "__init__.py": 40,
-    "model.py": 250,
+    "model.py": 260,
     "onestep.py": 140,
-    "acceptance.py": 370,
+    "acceptance.py": 350,
     "policies.py": 155,
     "recovery.py": 85,
     "sipit.py": 380,
@@ -27,7 +27,7 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1100,
-    "extensions": 1100,
+    "extensions": 1110,
     "experiments": 2900,
     "teaching": 1000,
     "cli": 430,

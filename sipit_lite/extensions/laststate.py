@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from sipit_lite.acceptance import Observation, State, States, Tokens
 from sipit_lite.extensions.lens import Pairs, Regression, ridge
-from sipit_lite.model import LanguageModel, SipItError, StatesError
+from sipit_lite.model import LanguageModel, SipItError, StatesError, plain_settings
 from sipit_lite.onestep import ROWS
 from sipit_lite.recovery import Interrupted, Recovery
 from sipit_lite.sipit import SALT
@@ -66,6 +66,7 @@ class Collision(NotRecovered):
     """Several prompts agree; ``recovered`` is one of them, ``other`` another."""
 
 
+@plain_settings()
 def invert_last(
     state: Tensor,
     model: LanguageModel,
@@ -197,6 +198,7 @@ class Ends(Regression):
     frequency: OverVocab  # how often the model itself writes each token
 
     @classmethod
+    @plain_settings()
     def fit(
         cls,
         model: LanguageModel,

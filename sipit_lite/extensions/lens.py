@@ -22,7 +22,7 @@ from sipit_lite.acceptance import States, Tokens
 from sipit_lite.extensions.newton import Newton
 from sipit_lite.io.files import read, replacing
 from sipit_lite.io.text import prompts as text_prompts
-from sipit_lite.model import LanguageModel, SipItError
+from sipit_lite.model import LanguageModel, SipItError, plain_settings
 from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Batches, State
 
@@ -74,6 +74,7 @@ class Lens(Regression):
     layer: int
 
     @classmethod
+    @plain_settings()
     def fit(
         cls,
         model: LanguageModel,
@@ -117,6 +118,7 @@ class Lens(Regression):
         table, squares = self._whitened
         return torch.addmm(-squares / 2, self.predict(states) @ self.whiten, table.T)
 
+    @plain_settings()
     def draft(self, states: Rows) -> Int[Tensor, "*rows"]:
         """The likeliest token of each state: no prefix, no search, nothing verified."""
         # One state by all tokens is a row of the vocabulary's size.

@@ -27,7 +27,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from sipit_lite.memory import is_out_of_memory
-from sipit_lite.model import LanguageModel, ModelError, landmarks
+from sipit_lite.model import LanguageModel, ModelError, landmarks, plain_settings
 
 POCKET = "pocket-gpt2"
 # A real model of 135 million parameters, in a package that carries nothing else.
@@ -54,6 +54,7 @@ class Footprint:
     line: str
 
 
+@plain_settings()
 def load(
     name: Any = None,
     *,
@@ -85,8 +86,7 @@ def load(
     'pocket-gpt2'
     """
     if isinstance(name, nn.Module):
-        kind = type(name).__name__
-        raise ModelError(f"got a {kind} in memory; LanguageModel(model) takes it")
+        raise ModelError("got a model in memory; LanguageModel(model) takes it")
     name = str(os.environ.get("SIPIT_LITE_MODEL") or POCKET if name is None else name)
     place, gguf = _place(name)
     target = pick_device(device)

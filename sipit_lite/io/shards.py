@@ -14,12 +14,13 @@ from tqdm import tqdm
 from sipit_lite.io.capture import tapped
 from sipit_lite.io.files import digest, intact, replacing
 from sipit_lite.memory import advised
-from sipit_lite.model import LanguageModel, ModelError, StatesError
+from sipit_lite.model import LanguageModel, ModelError, StatesError, plain_settings
 
 SHARD = 4096  # prompts in a file
 TOKENS = 2048  # tokens in a pass: enough for the matrix products, and still in cache
 
 
+@plain_settings()
 def last_states(
     model: LanguageModel,
     prompts: Sequence[Tensor],
@@ -42,8 +43,7 @@ def last_states(
     torch.Size([2, 2, 256])
     """
     if len(prompts) == 0 or len(layers) == 0:
-        got = f"got {len(prompts)} prompts and {len(layers)} layers"
-        raise StatesError(f"{got}; expected at least one of each")
+        raise StatesError("got no prompt or no layer; expected at least one of each")
     for layer in layers:
         model.check_layer(layer)
     for prompt in prompts:

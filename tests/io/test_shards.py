@@ -175,8 +175,8 @@ def test_nothing_global_is_drawn_from(pocket: LanguageModel, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("prompts", "layers", "words"),
     [
-        ([], [1], "0 prompts and 1 layers"),
-        ([torch.tensor([1])], [], "1 prompts and 0 layers"),
+        ([], [1], "no prompt or no layer"),
+        ([torch.tensor([1])], [], "no prompt or no layer"),
         ([torch.tensor([1])], [7], "layer 7"),
         ([torch.tensor([1]), torch.tensor([4096])], [1], "tokens are 0 to 4095"),
         (
