@@ -71,6 +71,10 @@ class Observation:
         prompt has, ``ModelError`` for a bad layer.
         """
         model.check_layer(layer)
+        if str(getattr(states, "dtype", "")) in ("float16", "float32", "float64"):
+            states = torch.tensor(states)  # an array of NumPy
+        if getattr(states, "shape", ())[:-2] == (1,):
+            states = states[0]  # a batch of one
         values = check_states(states, model)
         bound = _check_bound("epsilon", epsilon, values)
         # The first position is a world of its own: often all its states are huge.
@@ -156,11 +160,6 @@ def rounding_half_width(states: States, model: LanguageModel) -> States:
     """How far rounding to the stored format may have moved each number: half a unit.
 
     Zero where the states are stored at least as finely as the model computes.
-
-    >>> from sipit_lite import load
-    >>> stored = torch.tensor([[1.0, 1.5, 2.0]], dtype=torch.bfloat16)
-    >>> rounding_half_width(stored, load(device="cpu")).tolist()
-    [[0.00390625, 0.00390625, 0.0078125]]
     """
     stored = torch.finfo(states.dtype)
     values = states.to(model.device, torch.float32)
@@ -300,6 +299,17 @@ def try_candidates(
     if len(rivals):
         distance[rivals] = observed.distance(t, step.tokens(rivals))
     return distance
+
+
+def suspected(states: States, model: LanguageModel, layer: int) -> str:
+    """What may be wrong where no token verifies."""
+    hint = f"after the norm? that is layer {layer + 1}; " * (layer == model.n_layers)
+    for dtype in (torch.bfloat16, torch.float16):
+        # Numbers that fit into fewer bits may have been computed in them.
+        coarser = dtype.itemsize < model.dtype.itemsize
+        if coarser and bool((states.to(dtype) == states).all()):
+            hint += f"{dtype} numbers, {model.dtype} here: load(name, dtype={dtype})? "
+    return f"{hint}noisy states need epsilon; or another model, or another layer?"
 
 
 def bit_for_bit(

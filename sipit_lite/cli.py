@@ -249,7 +249,7 @@ def invert(
         raise bad("--length without --last", "them together")
     deepest = layer
     if text is None:
-        captured = sl.read_states(file)
+        captured = sl.read_states(file, None if layer is None else [layer])
         # A file may come from anybody, and to load a model is to trust its folder.
         ours = (POCKET, REAL, os.environ.get("SIPIT_LITE_MODEL"))
         if session.model is None and captured.model not in ours:
@@ -323,7 +323,7 @@ def collisions(
     """
     model = session.open(max(layers) if layers else None)
     layers = layers or list(range(1, model.n_layers + 1))
-    options = {"source": source, "folder": shards, "seed": session.seed}
+    options = {"source": source, "seed": session.seed}
     drawn = from_source(model.tokenizer, prompts, length, **options)
     states = sl.last_states(model, drawn, layers, folder=shards, progress=True)
     rows = []

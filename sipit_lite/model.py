@@ -152,11 +152,11 @@ class LanguageModel:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def check_layer(self, layer: int) -> None:
-        """Raise ``ModelError`` unless 0 ≤ layer ≤ L."""
+        """Raise ``ModelError`` unless 0 ≤ layer ≤ L, or L + 1: after the final norm."""
         integral = isinstance(layer, Integral) and not isinstance(layer, bool)
-        if not integral or not 0 <= layer <= self.n_layers:
+        if not integral or not 0 <= layer <= self.n_layers + 1:
             there = f"{self.name} has layers 0 (embeddings) to {self.n_layers}"
-            raise ModelError(f"got layer {layer!r}; {there}")
+            raise ModelError(f"got layer {layer!r}; {there}, and one after the norm")
 
     def check_ids(self, ids: Tensor) -> None:
         """Raise ``ModelError`` unless the ids are below |V|, in rows of 1 to K."""
@@ -171,14 +171,14 @@ class LanguageModel:
 
     @plain_settings()
     def states(self, prompt: str | Tensor, layer: int) -> Float[Tensor, "*batch pos d"]:
-        """Hidden states H^(ℓ) at every position, before the final norm.
+        """Hidden states H^(ℓ) at every position, before the final norm for ℓ ≤ L.
 
         Parameters
         ----------
         prompt
             A text, or token ids of shape (T,) or, for equal lengths, (..., T).
         layer
-            0 for what enters the first block, ℓ for what leaves block ℓ.
+            0: what enters the first block, ℓ: what leaves block ℓ, L + 1: the norm.
 
         Raises
         ------
@@ -195,14 +195,15 @@ class LanguageModel:
         return states.reshape(*ids.shape, self.d_model)
 
     def cut(self, layer: int) -> nn.Module:
-        """The decoder with its first blocks and no final norm; all weights shared."""
+        """The decoder with its first blocks, no final norm; all weights shared."""
         self.check_layer(layer)
         training = any(part.training for part in self.decoder.modules())
         cut = _evaluating(self.decoder) if training else copy.copy(self.decoder)
         cut._modules = dict(cut._modules)  # else the cut would cut the decoder
         blocks, norm = self.parts
         setattr(cut, blocks, getattr(cut, blocks)[:layer])
-        setattr(cut, norm, nn.Identity())
+        if layer <= self.n_layers:
+            setattr(cut, norm, nn.Identity())
         # With a device map, these are bound to the decoder before the cut.
         for hooked in ("forward", "_old_forward", "_hf_hook"):
             cut.__dict__.pop(hooked, None)

@@ -131,12 +131,7 @@ def clipped_gradient(
 def nearest(
     table: Tensor, e: State, allowed: Bool[Tensor, " vocab"], count: int
 ) -> Int[Tensor, " cand"]:
-    """The ``count`` allowed tokens whose embeddings are nearest to e, nearest first.
-
-    >>> allowed = torch.tensor([False, True, True])
-    >>> nearest(torch.eye(3), torch.tensor([0.9, 0.5, 0.0]), allowed, 2).tolist()
-    [1, 2]
-    """
+    """The ``count`` allowed tokens whose embeddings are nearest to e, nearest first."""
     distance = torch.linalg.vector_norm((table - e).float(), dim=1)
     # A proxy that ran off to NaN must not end the enumeration: huge, but not tried.
     distance = distance.nan_to_num(nan=HUGE, posinf=HUGE)

@@ -23,6 +23,7 @@ from sipit_lite.acceptance import (
     agreeing,
     bit_for_bit,
     related,
+    suspected,
     try_candidates,
 )
 from sipit_lite.model import LanguageModel, StatesError, plain_settings
@@ -35,7 +36,7 @@ PASS = 4096  # tokens in a pass over drafts
 
 
 def invert(
-    states: Tensor,
+    states: Any,
     model: LanguageModel,
     layer: int,
     *,
@@ -54,7 +55,7 @@ def invert(
     Parameters
     ----------
     states
-        Shape (T, d_model), any floating-point format, before the final norm.
+        Shape (T, d_model), any floating-point format; after the norm if layer = L + 1.
     policy, lens, seed
         The order of candidates: ``"auto"`` drafts with ``lens`` and searches by the
         lens's own policy for what it misses; without a lens it is ``Gradient()``.
@@ -100,7 +101,7 @@ def invert(
 
 @plain_settings()
 def invert_many(
-    states: Sequence[Tensor],
+    states: Sequence,
     model: LanguageModel,
     layer: int,
     *,
@@ -275,7 +276,7 @@ class _Prompt:
             self.length = t + 1
             self.searched = True
             return
-        hint = "noisy states need epsilon; or another model, or another layer?"
+        hint = suspected(self.observed.states, self.options.model, self.options.layer)
         what = f"no token verifies ({hint})"
         if len(verified):
             rival = self._quote(verified[-1])

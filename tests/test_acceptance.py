@@ -148,7 +148,7 @@ BAD_STATES = {
     ),
     "no position": (torch.zeros(0, 256), "states of shape (0, 256)"),
     "too many positions": (torch.zeros(257, 256), "states of shape (257, 256)"),
-    "a batch": (torch.zeros(1, 3, 256), "states of shape (1, 3, 256)"),
+    "a batch": (torch.zeros(2, 3, 256), "states of shape (2, 3, 256)"),
     "integers": (
         torch.zeros(3, 256, dtype=torch.int64),
         "states of torch.int64; expected",

@@ -169,7 +169,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list, str]]:
 def bad_texts(folder: Path) -> dict[str, tuple[list, str]]:
     """Options of ``invert --text x`` that mean nothing."""
     return {
-        "layer": (["--layer", 7], "got layer 7"),
+        "layer": (["--layer", 8], "got layer 8"),
         "no number": (["--layer", "two"], "got 'two'"),
         "model": (["--model", "no-such-model"], "no-such-model"),
         "no name": (["--model", ""], "got model ''"),

@@ -420,8 +420,8 @@ def test_half_the_margin_is_the_edge(pocket: LanguageModel) -> None:
 
 def test_margins_refuse_bad_input(pocket: LanguageModel) -> None:
     """A layer that the model has not, and ids that are no prompt."""
-    with pytest.raises(ModelError, match="got layer 7"):
-        margins(pocket, torch.tensor([1]), 7)
+    with pytest.raises(ModelError, match="got layer 8"):
+        margins(pocket, torch.tensor([1]), 8)
     with pytest.raises(ModelError):
         margins(pocket, torch.tensor([5000]), 1)
 

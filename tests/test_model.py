@@ -218,7 +218,7 @@ def test_other_structures_are_refused(tmp_path: Path) -> None:
     )
     ModernBertModel(encoder).save_pretrained(tmp_path / "b")
     with pytest.raises(
-        ModelError, match=r"whose first state moves by .* expected a causal decoder"
+        ModelError, match=r"whose states move by .* expected a causal decoder"
     ):
         load(tmp_path / "b")
     BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "c")
@@ -314,7 +314,7 @@ def test_layers_left_out_are_never_loaded(
     assert load(POCKET, layers=0).n_layers == 1, (
         "layer 0 is what enters the first block, so that one stays"
     )
-    for layers in (7, -1, True):
+    for layers in (8, -1, True):
         with pytest.raises(
             ModelError,
             match=f"got layer {layers} as the last to keep; the model has layers 0",
@@ -472,7 +472,7 @@ def test_a_folder_without_a_tokenizer_takes_ids(tmp_path: Path) -> None:
         model.encode("text")
 
 
-@pytest.mark.parametrize("layer", [-1, 7, True])
+@pytest.mark.parametrize("layer", [-1, 8, True])
 def test_layers_out_of_range_are_refused(pocket: LanguageModel, layer: int) -> None:
     """The message has the layer received and the range expected."""
     with pytest.raises(

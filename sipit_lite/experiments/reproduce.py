@@ -345,7 +345,7 @@ def texts(
     which = (model.tokenizer, count, plan.length + (model.begin is not None))
     options = {"seed": plan.seed, "source": plan.source}
     if plan.source == "corpora":
-        drawn = from_source(*which, **options, folder=plan.shards)
+        drawn = from_source(*which, **options)
     elif split is None:
         drawn = windows(*which, **options)[:count]
     else:

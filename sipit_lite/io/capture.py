@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sipit_lite.io.files import read, replacing
+from sipit_lite.io.files import arrays, replacing
 from sipit_lite.model import LanguageModel, StatesError
 from sipit_lite.recovery import NotVerified, Recovery
 from sipit_lite.sipit import invert
@@ -56,7 +55,6 @@ class Captured:
             largest = x.float().abs().amax(1)  # at each position, shape (T,)
             if dtype == torch.int8:
                 scales[layer] = torch.where(largest > 0, largest / STEPS, 1.0)
-                # The largest number of each position takes all 127 steps.
                 x = (x.float() / scales[layer][:, None]).round()
             stored[layer] = x.to(dtype or x.dtype)
             if not bool(stored[layer].float().isfinite().all()):
@@ -78,8 +76,7 @@ class Captured:
 
     def check(self, model: LanguageModel) -> None:
         """Raise ``StatesError`` where the tokenizer of ``model`` begins otherwise."""
-        known = self.begin is not None and model.tokenizer is not None
-        if known and self.begin != model.begin:
+        if None not in (self.begin, model.tokenizer) and self.begin != model.begin:
             got = f"got prompts with begin-of-text token {self.begin}"
             puts = "none" if model.begin is None else f"token {model.begin}"
             there = f"the tokenizer of {model.name} puts {puts} first"
@@ -117,20 +114,27 @@ class Tape:
     model: LanguageModel
     dtype: torch.dtype | None
     rows: dict[int, list[Tensor]]
-    passes: list[int] = field(default_factory=list)
+    passes: list[Tensor] = field(default_factory=list)  # the tokens of each
+    cache: Any = None
     thread: int | None = None
+    wrong: str = ""  # why nothing more is kept
 
     def captured(self) -> Captured:
         """The states of all positions that every layer has, at least one."""
+        length = 0 if self.cache is None else int(self.cache.get_seq_length())
+        if length:
+            self._crop(length)  # the last pass may have tried tokens in vain
         # A pass that was cut short has reached the lower layers alone: it is dropped.
         complete = min(len(rows) for rows in self.rows.values())
         if complete == 0:
-            raise StatesError("got no forward pass inside capture; expected one prompt")
+            got = "got no forward pass inside capture, or of a model already compiled"
+            raise StatesError(self.wrong or got)
         states = {x: torch.cat(rows[:complete]) for x, rows in self.rows.items()}
-        return Captured.of(states, self.model, self.dtype, self.passes[:complete])
+        passes = map(len, self.passes[:complete])
+        return Captured.of(states, self.model, self.dtype, passes)
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Raise ``StatesError`` for a pass that does not go on with the one prompt."""
+        """Look at a pass that begins; what cannot be kept is noted, the model runs."""
         thread = threading.get_ident()
         if decoder is not self.model.decoder:
             # A cut, which shares its hooks: an inversion beside us, not to be kept.
@@ -138,28 +142,46 @@ class Tape:
             return
         given = args[0] if args else kwargs.get("input_ids")
         given = kwargs["inputs_embeds"] if given is None else given
+        ids = given[0] if given.ndim == 2 else given[0, :, 0]
         mask = kwargs.get("attention_mask")
         padded = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
         cache = kwargs.get("past_key_values")
         # Where this pass begins, and where the last one ended.
         start = 0 if cache is None else int(cache.get_seq_length())
-        seen = sum(self.passes)
+        before = torch.cat([ids[:0], *self.passes])
+        # Tokens that were tried in vain, or the prompt from its start, without a cache.
+        if cache is self.cache if start else before.equal(ids[: len(before)]):
+            self._crop(start)
+        seen = sum(map(len, self.passes))
         place = f"pass from position {start} after {seen} captured ones"
         wrong = {
-            f"batch of {len(given)} prompts; expected one": len(given) != 1,
+            f"batch of {len(given)} prompts or beams; expected one": len(given) != 1,
             "prompt with padding; expected a mask of ones": padded,
             "model in training mode; expected model.eval()": decoder.training,
             f"{place}; expected one prompt, with its cache": start != seen,
+            "pass after a failed one": min(map(len, self.rows.values()))
+            < len(self.passes),
         }
         for message in filter(wrong.get, wrong):
-            raise StatesError(f"inside capture, got a {message}")
-        self.passes.append(given.shape[1])
-        self.thread = thread
+            self.wrong = self.wrong or f"inside capture, got a {message}"
+        self.thread = None if self.wrong else thread
+        if not self.wrong:
+            self.passes.append(ids)
+            self.cache = cache
 
-    def keep(self, layer: int, states: Float[Tensor, "1 pos d_model"]) -> None:
+    def keep(self, layer: int, states: Float[Tensor, "rows pos d_model"]) -> None:
         """Called by each layer as it runs, in a pass of ours or of a cut."""
         if self.thread == threading.get_ident():
             self.rows[layer].append(states[0].detach().cpu())
+
+    def _crop(self, length: int) -> None:
+        """Forget what stands behind the first ``length`` positions."""
+        for parts in (self.passes, *self.rows.values()):
+            room = length
+            for i, part in enumerate(parts):
+                parts[i] = part[:room]
+                room -= len(parts[i])
+            parts[:] = filter(len, parts)
 
 
 @contextmanager
@@ -168,7 +190,7 @@ def tapped(
 ) -> Iterator[dict[int, Tensor]]:
     """Layer → its latest states in this thread; ``keep`` gets both, of any thread."""
     # Not ``output_hidden_states``: it leaves hooks in blocks that all cuts share.
-    blocks = getattr(model.decoder, model.parts[0])
+    blocks, norm = (getattr(model.decoder, name) for name in model.parts)
     states: dict[int, Tensor] = {}
     thread = threading.get_ident()
 
@@ -185,7 +207,7 @@ def tapped(
     with ExitStack() as hooks:
         for layer in set(layers):
             take = partial(hook, layer)
-            block = blocks[max(layer - 1, 0)]
+            block = norm if layer > len(blocks) else blocks[max(layer - 1, 0)]
             hooks.enter_context(block.register_forward_hook(take, with_kwargs=True))
         yield states
 
@@ -201,24 +223,17 @@ def capture(
 ) -> Iterator[Tape]:
     """Record the hidden states of one prompt while any ``transformers`` decoder runs.
 
-    A generation adds its tokens pass by pass, all but the last, which no model reads.
-    An error or Ctrl-C inside leaves, and writes, the passes that are complete. With a
-    tokenizer, the file says which token it puts first; ``dtype``, as ``torch.int8``, is
-    a format to round to. Raises ``StatesError`` for a bad one or a layer beyond 0
-    (embeddings) to L, and inside for a batch, padding, dropout or another prompt.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> with capture(model.decoder, layers=[3]) as tape:  # or any other of transformers
-    ...     _ = model.decoder(input_ids=model.encode("hidden states")[None])
-    >>> tape.captured().invert(model).text
-    'hidden states'
+    A generation adds its tokens pass by pass, all but the last, which no model reads,
+    and those tried in vain. An error or Ctrl-C inside leaves, and writes, the complete
+    passes. With a tokenizer, the file says which token it puts first; ``dtype``, as
+    ``torch.int8``, is a format to round to. Raises ``StatesError`` for a bad one or a
+    bad layer, and at the end for a batch, padding, dropout or a second prompt inside.
     """
     ours = LanguageModel(model, tokenizer)
     wanted = [ours.n_layers] if layers is None else sorted(set(layers))
-    if not wanted or not 0 <= wanted[0] <= wanted[-1] <= ours.n_layers:
+    if not wanted or not 0 <= wanted[0] <= wanted[-1] <= ours.n_layers + 1:
         there = f"{ours.name} has layers 0 (embeddings) to {ours.n_layers}"
-        raise StatesError(f"got layers {wanted}; {there}")
+        raise StatesError(f"got layers {wanted}; {there}, and one after the norm")
     Captured.of({}, ours, dtype, ())  # a bad format is refused before the model runs
     tape = Tape(ours, dtype, {layer: [] for layer in wanted})
     hook = ours.decoder.register_forward_pre_hook(tape.before, with_kwargs=True)
@@ -231,6 +246,8 @@ def capture(
         # After an error, a file only where there is something to write.
         if path is not None and (finished or all(tape.rows.values())):
             _save(path, tape.captured())
+    if tape.wrong:
+        raise StatesError(tape.wrong)
 
 
 def write_states(
@@ -243,8 +260,7 @@ def write_states(
 ) -> Captured:
     """Write the hidden states of a text at one or more layers into a safetensors file.
 
-    ``dtype`` rounds them first. Raises ``ModelError`` for a bad text or layer,
-    ``StatesError`` for a bad ``dtype``, or a file that cannot be written.
+    Raises ``ModelError`` for a bad text or layer, ``StatesError`` for the rest.
     """
     layers = [layers] if isinstance(layers, int) else sorted(set(layers))
     ids = model.encode(text)
@@ -254,14 +270,17 @@ def write_states(
     return captured
 
 
-def read_states(path: str | Path) -> Captured:
-    """Read a file of states; ``StatesError`` if missing, cut off, or without fields."""
+def read_states(path: str | Path, layers: Sequence[int] | None = None) -> Captured:
+    """Read a file of states; ``layers`` for those of NumPy, PyTorch and vLLM."""
     got = f"got {str(path)!r}"
     try:
-        tensors, metadata = read(path)
-    except (SafetensorError, OSError) as error:
-        reason = f"not a complete safetensors file ({error})"
-        raise StatesError(f"{got}, {reason}") from error
+        tensors, metadata = arrays(Path(path))
+    except Exception as error:  # each format has errors of its own
+        reason = f"not a complete safetensors file, .npy, or .pt of tensors ({error}"
+        raise StatesError(f"{got}, {reason.splitlines()[0][:200]})") from error
+    plain = Path(path).suffix in (".npy", ".pt", ".pth") or "hidden_states" in tensors
+    if plain or (layers and not metadata):
+        return Captured(_numbered(got, tensors, layers), "")
     named = {int(name[6:]): x for name, x in tensors.items() if LAYER.fullmatch(name)}
     states = dict(sorted(named.items()))  # by number: as names, 10 is before 2
     scales = {}
@@ -280,6 +299,22 @@ def read_states(path: str | Path) -> Captured:
         fields = f"'layer.ℓ', 'layer.ℓ.scale' for 8-bit integers; 'format' ({FORMAT!r})"
         expected = f"expected tensors {fields}, 'model' ({str(error)[:60]})"
         raise StatesError(f"{got} with {there}; {expected}") from error
+
+
+def _numbered(got: str, tensors: Mapping, layers: Sequence[int] | None) -> dict:
+    """The states of a file that does not say their layers, by layer."""
+    rows = [x for x in tensors.values() if isinstance(x, Tensor) and x.ndim > 1]
+    vllm = "hidden_states" in tensors  # positions come first, and tokens beside
+    if len(rows) == 1 and rows[0].ndim == 3:
+        rows = list(rows[0].unbind(int(vllm)))
+    # What transformers gives last has gone through the final norm.
+    usual = [] if vllm or len(rows) < 2 else [*range(len(rows) - 1), len(rows)]
+    for numbers in filter(None, (layers, usual)):
+        if len(numbers) == len(rows):
+            states = [x[0] if x.shape[:-2] == (1,) else x for x in rows]
+            return dict(zip(numbers, states, strict=True))
+    there = f"{got} of {len(rows)} layers, without their numbers"
+    raise StatesError(f"{there}; expected layers=[...] (or --layer for one)")
 
 
 def _save(path: str | Path, captured: Captured) -> None:

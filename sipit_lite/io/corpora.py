@@ -1,19 +1,14 @@
 """Prompts from the paper's corpora on the hub, streamed by ``sipit-lite[datasets]``."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sipit_lite.io.files import digest, intact, replacing
 from sipit_lite.io.loading import hub_in_reach
 from sipit_lite.io.text import TextError, distinct
 from sipit_lite.model import edge_tokens
@@ -26,7 +21,6 @@ CORPORA = {
     "python code": ("angie-chen55/python-github-code", None, "code"),
 }
 SOURCES = ("bundled", "installed", "corpora")
-FILE = "prompts.safetensors"
 OTHERWISE = "or installed text, source='installed' (--source installed)"
 
 
@@ -37,15 +31,13 @@ def from_source(
     *,
     source: str = "bundled",
     seed: int = 0,
-    folder: str | Path | None = None,
 ) -> list[Int[Tensor, " pos"]]:
-    """``sampled`` from the corpora, kept in ``folder``, else ``distinct``."""
+    """``sampled`` from the corpora, else ``distinct``."""
     if tokenizer is None:
         raise TextError("got a model without a tokenizer; expected one that has it")
     if source != "corpora":
         return distinct(tokenizer, count, length, seed=seed, source=source)
-    path = Path(folder, FILE) if folder else None
-    return sampled(tokenizer, count, length, open_corpora(seed), seed=seed, path=path)
+    return sampled(tokenizer, count, length, open_corpora(seed), seed=seed)
 
 
 def sampled(
@@ -55,14 +47,12 @@ def sampled(
     streams: Mapping[str, Iterable[Mapping]],
     *,
     seed: int = 0,
-    path: str | Path | None = None,
 ) -> list[Int[Tensor, " pos"]]:
     """``count`` different prompts of ``length`` tokens, the streams in turn.
 
     A document gives one window, which ``seed`` and its text choose, behind the begin
     token of the tokenizer; the next one steps in where that prompt is there already.
-    ``path`` keeps the prompts, also after an error or Ctrl-C: the same call adds to
-    them. Raises ``TextError`` for a stream that breaks off or ends early.
+    Raises ``TextError`` for a stream that breaks off or ends early.
     """
     begin, _ = edge_tokens(tokenizer)
     first = () if begin is None else (begin,)  # as the tokenizer itself would
@@ -70,32 +60,21 @@ def sampled(
         got = f"got count={count}, length={length}, {len(streams)} streams"
         more = f"beyond the {len(first)} tokens that the tokenizer puts first"
         raise TextError(f"{got}; expected one or more of each, and a length {more}")
-    # What has to be the same for prompts to go on with.
-    words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    of = json.dumps([sha256(words).hexdigest(), length, begin, seed, list(streams)])
-    stored = {} if path is None else intact(path, of)[0]
-    # As a set that keeps its order.
-    prompts = dict.fromkeys(map(tuple, stored["ids"].tolist())) if stored else {}
+    prompts: dict[tuple[int, ...], None] = {}  # a set that keeps its order
     texts = {name: _texts(name, stream) for name, stream in streams.items()}
-    bar = tqdm(total=count, desc="prompts", initial=len(prompts), disable=None)
-    try:
-        while len(prompts) < count:
-            name = list(streams)[len(prompts) % len(streams)]  # shares stay even
-            for text in texts[name]:
-                window = _window(tokenizer, text, length - len(first), seed)
-                if window and first + window not in prompts:
-                    break
-            else:
-                got = f"got {name!r}, a stream that ended after {len(prompts)} prompts"
-                raise TextError(f"{got} of {length} tokens; expected its share")
-            prompts[first + window] = None
-            bar.update()
-    finally:
-        if path is not None and prompts:
-            ids = torch.tensor(list(prompts))
-            with replacing(path, TextError) as part:
-                save_file({"ids": ids}, part, {"of": of, "digest": digest([ids])})
-    return [torch.tensor(ids) for ids in islice(prompts, count)]
+    bar = tqdm(total=count, desc="prompts", disable=None)
+    while len(prompts) < count:
+        name = list(streams)[len(prompts) % len(streams)]  # shares stay even
+        for text in texts[name]:
+            window = _window(tokenizer, text, length - len(first), seed)
+            if window and first + window not in prompts:
+                break
+        else:
+            got = f"got {name!r}, a stream that ended after {len(prompts)} prompts"
+            raise TextError(f"{got} of {length} tokens; expected its share")
+        prompts[first + window] = None
+        bar.update()
+    return [torch.tensor(ids) for ids in prompts]
 
 
 def open_corpora(seed: int = 0) -> dict[str, Iterable[Mapping]]:
@@ -130,7 +109,6 @@ def _window(tokenizer: Any, text: str, size: int, seed: int) -> tuple[int, ...]:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < size:
         return ()
-    # The text itself draws the window: the same one wherever the stream is resumed.
     hashed = sha256(f"{seed} {text}".encode(errors="replace")).digest()
     start = int.from_bytes(hashed[:8], "big") % (len(ids) // size) * size
     return tuple(ids[start : start + size])
@@ -144,6 +122,4 @@ def _texts(name: str, stream: Iterable[Mapping]) -> Iterator[str]:
     # Every library has errors of its own for a network that fails.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        expected = "expected documents with 'text'; with a path, the same call goes on"
-        got = f"got {name!r}, whose stream broke off ({reason})"
-        raise TextError(f"{got}; {expected}") from error
+        raise TextError(f"got {name!r}, whose stream broke off ({reason})") from error

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,8 +19,7 @@ def replacing(
 ) -> Iterator[Path]:
     """A new path to write to, which takes the place of ``path`` if all goes well.
 
-    Until then an earlier file stays. An error of ``kind`` says what failed. Folders
-    that are missing are made by default.
+    Until then an earlier file stays. An error of ``kind`` says what failed.
     """
     path = Path(path)
     try:
@@ -44,6 +45,17 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, stored.metadata() or {}
 
 
+def arrays(path: Path) -> tuple[dict[Any, Tensor], dict[str, str]]:
+    """What ``read`` gives, also of a ``.npy`` file and of tensors in a ``.pt`` file."""
+    if path.suffix == ".npy":
+        return {"": torch.from_numpy(np.load(path))}, {}
+    if path.suffix not in (".pt", ".pth"):
+        return read(path)
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    stored = [stored] if isinstance(stored, Tensor) else stored
+    return stored if isinstance(stored, dict) else dict(enumerate(stored)), {}
+
+
 def digest(tensors: Sequence[Tensor]) -> str:
     """SHA-256 of tensors' formats, shapes and bytes."""
     hashed = sha256()
@@ -51,13 +63,3 @@ def digest(tensors: Sequence[Tensor]) -> str:
         hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         hashed.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return hashed.hexdigest()
-
-
-def intact(path: str | Path, of: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What ``read`` gives of a complete file made from the same; else nothing."""
-    try:
-        tensors, metadata = read(path)
-    except (OSError, SafetensorError):
-        return {}, {}  # not there yet, or damaged: made anew
-    right = {"of": of, "digest": digest(list(tensors.values()))}
-    return (tensors, metadata) if right.items() <= metadata.items() else ({}, {})

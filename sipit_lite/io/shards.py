@@ -2,17 +2,19 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sipit_lite.io.capture import tapped
-from sipit_lite.io.files import digest, intact, replacing
+from sipit_lite.io.files import digest, read, replacing
 from sipit_lite.memory import advised
 from sipit_lite.model import LanguageModel, ModelError, StatesError, plain_settings
 
@@ -35,12 +37,6 @@ def last_states(
     from; those of another model, layer or prompt are made anew. Raises ``ModelError``
     for a bad layer or prompt, or too little memory; ``StatesError`` for none of them,
     or a folder that cannot be written to.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> prompts = [model.encode("hidden"), model.encode("hidden states")]
-    >>> last_states(model, prompts, [1, 6]).shape
-    torch.Size([2, 2, 256])
     """
     if len(prompts) == 0 or len(layers) == 0:
         raise StatesError("got no prompt or no layer; expected at least one of each")
@@ -90,9 +86,10 @@ def _shard(
 ) -> Float[Tensor, "layers prompts d_model"]:
     """A shard from the disk if it is intact and the right one, else a new one."""
     of = digest([*prompts, torch.tensor(layers)]) + model.fingerprint
-    stored, _ = intact(path, of)
-    if stored:
-        return stored["states"]
+    with suppress(OSError, SafetensorError):  # not there yet, or damaged: made anew
+        stored, metadata = read(path)
+        if metadata == {"of": of, "digest": digest(list(stored.values()))}:
+            return stored["states"]
     # Before the work, so that a folder that cannot be made costs no time.
     with replacing(path, StatesError) as part:
         states = _last_states(model, prompts, layers).contiguous()

@@ -28,8 +28,7 @@ KINDS = ("prose", "code", "random")
 SPLITS = ("train", "held-out")
 SOURCES = ("bundled", "installed")
 HELD_OUT_ONE_IN = 16
-# Larger sources are generated tables, not code that people wrote.
-MAX_FILE_BYTES = 200_000
+MAX_FILE_BYTES = 200_000  # larger ones are generated tables, not code of people
 # A line that begins and ends as sentences do; signs of code, tables, examples.
 _SENTENCES = re.compile(r"[A-Z].*[.:!?]$")
 _NOT_PROSE = re.compile(r">>>|\.\. |--|==|\|| {4}|[{}<>\\]")
@@ -52,10 +51,6 @@ def prompts(
 
     ``seed`` shuffles bundled passages or draws tokens. Raises ``TextError`` for what is
     not of ``KINDS``, ``SOURCES``, ``SPLITS`` (of installed text), or no length.
-
-    >>> from sipit_lite import load
-    >>> [len(ids) for ids, _ in zip(prompts(load().tokenizer, "prose", 8), range(3))]
-    [8, 8, 8]
     """
     for value, known in ((kind, KINDS), (source, SOURCES), (split, SPLITS)):
         if value not in known:
@@ -72,7 +67,6 @@ def prompts(
         passages = (texts[i] for i in torch.randperm(len(texts), generator=generator))
     for passage in passages:
         ids = tokenizer(passage, return_tensors="pt", verbose=False)["input_ids"][0]
-        # What is left at the end of a passage and fills no window is dropped.
         for first in range(0, len(ids) - length + 1, length):
             yield ids[first : first + length]
 

@@ -222,7 +222,7 @@ def test_every_experiment_runs_without_a_tokenizer(
         ({"experiment": "splits", "limit": math.nan}, "got limit=nan; expected 0"),
         ({"ways": ("here",)}, "got 'ways'; layers takes"),
         ({"size": 3}, "got 'size'; layers takes prompts"),
-        ({"layers": (7,)}, "7"),
+        ({"layers": (8,)}, "8"),
     ],
 )
 def test_bad_plans_are_refused(

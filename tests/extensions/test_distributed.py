@@ -96,7 +96,7 @@ def test_the_command_gives_the_same_minimum(
         (["-n", "9999", "--length", "200"], {}, "got count=9999; the text"),
         (["--length", "0"], {}, "greater than or equal to 1"),
         (["--length", "999"], {}, "got count=2000; the text"),
-        (["--layers", "7"], {}, "layer"),
+        (["--layers", "8"], {}, "layer"),
         (["--layers", "-1"], {}, "layer"),
         (["--source", "hub"], {}, "bundled"),
         (["--model", "no/where/at-all"], {}, "no/where/at-all"),

@@ -681,7 +681,7 @@ REFUSED: list[tuple[dict, type[SipItError], str]] = [
     ({"state": torch.tensor(1.0)}, StatesError, BAD),
     ({"state": torch.zeros(64).long()}, StatesError, "got states of torch.int64"),
     ({"state": torch.zeros(0)}, StatesError, r"got states of shape \(1, 0\)"),
-    ({"layer": 4}, ModelError, "got layer 4; .* has layers 0"),
+    ({"layer": 5}, ModelError, "got layer 5; .* has layers 0"),
     ({"layer": -1}, ModelError, "got layer -1"),
     ({"length": 0}, LastStateError, "got length=0; .* reads 1 to 48 tokens"),
     ({"length": 49}, LastStateError, "got length=49; .* reads 1 to 48 tokens"),

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -220,38 +222,43 @@ def test_the_layout_is_the_one_in_the_readme(tmp_path: Path) -> None:
 def test_what_a_running_model_does_wrong(
     untouched: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """Each is refused in its pass, and what was captured before is kept."""
+    """The model runs to its end; then one line, and what was captured before is kept."""
     ids = torch.tensor([[5, 6, 7]])
-    with (
-        pytest.raises(StatesError, match="got a batch of 2 prompts"),
-        capture(untouched),
-    ):
-        untouched(ids.expand(2, -1))
-    with (
-        pytest.raises(StatesError, match="got a prompt with padding"),
-        capture(untouched),
-    ):
-        untouched(ids, attention_mask=torch.tensor([[0, 1, 1]]))
     path = tmp_path / "s.safetensors"
-    with (
-        pytest.raises(StatesError, match="a pass from position 0 after 3 captured"),
-        capture(untouched, path),
-    ):
-        untouched(ids)
-        untouched(ids)
-    assert read_states(path).at(6).shape == (3, 256)
     cache = untouched(ids, use_cache=True).past_key_values
+    passes = {
+        "got a batch of 2 prompts or beams": [{"input_ids": ids.expand(2, -1)}],
+        "got a prompt with padding": [
+            {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1]])}
+        ],
+        "a pass from position 0 after 3 captured": [
+            {"input_ids": ids},
+            {"input_ids": ids + 1},
+        ],
+        "a pass from position 3 after 0 captured": [
+            {"input_ids": ids, "past_key_values": cache}
+        ],
+    }
+    for message, inputs in passes.items():
+        outputs = []
+        with (
+            pytest.raises(StatesError, match=message),
+            capture(untouched, path) as tape,
+        ):
+            outputs += [untouched(**one) for one in inputs]
+        assert len(outputs) == len(inputs)
+        if len(inputs) == 2:
+            assert read_states(path).at(6).shape == tape.captured().at(6).shape
+        else:
+            with pytest.raises(StatesError, match=message):
+                tape.captured()
+    assert read_states(path).at(6).shape == (3, 256)
     with (
-        pytest.raises(StatesError, match="a pass from position 3 after 0 captured"),
-        capture(untouched),
-    ):
-        untouched(ids, past_key_values=cache)
-    with (
-        pytest.raises(StatesError, match="no forward pass inside capture"),
+        pytest.raises(StatesError, match="no forward pass inside capture, or of a mod"),
         capture(untouched, path),
     ):
         pass
-    for layers in ([7], [-1, 2], []):
+    for layers in ([8], [-1, 2], []):
         with (
             pytest.raises(StatesError, match=r"has layers 0 .embeddings. to 6"),
             capture(untouched, layers=layers),
@@ -267,6 +274,64 @@ def test_what_a_running_model_does_wrong(
         not untouched.transformer._forward_pre_hooks
         and not untouched.transformer.h[5]._forward_hooks
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 3},
+        {"do_sample": True},
+    ],
+    ids=str,
+)
+def test_generation_is_never_broken(
+    untouched: PreTrainedModel, pocket: LanguageModel, options: dict
+) -> None:
+    """Read anew each time, or tokens tried in vain: all tokens but the last come back."""
+    ids = pocket.encode("one two three one two three one two")[None].cpu()
+    settings = {"do_sample": False, "max_new_tokens": 8} | options
+    mask = torch.ones_like(ids)
+    with capture(untouched, layers=[1, 6]) as tape:
+        answer = untouched.generate(ids, attention_mask=mask, **settings)
+    stored = tape.captured()
+    recovered = stored.invert(pocket)
+    # The last passes may have read beyond, where tokens were proposed.
+    assert recovered.tokens.tolist()[: answer.shape[1] - 1] == answer[0, :-1].tolist()
+    assert len(recovered.tokens) <= answer.shape[1]
+
+
+def test_beams_and_failed_passes_are_named(
+    untouched: PreTrainedModel, pocket: LanguageModel
+) -> None:
+    """Beams generate to their end; a pass that broke off is not mixed with others."""
+    ids = pocket.encode("one two three")[None].cpu()
+    mask = torch.ones_like(ids)
+    with (
+        pytest.raises(StatesError, match="got a batch of 2 prompts or beams"),
+        capture(untouched),
+    ):
+        answer = untouched.generate(
+            ids, attention_mask=mask, num_beams=2, do_sample=False, max_new_tokens=4
+        )
+    assert answer.shape == (1, ids.shape[1] + 4)
+
+    def stop(*_: object) -> None:
+        raise ValueError("stopped")
+
+    cache = DynamicCache()
+    with (
+        pytest.raises(StatesError, match="got a pass after a failed one"),
+        capture(untouched, layers=[1, 6]),
+    ):
+        handle = untouched.transformer.h[3].register_forward_hook(stop)
+        with pytest.raises(ValueError, match="stopped"):
+            untouched(ids, past_key_values=cache)
+        handle.remove()
+        # The lower blocks have kept the failed pass in the cache.
+        with suppress(RuntimeError):
+            untouched(ids[:, :1], past_key_values=cache)
 
 
 def test_ctrl_c_keeps_the_whole_passes(

@@ -113,11 +113,11 @@ def test_a_gguf_file_is_a_decoder(tmp_path: Path) -> None:
 
 def test_what_is_no_gguf_file_is_named(tmp_path: Path) -> None:
     """Missing, of another format, or cut off: one line with the name."""
-    with pytest.raises(ModelError, match=r"none\.gguf', no GGUF file \(.*No such file"):
+    with pytest.raises(ModelError, match=r"none\.gguf'; expected a GGUF file"):
         load(tmp_path / "none.gguf")
     text = tmp_path / "text.gguf"
     text.write_text("states, but as text")
-    with pytest.raises(ModelError, match=r"it does not begin with GGUF"):
+    with pytest.raises(ModelError, match="expected a GGUF file that can be read"):
         load(text)
     text.write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"a GGUF file; expected") as refusal:
@@ -151,9 +151,7 @@ def test_smollm2_is_where_it_was_put(
 ) -> None:
     """Its package is looked for, and never imported: it is a program of others."""
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    expected = (
-        r"got 'smollm2', not here; expected 'make real', or pip install .*0\.1\.2"
-    )
+    expected = r"got 'smollm2', not here; make real, or pip install .*0\.1\.2"
     with pytest.raises(ModelError, match=expected):
         load("smollm2")
     program = tmp_path / "__init__.py"

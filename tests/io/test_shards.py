@@ -177,7 +177,7 @@ def test_nothing_global_is_drawn_from(pocket: LanguageModel, tmp_path: Path) -> 
     [
         ([], [1], "no prompt or no layer"),
         ([torch.tensor([1])], [], "no prompt or no layer"),
-        ([torch.tensor([1])], [7], "layer 7"),
+        ([torch.tensor([1])], [8], "layer 8"),
         ([torch.tensor([1]), torch.tensor([4096])], [1], "tokens are 0 to 4095"),
         (
             [torch.tensor([1]), torch.ones(257, dtype=torch.long)],

@@ -1,0 +1,189 @@
+"""States as people have them: after the norm, in other files, other shapes and formats."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from sipit_lite import (
+    LanguageModel,
+    ModelError,
+    NotVerified,
+    StatesError,
+    capture,
+    cli,
+    invert,
+    invert_last,
+    last_states,
+    load,
+    read_states,
+)
+
+POCKET = Path(__file__).parents[2] / "sipit_lite" / "pocket_gpt2"
+TEXT = "Nobody should read this."
+
+
+@pytest.fixture(scope="module")
+def hidden(pocket: LanguageModel) -> tuple[Tensor, ...]:
+    """What transformers gives for the text: L + 1 tensors of shape (1, T, d)."""
+    model = GPT2LMHeadModel.from_pretrained(POCKET, dtype=torch.float32).eval()
+    ids = pocket.encode(TEXT)[None].cpu()
+    with torch.no_grad():
+        return model(ids, output_hidden_states=True).hidden_states
+
+
+def test_states_after_the_final_norm(
+    pocket: LanguageModel, hidden: tuple[Tensor, ...]
+) -> None:
+    """They are layer L + 1: inverted like others; as layer L they are refused, named."""
+    normed = pocket.n_layers + 1
+    assert torch.equal(pocket.states(TEXT, normed).cpu(), hidden[-1][0])
+    assert invert(hidden[-1], pocket, normed).text == TEXT
+    with pytest.raises(NotVerified, match=r"after the norm. that is layer 7; noisy"):
+        invert(hidden[-1][0, :2], pocket, normed - 1)
+    short = pocket.states("hidden", normed)[-1]
+    assert invert_last(short, pocket, normed, length=1).text == "hidden"
+    with pytest.raises(ModelError, match=r"layers 0 .embeddings. to 6, and one after"):
+        pocket.states(TEXT, normed + 1)
+
+
+def test_they_are_captured_and_read_as_others(
+    pocket: LanguageModel, hidden: tuple[Tensor, ...], tmp_path: Path
+) -> None:
+    """In a file of one layer more than the model has blocks, and in last states."""
+    path = tmp_path / "s.safetensors"
+    ids = pocket.encode(TEXT)
+    with torch.no_grad(), capture(pocket.decoder, path, layers=[6, 7]):
+        pocket.decoder(input_ids=ids[None])
+    stored = read_states(path)
+    torch.testing.assert_close(stored.at(7), hidden[-1][0])
+    assert stored.invert(load(layers=7), 7).text == TEXT
+    rows = last_states(pocket, [ids], [6, 7])
+    torch.testing.assert_close(rows[1, 0], hidden[-1][0, -1])
+
+
+def test_arrays_and_a_batch_of_one(
+    pocket: LanguageModel, hidden: tuple[Tensor, ...]
+) -> None:
+    """Shape (1, T, d) and NumPy's arrays are what they look like; a batch is not."""
+    for states in (hidden[2], hidden[2].numpy(), hidden[2][0].double().numpy()):
+        assert invert(states, pocket, 2).text == TEXT
+    for states in (hidden[2].repeat(2, 1, 1), np.zeros((2, 3, 256)), np.zeros(4, "O")):
+        with pytest.raises(StatesError, match="got states of"):
+            invert(states, pocket, 2)
+
+
+def write(path: Path, kind: str, hidden: tuple[Tensor, ...]) -> Path:
+    """One file for each way in which others store states."""
+    if kind == "npy":
+        path = path / "h.npy"
+        np.save(path, hidden[2].numpy())
+    elif kind == "pt":
+        path = path / "h.pt"
+        torch.save(hidden[2][0], path)
+    elif kind == "tuple":
+        path = path / "h.pt"
+        torch.save(hidden, path)
+    elif kind == "stack":
+        path = path / "h.npy"
+        np.save(path, torch.cat(hidden).numpy())
+    elif kind == "vllm":
+        path = path / "h.safetensors"
+        rows = torch.stack([hidden[1][0], hidden[2][0]], 1)
+        tokens = torch.arange(len(rows))
+        save_file({"hidden_states": rows, "token_ids": tokens}, path)
+    elif kind == "safetensors":
+        path = path / "h.safetensors"
+        save_file({"anything": hidden[2]}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "expected"),
+    [
+        ("npy", [2], [2]),
+        ("pt", [2], [2]),
+        ("tuple", None, [0, 1, 2, 3, 4, 5, 7]),
+        ("tuple", [2], [0, 1, 2, 3, 4, 5, 7]),
+        ("stack", None, [0, 1, 2, 3, 4, 5, 7]),
+        ("vllm", [1, 2], [1, 2]),
+        ("safetensors", [2], [2]),
+    ],
+)
+def test_files_of_others(
+    pocket: LanguageModel,
+    hidden: tuple[Tensor, ...],
+    tmp_path: Path,
+    kind: str,
+    layers: list[int] | None,
+    expected: list[int],
+) -> None:
+    """Each is read, and gives back the prompt; what transformers gives last is L + 1."""
+    stored = read_states(write(tmp_path, kind, hidden), layers)
+    assert list(stored.states) == expected
+    assert torch.equal(stored.at(2), hidden[2][0])
+    assert stored.invert(pocket, 2).text == TEXT
+    if 7 in expected:
+        assert stored.invert(pocket, 7).text == TEXT
+
+
+@pytest.mark.parametrize("kind", ["npy", "pt", "vllm"])
+def test_files_that_do_not_say_their_layers(
+    hidden: tuple[Tensor, ...], tmp_path: Path, kind: str
+) -> None:
+    """One line, with the number of them."""
+    path = write(tmp_path, kind, hidden)
+    count = 2 if kind == "vllm" else 1
+    for layers in (None, [1, 2, 3]):
+        with pytest.raises(StatesError, match=f"of {count} layers, without") as refusal:
+            read_states(path, layers)
+        assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_files_that_hold_more_than_tensors(tmp_path: Path) -> None:
+    """Pickles are never run; a damaged file is named; each in one line."""
+    torch.save({"a": Path("x")}, tmp_path / "h.pt")
+    np.save(tmp_path / "h.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "cut.pt").write_bytes(b"PK")
+    torch.save([], tmp_path / "empty.pt")
+    for name in ("h.pt", "h.npy", "cut.pt", "none.npy", "empty.pt"):
+        with pytest.raises(StatesError, match=f"got '.*{name}'") as refusal:
+            read_states(tmp_path / name)
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
+
+
+def test_the_command_line_reads_them(
+    hidden: tuple[Tensor, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a model that is named, since the file names none."""
+    path = str(write(tmp_path, "npy", hidden))
+    words = ["invert", path, "--layer", "2", "--device", "cpu"]
+    assert cli.main([*words, "--model", "pocket-gpt2"]) == 0
+    assert capsys.readouterr().out.strip() == TEXT
+    assert cli.main(words) == 2
+    assert "--model with the name of a model" in capsys.readouterr().err
+    assert cli.main(["invert", path, "--model", "pocket-gpt2"]) == 2
+    assert "without their numbers; expected" in capsys.readouterr().err
+    normed = str(write(tmp_path, "tuple", hidden))
+    words = ["invert", normed, "--layer", "7", "--device", "cpu"]
+    assert cli.main([*words, "--model", "pocket-gpt2"]) == 0
+    assert capsys.readouterr().out.strip() == TEXT
+
+
+def test_the_format_that_made_them_is_named(pocket: LanguageModel) -> None:
+    """A plain ``from_pretrained`` keeps float16; compared in float32 it is refused."""
+    model = GPT2LMHeadModel.from_pretrained(POCKET).eval()
+    assert model.dtype == torch.float16
+    ids = pocket.encode("Nobody")[None].cpu()
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states[3]
+    expected = r"torch\.float16 numbers, torch\.float32 here: load\(name, dtype=torch"
+    for seen in (states, states.float()):
+        with pytest.raises(NotVerified, match=expected):
+            invert(seen, pocket, 3)
+    half = load(dtype=torch.float16, device="cpu")
+    assert invert(states, half, 3).text == "Nobody"
