@@ -256,15 +256,15 @@ def _check_causal(model: LanguageModel) -> None:
         states = model.states(ids, model.n_layers).double()
         step = OneStepMap.after(model, model.n_layers, ids[0, :1])
         cached = step.tokens(ids[:, 1].to(model.device)).double()
+        step.embedding(model.embeddings.mean(0, keepdim=True))  # that of no token
     except (LookupError, TypeError, RuntimeError, AttributeError, ValueError) as error:
-        got = f"got {model.name}, which does not run over a cache of keys and values"
-        raise ModelError(f"{got}; expected no hybrid or recurrent one") from error
+        kind = "is it hybrid, recurrent, or with embeddings in each layer?"
+        raise ModelError(f"got {model.name}, which reads no cache; {kind}") from error
     apart = torch.stack([states[0, 0] - states[1, 0], *(states[:, 1] - cached)])
-    moved = float((apart.norm(dim=1) / states[0, 0].norm()).max())
+    moved = float(apart.norm(dim=1).max() / states.norm(dim=2).max())
     if not moved <= torch.finfo(model.dtype).eps ** 0.5:
-        got = f"got {model.name}, whose states move by {moved:.1e} of their norm"
-        how = "with what comes later, or over a cache"
-        raise ModelError(f"{got} {how}; expected a causal decoder, not recurrent")
+        got = f"got {model.name}, whose states move by {moved:.1e} with later tokens"
+        raise ModelError(f"{got} or a cache; expected a causal decoder, not recurrent")
 
 
 def _tokenizer(place: str, common: dict) -> Any:

@@ -118,8 +118,8 @@ def test_layer_zero_is_the_last_embedding(gpt2: LanguageModel) -> None:
 
 def test_a_layer_that_is_not_there(gpt2: LanguageModel) -> None:
     """As everywhere."""
-    with pytest.raises(ModelError, match="got layer 4"):
-        LastMap(gpt2, 4).tokens(torch.tensor([[1]]))
+    with pytest.raises(ModelError, match="got layer 5"):
+        LastMap(gpt2, 5).tokens(torch.tensor([[1]]))
 
 
 # The belief

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel
@@ -187,3 +188,16 @@ def test_the_format_that_made_them_is_named(pocket: LanguageModel) -> None:
             invert(seen, pocket, 3)
     half = load(dtype=torch.float16, device="cpu")
     assert invert(states, half, 3).text == "Nobody"
+
+
+@pytest.mark.parametrize("kind", ["Jamba", "Qwen3Next", "Gemma4Text", "Mamba", "Rwkv"])
+def test_hybrid_and_recurrent_models_are_refused(kind: str, tmp_path: Path) -> None:
+    """By ``load``, in one line: their blocks read no cache of keys and values alone."""
+    settings = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {"intermediate_size": 48, "max_position_embeddings": 32}
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="recurrent") as refusal:
+        load(tmp_path, device="cpu")
+    assert "\n" not in str(refusal.value)
