@@ -157,7 +157,7 @@ def _check_bound(name: str, value: Bound, values: States) -> Distances:
 
 
 def rounding_half_width(states: States, model: LanguageModel) -> States:
-    """How far rounding to the stored format moved numbers: half a unit, 0 if as fine."""
+    """How far rounding to the stored format moved numbers: half a unit; 0 if fine."""
     stored = torch.finfo(states.dtype)
     values = states.to(model.device, torch.float32)
     if stored.eps <= torch.finfo(model.dtype).eps:
