@@ -150,7 +150,11 @@ class Tape:
         start = 0 if cache is None else int(cache.get_seq_length())
         before = torch.cat([ids[:0], *self.passes])
         # Tokens that were tried in vain, or the prompt from its start, without a cache.
-        if cache is self.cache if start else before.equal(ids[: len(before)]):
+        if (
+            cache is self.cache
+            if start
+            else before.equal(ids[: len(before)].to(before))
+        ):
             self._crop(start)
         seen = sum(map(len, self.passes))
         place = f"pass from position {start} after {seen} captured ones"

@@ -1,5 +1,6 @@
 """States as people have them: after the norm, in other files, other shapes and formats."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
@@ -19,6 +21,7 @@ from sipit_lite import (
     cli,
     invert,
     invert_last,
+    invert_many,
     last_states,
     load,
     read_states,
@@ -201,3 +204,45 @@ def test_hybrid_and_recurrent_models_are_refused(kind: str, tmp_path: Path) -> N
     with pytest.raises(ModelError, match="recurrent") as refusal:
         load(tmp_path, device="cpu")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_that_appends_a_token(pocket: LanguageModel) -> None:
+    """It comes back as a token, stands in no text, and the text encodes to the same."""
+    tokenizer = copy.deepcopy(pocket.tokenizer)
+    [end] = tokenizer.convert_ids_to_tokens([1])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, 1)]
+    )
+    model = LanguageModel(pocket.decoder, tokenizer)
+    ids = model.encode(TEXT)
+    with torch.no_grad(), capture(model.decoder, tokenizer=tokenizer) as tape:
+        model.decoder(input_ids=ids[None])
+    stored = tape.captured()
+    recovered = stored.invert(model)
+    assert stored.begin is None and model.begin is None
+    assert int(ids[-1]) == 1 and torch.equal(recovered.tokens, ids.cpu())
+    assert recovered.text == TEXT and torch.equal(model.encode(recovered.text), ids)
+
+
+def test_rows_of_a_padded_batch(pocket: LanguageModel) -> None:
+    """The rows of the mask, as the README says; positions count from 0 in each."""
+    texts = ["hidden states", "give back the prompt"]
+    rows = [pocket.encode(text) for text in texts]
+    length = max(map(len, rows))
+    for side in ("left", "right"):
+        ids = torch.zeros(2, length, dtype=torch.int64)
+        mask = torch.zeros(2, length, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            place = (
+                slice(length - len(row), None) if side == "left" else slice(len(row))
+            )
+            ids[i, place] = row.cpu()
+            mask[i, place] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        model = GPT2LMHeadModel.from_pretrained(POCKET, dtype=torch.float32).eval()
+        with torch.no_grad():
+            states = model(**inputs, output_hidden_states=True).hidden_states[3]
+        kept = [states[i][mask[i].bool()] for i in range(2)]
+        outcomes = invert_many(kept, pocket, 3)
+        assert [outcome.text for outcome in outcomes] == texts
