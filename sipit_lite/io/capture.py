@@ -148,13 +148,9 @@ class Tape:
         cache = kwargs.get("past_key_values")
         # Where this pass begins, and where the last one ended.
         start = 0 if cache is None else int(cache.get_seq_length())
-        before = torch.cat([ids[:0], *self.passes])
+        old = torch.cat([ids[:0], *self.passes])
         # Tokens that were tried in vain, or the prompt from its start, without a cache.
-        if (
-            cache is self.cache
-            if start
-            else before.equal(ids[: len(before)].to(before))
-        ):
+        if cache is self.cache if start else old.equal(ids[: len(old)].to(old)):
             self._crop(start)
         seen = sum(map(len, self.passes))
         place = f"pass from position {start} after {seen} captured ones"
