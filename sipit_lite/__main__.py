@@ -15,6 +15,9 @@ def main() -> int:
         from sipit_lite import cli
 
         return cli.main()
+    except ValueError as error:  # while huggingface_hub reads its settings
+        print(f"sipit-lite: got {error}; is HF_ENDPOINT an address?", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("sipit-lite: interrupted", file=sys.stderr)
         return 130

@@ -148,7 +148,10 @@ def check_states(states: object, model: LanguageModel) -> States:
 
 def _check_bound(name: str, value: Bound, values: States) -> Distances:
     """One number for each position, 0 for None; ``StatesError`` for anything else."""
-    bound = torch.as_tensor(0.0 if value is None else value).to(values)
+    try:
+        bound = torch.as_tensor(0.0 if value is None else value).to(values)
+    except (TypeError, RuntimeError):  # not even a number
+        bound = torch.full((), torch.nan)
     fits = bound.shape in ((), (len(values),))
     if not fits or not bool(((bound >= 0) & bound.isfinite()).all()):
         expected = "expected one finite number, not negative, or one for each of the"

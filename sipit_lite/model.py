@@ -90,9 +90,8 @@ class LanguageModel:
     """
 
     def __init__(self, hf_model, tokenizer=None, *, name: str | None = None):
-        decoder = decoder_of(hf_model)
+        self.decoder = decoder = decoder_of(hf_model)
         self.parts = landmarks(decoder)
-        self.decoder = decoder
         self.tokenizer = tokenizer
         self.name = name or decoder.config._name_or_path or type(decoder).__name__
         self.begin, self._end = edge_tokens(tokenizer)

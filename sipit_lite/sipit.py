@@ -158,8 +158,7 @@ class _Options:
         named = isinstance(self.policy, str) and self.policy != "auto"
         if named or self.on_fail not in ("raise", "nearest"):
             got = f"got policy={self.policy!r}, on_fail={self.on_fail!r}"
-            expected = "expected 'auto' or a policy, 'raise' or 'nearest'"
-            raise StatesError(f"{got}; {expected}")
+            raise StatesError(f"{got}; expected 'auto' or one, 'raise' or 'nearest'")
         self.drafts = self.lens is not None and self.policy == "auto"
         if self.policy == "auto":
             self.policy = Gradient() if self.lens is None else self.lens.search()

@@ -1,6 +1,8 @@
 """The verifier: distances with an oracle, cells that hold what they must, refusals."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -185,6 +187,24 @@ def test_bad_epsilon_is_refused(pocket: LanguageModel, epsilon: float) -> None:
     """A bound on the noise is finite and not negative."""
     with pytest.raises(StatesError, match=f"got epsilon={epsilon}"):
         Observation.of(torch.zeros(1, 256), pocket, 3, epsilon)
+
+
+def test_what_is_no_bound_is_refused() -> None:
+    """In a process of its own: here types are checked before we see them."""
+    program = """
+import torch
+from sipit_lite import Observation, StatesError, load
+model = load(device="cpu")
+for epsilon in ("a", object(), [0.1, 0.2]):
+    try:
+        Observation.of(torch.zeros(1, 256), model, 3, epsilon)
+    except StatesError as refusal:
+        print(refusal)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and lines[0].startswith("got epsilon=a; expected one finite")
 
 
 def test_bad_layer_is_refused(pocket: LanguageModel) -> None:

@@ -480,6 +480,22 @@ def test_settings_of_other_programs_do_not_matter() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "hidden states\n", "")
 
 
+def test_an_address_that_is_none_is_one_line() -> None:
+    """``HF_ENDPOINT`` is read while huggingface_hub is imported."""
+    done = program("invert", "--text", "x", HF_ENDPOINT="http://[bad")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "HF_ENDPOINT" in done.stderr
+
+
+def test_layers_are_one_option_by_two_names(tmp_path: Path, capsys: Output) -> None:
+    """None of them is left out."""
+    path = tmp_path / "s.safetensors"
+    assert (
+        run("capture", "x", "-o", path, "--layer", 2, "--layers", 3, 4, "--json") == 0
+    )
+    assert strict(capsys.readouterr().out)["layers"] == [2, 3, 4]
+
+
 def test_the_module_of_the_command_line_runs_it() -> None:
     """As ``sipit-lite`` does, bad input in one line among it."""
     done = program("fly", module="sipit_lite.cli")

@@ -31,7 +31,7 @@ BUDGET = {
     "experiments": 2900,
     "teaching": 1000,
     "cli": 430,
-    "door": 25,
+    "door": 30,
     "all": 8600,
 }
 # What each part of the house may import, itself included.

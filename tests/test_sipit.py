@@ -2,6 +2,10 @@
 
 import copy
 import dataclasses
+import pickle
+import random
+import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,11 +21,13 @@ from sipit_lite import (
     Interrupted,
     LanguageModel,
     NotVerified,
+    Observation,
     OneStepMap,
     Published,
     Random,
     StatesError,
     invert,
+    invert_many,
     load,
     margins,
 )
@@ -311,6 +317,66 @@ def test_ctrl_c_keeps_the_prefix(pocket: LanguageModel) -> None:
         invert(pocket.states(ids, 2), pocket, 2, policy=StopsAt(3))
     assert isinstance(stop.value, Interrupted)
     assert torch.equal(stop.value.recovered.tokens, ids[:3].cpu())
+
+
+def test_ctrl_c_while_states_are_checked_keeps_all_outcomes(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One outcome a prompt, the verified tokens among them; the error can travel."""
+    honest = Observation.of
+    calls = []
+
+    def pressed(*given: object) -> Observation:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return honest(*given)
+
+    monkeypatch.setattr(Observation, "of", pressed)
+    states = [pocket.states(text, 2) for text in ("one", "two", "three")]
+    with pytest.raises(Interrupted) as stop:
+        invert_many(states, pocket, 2)
+    assert len(stop.value.outcomes) == 3
+    copied = pickle.loads(pickle.dumps(stop.value))
+    assert str(copied) == str(stop.value) == "interrupted after 0 verified tokens"
+    assert len(copied.outcomes) == 3
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """The signal of a timer presses Ctrl-C."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_ctrl_c_at_any_moment_loses_nothing(pocket: LanguageModel, alarm: None) -> None:
+    """Signals at random times: all outcomes, each a prefix; settings are restored."""
+    ids = [pocket.encode(text) for text in ("one, two", "three, four", "five")]
+    states = [pocket.states(row, 2) for row in ids]
+    invert_many(states, pocket, 2)  # measures what is measured once
+    started = time.perf_counter()
+    invert_many(states, pocket, 2)
+    usual = time.perf_counter() - started
+    draws = random.Random(0)
+    format_before = torch.get_default_dtype()
+    stopped = 0
+    for _ in range(60):
+        # A timer sends what Ctrl-C sends; from within the call to just behind it.
+        signal.setitimer(signal.ITIMER_REAL, draws.uniform(0.05, 0.9) * usual)
+        try:
+            outcomes = invert_many(states, pocket, 2)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupted as stop:
+            outcomes = stop.outcomes
+            stopped += 1
+        assert len(outcomes) == 3
+        for row, outcome in zip(ids, outcomes, strict=True):
+            known = outcome.tokens
+            assert outcome.verified.all() and torch.equal(known, row[: len(known)])
+        assert torch.get_default_dtype() == format_before
+    assert stopped > 30
 
 
 def test_ctrl_c_during_the_last_look_keeps_everything(
