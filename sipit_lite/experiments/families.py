@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sipit_lite.io.loading import pick_device
+from sipit_lite.io.loading import OURS, pick_device
 from sipit_lite.model import LanguageModel
 
 LONGEST = 48  # tokens of a prompt
@@ -48,7 +48,7 @@ def randomised(
     """A model whose weights are all drawn, gains and biases included."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        hf_model = head.from_config(config).eval().requires_grad_(False)
+        hf_model = head.from_config(config, **OURS).eval().requires_grad_(False)
         # Default gains of one and biases of zero would hide mistakes.
         for weight in hf_model.parameters():
             weight.add_(0.1 * torch.randn_like(weight))

@@ -26,6 +26,7 @@ from sipit_lite.extensions.laststate import (
     fitted_ends,
     invert_last,
 )
+from sipit_lite.io.loading import OURS
 from sipit_lite.io.text import prompts
 from sipit_lite.model import LanguageModel
 
@@ -254,6 +255,6 @@ def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
     config.hidden_size = width  # heads get narrower, not fewer
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        decoder = AutoModel.from_config(config).eval().requires_grad_(False)
+        decoder = AutoModel.from_config(config, **OURS).eval().requires_grad_(False)
     decoder = decoder.to(model.device)
     return LanguageModel(decoder, model.tokenizer, name=f"untrained, width {width}")

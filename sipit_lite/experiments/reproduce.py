@@ -22,7 +22,7 @@ from sipit_lite.experiments.paper import DEPTHS
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.corpora import from_source
 from sipit_lite.io.files import replacing
-from sipit_lite.io.loading import shortened
+from sipit_lite.io.loading import OURS, shortened
 from sipit_lite.io.shards import last_states
 from sipit_lite.io.text import different, distinct, windows
 from sipit_lite.model import LanguageModel, ModelError, SipItError
@@ -381,7 +381,7 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
     if getattr(model.decoder.config, "tie_word_embeddings", True):
         return model.embeddings
     # A model's folder may hold code, which never runs.
-    options: dict[str, Any] = {"trust_remote_code": False}
+    options: dict[str, Any] = dict(OURS)
     try:
         config = shortened(AutoConfig.from_pretrained(model.name, **options), 1)
         options |= {"config": config, "dtype": model.dtype}

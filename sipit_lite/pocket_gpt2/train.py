@@ -120,7 +120,7 @@ def train(
     start = 0
     path = folder / "checkpoint.pt"
     if path.exists():
-        stored = torch.load(path)
+        stored = torch.load(path, weights_only=True)
         model.load_state_dict(stored["model"])
         optimiser.load_state_dict(stored["optimiser"])
         start = stored["step"]
