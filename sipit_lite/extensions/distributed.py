@@ -168,8 +168,7 @@ def compare(
         # Corpora are streamed once, so one rank draws for all; time starts after that.
         ids = []
         if rank == 0:
-            options = {"source": source, "folder": folder}
-            ids = from_source(loaded.tokenizer, prompts, length, **options)
+            ids = from_source(loaded.tokenizer, prompts, length, source=source)
         ids = _gathered(ids)[0]
         started = time.perf_counter()
         rows, states = last_states(loaded, ids, layers, folder)
