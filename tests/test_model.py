@@ -34,7 +34,14 @@ from transformers import (
     modeling_utils,
 )
 
-from sipit_lite import LanguageModel, ModelError, load
+from sipit_lite import (
+    LanguageModel,
+    Lens,
+    LensError,
+    ModelError,
+    last_states,
+    load,
+)
 from sipit_lite.experiments.perturb import twins
 from sipit_lite.io import loading
 from sipit_lite.io.capture import tapped
@@ -586,13 +593,22 @@ def configured(**changes: object) -> LanguageModel:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_fingerprint_covers_the_configuration(change: dict) -> None:
+def test_the_fingerprint_covers_the_configuration(change: dict, tmp_path: Path) -> None:
     """Each field changes states that the weights alone do not tell apart."""
     one = configured()
     other = configured(**change)
     ids = torch.arange(12)
     assert not torch.equal(one.states(ids, 2), other.states(ids, 2))
     assert one.fingerprint != other.fingerprint
+    # What goes by it: shards are computed anew, a lens is refused.
+    kept = last_states(one, [ids], [2], folder=tmp_path)
+    found = last_states(other, [ids], [2], folder=tmp_path)
+    assert not torch.equal(kept, found)
+    assert torch.equal(found, last_states(other, [ids], [2]))
+    rows = torch.arange(one.vocab_size).repeat(20).split(12)
+    Lens.fit(one, 2, prompts=rows, features=0).save(tmp_path / "lens")
+    with pytest.raises(LensError, match="other weights"):
+        Lens.load(tmp_path / "lens", other)
 
 
 def test_the_fingerprint_covers_every_bit(pocket: LanguageModel) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sipit_lite import LanguageModel, ModelError, StatesError, last_states, load
+from sipit_lite.experiments.perturb import twins
 from sipit_lite.io import shards
 
 
@@ -88,6 +89,18 @@ def test_last_states_of_another_model_are_not_taken(tmp_path: Path) -> None:
     assert not torch.equal(first, second) and torch.equal(
         second, last_states(models[1], prompts, [2])
     )
+
+
+def test_a_planted_collision_is_seen_beside_earlier_shards(
+    pocket: LanguageModel, tmp_path: Path
+) -> None:
+    """Two rows of the embeddings are made equal, and nothing else is changed."""
+    prompts = [torch.tensor([5]), torch.tensor([6])]
+    before, after = (
+        last_states(model, prompts, [2], folder=tmp_path)[0]
+        for model in (pocket, twins(pocket, 5, 6))
+    )
+    assert (before[0] - before[1]).norm() > 1 and torch.equal(after[0], after[1])
 
 
 def test_an_interrupted_run_keeps_its_shards(
