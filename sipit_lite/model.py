@@ -216,7 +216,10 @@ def decoder_of(model: Any) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         expected = "a model of transformers; load takes names"
         raise ModelError(f"got an object {type(model).__name__}; expected {expected}")
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    if any(weight.is_inference() for weight in decoder.parameters()):
+        raise ModelError("got weights made in inference mode; load it outside")
+    return decoder
 
 
 def edge_tokens(tokenizer: Any) -> tuple[int | None, int | None]:

@@ -283,6 +283,16 @@ def test_nothing_of_the_caller_changes(name: str, tmp_path: Path) -> None:
         assert after[key] == value, key
 
 
+def test_a_model_made_in_inference_mode_is_refused_in_one_line() -> None:
+    """No gradient can ever pass it; ``load`` makes its own outside, wherever it is."""
+    with torch.inference_mode():
+        made = small()
+        ours = sl.load(device="cpu")
+        with pytest.raises(sl.ModelError, match="got weights made in inference"):
+            sl.LanguageModel(made)
+    assert sl.OneStepMap.after(ours, 1).jacobian(ours.embeddings[3]).isfinite().all()
+
+
 def report() -> None:
     """Name the calls that draw from Python's generator: ``python tests/test_settings.py``."""
     with tempfile.TemporaryDirectory() as folder:
