@@ -3,8 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-# What each room offers. It is imported at its first use: torch takes seconds, and who
-# only starts the command line can stop it meanwhile.
+# What each room offers, imported at its first use: torch takes seconds.
 ROOMS = {
     "model": ("LanguageModel", "ModelError", "SipItError", "StatesError"),
     "onestep": ("OneStepMap",),

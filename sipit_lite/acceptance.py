@@ -33,7 +33,6 @@ RELATED = 0.05  # nearer than this share of the usual distance from the mean sta
 LATER = 7  # the later position at which tokens are compared
 CHALLENGERS = 8  # tokens with the nearest embeddings, tested against each candidate
 
-State = Float[Tensor, " d_model"]
 States = Float[Tensor, "rows d_model"]
 Distances = Float[Tensor, " rows"]
 Tokens = Int[Tensor, " tokens"]
@@ -99,16 +98,12 @@ class Observation:
 
 
 def distance_to_stored(
-    candidates: States, observed: State, half_width: State
+    candidates: States, observed: Tensor, half_width: Tensor
 ) -> Distances:
     """ℓ2 distance to the nearest state that would have been stored as the observed one.
 
     With half width zero this is ‖F(v) − ĥ_t‖₂, the paper's local verifier. A candidate
     that overflowed is infinitely distant.
-
-    >>> candidates = torch.tensor([[3.0, 4.0], [0.5, 0.0]])
-    >>> distance_to_stored(candidates, torch.zeros(2), torch.zeros(2)).tolist()
-    [5.0, 0.5]
     """
     beyond = ((candidates - observed).abs() - half_width).clamp(min=0)
     distance = vector_norm(beyond.float(), dim=1)
@@ -279,6 +274,7 @@ def try_candidates(
     distance = torch.full((len(table),), torch.nan, device=table.device)
     for batch in batches:
         distance[batch] = observed.distance(t, step.tokens(batch))
+        widen(observed, t, batch, distance[batch], step)
         if bool((distance[batch] <= observed.radius[t]).any()):
             break
     best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
@@ -306,6 +302,25 @@ def suspected(states: States, model: LanguageModel, layer: int) -> str:
         if coarser and bool((states.to(dtype) == states).all()):
             hint += f"{dtype} numbers, {model.dtype} here: load(name, dtype={dtype})? "
     return f"{hint}noisy states need epsilon; or another model, or another layer?"
+
+
+def widen(
+    observed: Observation, t: int, tokens: Tokens, distance: Distances, step: OneStepMap
+) -> None:
+    """Raise the radius to the noise of the nearest token itself, where that decides.
+
+    Tokens on their way to an attention sink can be noisier than any measured before.
+    """
+    near = float(distance.min())
+    if not observed.radius[t] < near <= APART * observed.radius[t]:
+        return
+    token = tokens[distance.argmin()]
+    # Passes of three sizes round in three ways.
+    routes = torch.cat([step.tokens(token.expand(n))[-1:] for n in (1, 7, ROWS)])
+    spread = float(torch.cdist(routes.double(), routes.double()).max())
+    rounding = torch.finfo(step.model.dtype).eps ** 0.5 * float(routes[0].norm())
+    if spread <= rounding and near <= SAFETY * spread:
+        observed.radius[t] = SAFETY * spread
 
 
 def bit_for_bit(

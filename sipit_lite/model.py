@@ -48,10 +48,9 @@ def plain_settings() -> Iterator[None]:
         if len(INSIDE) == 1:
             SHARED.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float32)
-            for setting in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
-                before = setting.fp32_precision
-                SHARED.callback(setattr, setting, "fp32_precision", before)
-                setting.fp32_precision = "ieee"
+            for mode in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+                SHARED.callback(setattr, mode, "fp32_precision", mode.fp32_precision)
+                mode.fp32_precision = "ieee"
     try:
         with ExitStack() as stack:
             for kind in ("cpu", "cuda"):
@@ -98,6 +97,10 @@ class LanguageModel:
         # What was measured of it once, by what and layer: measured["noise", 3].
         self.measured: dict[tuple, Any] = {}
         table = decoder.get_input_embeddings()
+        # What turns final states into the law of the next token, where it is known.
+        tied = table if decoder.config.tie_word_embeddings else None
+        head = hf_model.get_output_embeddings() or tied
+        self.unembedding = getattr(head, "weight", None)
         # Token ids, shape (|V|,), and what they give the first block, shape (|V|, d).
         self.vocabulary = torch.arange(len(table.weight), device=table.weight.device)
         self.embeddings = table.weight.detach()  # shared, not copied
@@ -108,9 +111,6 @@ class LanguageModel:
         self.dtype = self.embeddings.dtype
         self.n_layers = decoder.config.num_hidden_layers  # L: layers run from 0 to L
         self.n_positions = decoder.config.max_position_embeddings  # the context length
-
-    def __repr__(self) -> str:
-        return f"LanguageModel({self.name!r}, {self.n_layers} blocks, {self.dtype})"
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,7 +4,7 @@ Each enumerates all tokens once: the bound of Theorem 3.1, T·|V| tests, holds f
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -40,11 +40,8 @@ class Drafter(Protocol):
     def check(self, model: LanguageModel, layer: int) -> None:
         """Raise a ``SipItError`` for a model or layer that it was not made for."""
 
-    def draft(self, states: Float[Tensor, "pos d_model"]) -> Int[Tensor, " pos"]:
-        """The likeliest token of each state."""
-
-    def search(self) -> Policy:
-        """The policy that searches for a token which the draft has wrong."""
+    def read(self, prompts: Sequence[Tensor]) -> list[tuple[Tensor, Policy]]:
+        """A draft of each prompt, and a policy that searches for what it has wrong."""
 
 
 @dataclass(frozen=True)

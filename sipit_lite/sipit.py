@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.utils.rnn import pad_sequence
@@ -25,6 +25,7 @@ from sipit_lite.acceptance import (
     related,
     suspected,
     try_candidates,
+    widen,
 )
 from sipit_lite.model import LanguageModel, StatesError, plain_settings
 from sipit_lite.onestep import OneStepMap
@@ -161,7 +162,7 @@ class _Options:
             raise StatesError(f"{got}; expected 'auto' or one, 'raise' or 'nearest'")
         self.drafts = self.lens is not None and self.policy == "auto"
         if self.policy == "auto":
-            self.policy = Gradient() if self.lens is None else self.lens.search()
+            self.policy = Gradient()  # a lens brings one of its own for each prompt
 
 
 class _Prompt:
@@ -176,6 +177,7 @@ class _Prompt:
         self.generator = torch.Generator().manual_seed(options.seed + SALT)
         self.recovery = _blank(torch.zeros(0))
         self.tokens = options.model.vocabulary[:0]  # none yet, on the right device
+        self.policy = options.policy
         self.length = 0
         self.searched = False  # if not, one pass has read it all
         self.error: StatesError | NotVerified | None = None  # ends the prompt
@@ -239,8 +241,9 @@ class _Prompt:
         if self.exhaustive:
             states = step.tokens(options.model.vocabulary)
             distance = observed.distance(t, states)
+            widen(observed, t, options.model.vocabulary, distance, step)
         else:
-            order = options.policy.proposals(step, observed.states[t], self.generator)
+            order = self.policy.proposals(step, observed.states[t], self.generator)
             distance = try_candidates(step, observed, t, order, trusting=options.drafts)
         radius = float(observed.radius[t])
         if self.repeatable:
@@ -275,13 +278,15 @@ class _Prompt:
             self.length = t + 1
             self.searched = True
             return
+        decode = self.options.model.decode
         hint = suspected(self.observed.states, self.options.model, self.options.layer)
         what = f"no token verifies ({hint})"
         if len(verified):
-            rival = self._quote(verified[-1])
+            rival = f"{int(verified[-1])} {decode(verified[-1:])!r}"
             what = f"{len(verified)} tokens verify, among them {rival}"
-        what += f"; nearest of {int(row.tested[t])} tested is "
-        what += f"{self._quote(row.tokens[t])} at distance {nearest:.3g}"
+        token = f"{int(best.indices[0])} {decode(best.indices[:1])!r}"
+        what += f"; nearest of {int(row.tested[t])} tested is {token}"
+        what += f" at distance {nearest:.3g}"
         self._refuse(Ambiguous if len(verified) else NotVerified, what)
 
     def read_once_more(self, states: Float[Tensor, "pos d_model"]) -> None:
@@ -298,18 +303,14 @@ class _Prompt:
 
     def _refuse(self, kind: type[NotVerified], what: str) -> None:
         """End with an error at the first open position that carries the prefix."""
+        row = self.recovery
         t = self.length
         prefix = self.recovered()
-        radius = float(self.recovery.radius[t])
+        radius = float(row.radius[t])
         far = f"verified so far: {t} tokens {prefix.text!r}"
         message = f"position {t}: {what}, radius {radius:.3g}; {far}"
-        nearest = int(self.recovery.tokens[t])
-        distance = float(self.recovery.distance[t])
-        self.error = kind(message, nearest, distance, radius, prefix)
-
-    def _quote(self, token: Int[Tensor, ""]) -> str:
-        """A token with its text."""
-        return f"{int(token)} {self.options.model.decode(token.reshape(1))!r}"
+        known = (int(row.tokens[t]), float(row.distance[t]), radius)
+        self.error = kind(message, *known, prefix)
 
 
 def _blank(radius: Float[Tensor, " pos"]) -> Recovery:
@@ -327,10 +328,10 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     prompts = [prompt for prompt in prompts if prompt.error is None]
     quick = [prompt for prompt in prompts if options.drafts and not prompt.exhaustive]
     if quick:
-        drafts = options.lens.draft(torch.cat([p.observed.states for p in quick]))
-        counts = [len(prompt.observed.states) for prompt in quick]
-        for prompt, tokens in zip(quick, drafts.split(counts), strict=True):
+        readings = options.lens.read([prompt.observed.states for prompt in quick])
+        for prompt, (tokens, policy) in zip(quick, readings, strict=True):
             prompt.tokens = tokens
+            prompt.policy = policy
     count = sum(len(prompt.observed.states) for prompt in prompts)
     start = OneStepMap.after(options.model, options.layer)
     with tqdm(total=count, desc="inverting", disable=None if progress else True) as bar:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
+from torch.linalg import vector_norm
 from transformers import ModernBertConfig, ModernBertModel
 
 from sipit_lite import (
@@ -21,7 +22,7 @@ from sipit_lite import (
     load,
     noise_floor,
 )
-from sipit_lite.acceptance import distance_to_stored, rounding_half_width
+from sipit_lite.acceptance import distance_to_stored, rounding_half_width, widen
 
 FLOATS = st.floats(-6e4, 6e4, width=32, allow_subnormal=True)
 COARSE = [torch.float16, torch.bfloat16]
@@ -229,3 +230,29 @@ def test_eight_bit_integers_come_with_their_half_width(pocket: LanguageModel) ->
     for bad in (scale[1:], -scale, scale * torch.nan, scale[:, None, None]):
         with pytest.raises(StatesError, match=r"got half_width=.* expected one finite"):
             Observation.of(product, pocket, 3, half_width=bad)
+
+
+def test_the_radius_grows_to_the_noise_of_the_token_itself(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a token is noisier than those measured; never up to another token."""
+    ids = pocket.encode("on their way")
+    seen = Observation.of(pocket.states(ids, 3), pocket, 3)
+    step = OneStepMap.after(pocket, 3, ids[:2])
+    # As if its states differed by 1e-4 of their norm from one size of pass to another.
+    exact = OneStepMap.tokens
+
+    def noisy(self: OneStepMap, tokens: Tensor) -> Tensor:
+        return exact(self, tokens) * (1 + 1e-4 / len(tokens))
+
+    monkeypatch.setattr(OneStepMap, "tokens", noisy)
+    radius = float(seen.radius[2])
+    distance = seen.distance(2, step.tokens(ids[2:3]))
+    assert radius < distance <= 64 * radius
+    widen(seen, 2, ids[2:3], distance, step)
+    assert distance <= seen.radius[2] < 0.05 * vector_norm(seen.states[2])
+    # Another token is much farther away, and widens nothing.
+    other = Observation.of(pocket.states(ids, 3), pocket, 3)
+    wrong = (ids[2:3] + 1) % pocket.vocab_size
+    widen(other, 2, wrong, other.distance(2, step.tokens(wrong)), step)
+    assert float(other.radius[2]) == radius

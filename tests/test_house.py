@@ -16,7 +16,7 @@ CORE = {
     "__init__.py": 40,
     "model.py": 265,
     "onestep.py": 140,
-    "acceptance.py": 350,
+    "acceptance.py": 370,
     "policies.py": 155,
     "recovery.py": 85,
     "sipit.py": 380,
@@ -26,9 +26,9 @@ CORE = {
 # Caps: before you add, delete.
 BUDGET = {
     "core": 1800,
-    "io": 1100,
-    "extensions": 1110,
-    "experiments": 2900,
+    "io": 1110,
+    "extensions": 1295,
+    "experiments": 2850,
     "teaching": 1000,
     "cli": 430,
     "door": 30,

@@ -4,8 +4,9 @@ Ridge regression (chapter 12) predicts a token's embedding from its state; token
 ranked by the Mahalanobis distance of what each leaves. Drafts are verified elsewhere.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -20,18 +21,20 @@ from tqdm import tqdm
 
 from sipit_lite.acceptance import States, Tokens
 from sipit_lite.extensions.newton import Newton
+from sipit_lite.extensions.reading import Reading, calibrated
 from sipit_lite.io.files import read, replacing
 from sipit_lite.io.text import prompts as text_prompts
 from sipit_lite.model import LanguageModel, SipItError, plain_settings
 from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Batches, State
 
-FORMAT = "sipit-lite lens 1"
+FORMAT = "sipit-lite lens 2"
 _TENSORS = ("directions", "slope", "intercept", "whiten")
 LENGTHS = (64, 16, 4)  # of the prompts it is fitted on, in turn
 PASS = 2048  # tokens in a pass
 RIDGE = 1e-5  # relative to the sum of squares of each regressor
 HELD = 2**24  # numbers held at once while tokens are ranked: 64 MiB
+OTHERS = 32  # prompts to calibrate on
 FLOOR = 1e-6  # smallest variance of a residual, relative to that of the goals
 FIRST = (16, 112)  # candidates in the first batches: few misses rank further down
 
@@ -72,6 +75,8 @@ class Lens(Regression):
 
     model: LanguageModel
     layer: int
+    weight: float = 0.0  # of the prior beside it, see ``reading``; 0 for none
+    hits: float = 1.0  # share of tokens of other prompts that it reads right
 
     @classmethod
     @plain_settings()
@@ -90,14 +95,18 @@ class Lens(Regression):
 
         ``prompts`` are by default ``training_prompts``; ``seed`` is theirs, and that of
         the random ``features`` of a state. Raises ``ModelError`` for a bad layer or
-        prompt, ``LensError`` for fewer tokens than d_model.
+        prompt, ``LensError`` for fewer tokens than d_model. Prompts behind the first
+        ``tokens`` calibrate ``weight`` and ``hits``.
         """
         model.check_layer(layer)
         key = ("prompts of a lens", tokens, seed)
-        if prompts is None and key not in model.measured:
-            model.measured[key] = batched(training_prompts(model, seed), tokens)
-        # The same for all layers: text takes longer to prepare than to read.
-        batches = model.measured[key] if prompts is None else batched(prompts, tokens)
+        if prompts is not None:
+            batches, others = _divided(prompts, tokens)
+        else:
+            # The same for all layers: text takes longer to prepare than to read.
+            if key not in model.measured:
+                model.measured[key] = _divided(training_prompts(model, seed), tokens)
+            batches, others = model.measured[key]
         seen = min(tokens, sum(ids.numel() for ids in batches))
         if seen < model.d_model or features < 0:
             got = f"got {seen} tokens and features={features}"
@@ -109,7 +118,9 @@ class Lens(Regression):
                 yield states, model.embeddings[ids.to(model.device).flatten()]
 
         fields = vars(ridge(pairs(), features, torch.Generator().manual_seed(seed)))
-        return cls(**fields, model=model, layer=layer)
+        lens = cls(**fields, model=model, layer=layer, weight=1.0)
+        weight, hits = calibrated(lens, others)
+        return replace(lens, weight=weight, hits=hits)
 
     embeddings = Regression.predict
 
@@ -136,9 +147,10 @@ class Lens(Regression):
         few, more, rest = order.tensor_split((FIRST[0], sum(FIRST)))
         yield from filter(len, (few, more, *rest.split(ROWS)))
 
-    def search(self) -> Newton:
-        """Newton's method, from the embedding that the lens expects."""
-        return Newton(lens=self)
+    def read(self, prompts: Sequence[Tensor]) -> list[tuple[Tensor, Newton]]:
+        """A draft of each prompt, and Newton's method for what it has wrong."""
+        readings = [Reading(self, states) for states in prompts]
+        return [(x.tokens, Newton(proposals_per_step=32, lens=x)) for x in readings]
 
     def check(self, model: LanguageModel, layer: int) -> None:
         """Raise ``LensError`` unless it was fitted on this model and layer."""
@@ -153,6 +165,7 @@ class Lens(Regression):
         """Write a safetensors file; ``LensError`` where that cannot be."""
         metadata = {"format": FORMAT, "layer": str(self.layer)}
         metadata |= {"model": self.model.name, "fingerprint": self.model.fingerprint}
+        metadata |= {"weight": str(self.weight), "hits": str(self.hits)}
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         with replacing(path, LensError) as part:
             save_file(tensors, part, metadata)
@@ -173,6 +186,9 @@ class Lens(Regression):
             forms = [(x.dtype, *x.shape) for x in tensors.values()]
             if forms != [(torch.float32, *shape) for shape in shapes]:
                 raise LensError(f"{_TENSORS}: {forms}, expected {shapes} in float32")
+            learned = {name: float(metadata[name]) for name in ("weight", "hits")}
+            if not all(0 <= value < math.inf for value in learned.values()):
+                raise LensError(f"{learned}, expected finite numbers, none negative")
             if metadata.get("fingerprint") != model.fingerprint:
                 raise LensError(f"fitted on {metadata.get('model')}, other weights")
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
@@ -180,7 +196,7 @@ class Lens(Regression):
             line = f"got {str(path)!r}, which holds no lens of {model.name} ({reason})"
             raise LensError(line) from error
         tensors = {name: x.to(model.device) for name, x in tensors.items()}
-        return cls(**tensors, model=model, layer=layer)
+        return cls(**tensors, model=model, layer=layer, **learned)
 
     @cached_property
     def _whitened(self) -> tuple[Tensor, Tensor]:
@@ -221,6 +237,14 @@ def batched(prompts: Iterable[Tensor], tokens: int) -> list[Int[Tensor, "row pos
     for length, rows in by_length.items():
         batches += torch.stack(rows).split(max(1, PASS // length))
     return batches
+
+
+def _divided(prompts: Iterable[Tensor], tokens: int) -> tuple[list, list]:
+    """Batches to fit on, and prompts behind them, not too short, to calibrate on."""
+    stream = iter(prompts)
+    batches = batched(stream, tokens)
+    longer = (ids for ids in islice(stream, PASS) if len(ids) >= LENGTHS[1])
+    return batches, list(islice(longer, OTHERS))
 
 
 def regressors(states: Rows, directions: Tensor) -> Float[Tensor, "*rows inputs"]:

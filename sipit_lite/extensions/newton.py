@@ -14,7 +14,7 @@ from sipit_lite.policies import Batches, Policy, State, check_settings, nearest
 
 TRIALS = 4  # dampings tried with one Jacobian
 SMALLEST_DAMPING = 1e-4
-LENS_BATCHES = 2  # of a lens, tried before Newton: few misses rank further down
+LENS_BATCHES = 3  # of a lens, tried before Newton: few misses rank further down
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Newton:
     proposals_per_step: int = 8
     max_steps: int = 12
     damping: float = 0.1
-    lens: Policy | None = None  # a ``Lens``, which also has ``embeddings``
+    lens: Policy | None = None  # a ``Lens`` or ``Reading``, which has ``embeddings``
 
     def __post_init__(self) -> None:
         check_settings(self, "proposals_per_step", "max_steps")

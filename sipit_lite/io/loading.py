@@ -123,8 +123,9 @@ def load(
         raise ModelError(_reason(name, error)) from error
     name += f" at random initialisation, seed {seed}" if random_init else ""
     model = LanguageModel(decoder, tokenizer, name=name)
-    _check_causal(model)
-    return model
+    # Where blocks were left out, none lead to the law of the next token.
+    model.unembedding = model.unembedding if layers is None else None
+    return _causal(model)
 
 
 def _place(name: str) -> tuple[str, dict[str, str]]:
@@ -246,10 +247,10 @@ def _stored(place: str, options: dict) -> nn.Module:
     return model
 
 
-def _check_causal(model: LanguageModel) -> None:
-    """Refuse what reads no prefix from a cache, and what sees later tokens."""
+def _causal(model: LanguageModel) -> LanguageModel:
+    """The model, if it reads a prefix from a cache and sees no later tokens."""
     if 1 in (model.vocab_size, model.n_positions):
-        return
+        return model
     # One first token, two second ones: a causal model cannot tell them apart there.
     ids = torch.tensor([[0, 0], [0, model.vocab_size - 1]])
     try:
@@ -265,6 +266,7 @@ def _check_causal(model: LanguageModel) -> None:
     if not moved <= torch.finfo(model.dtype).eps ** 0.5:
         got = f"got {model.name}, whose states move by {moved:.1e} with later tokens"
         raise ModelError(f"{got} or a cache; expected a causal decoder, not recurrent")
+    return model
 
 
 def _tokenizer(place: str, common: dict) -> Any:

@@ -219,7 +219,7 @@ def bad_files(good: dict[str, torch.Tensor], told: dict[str, str]) -> dict:
     without = {name: x for name, x in good.items() if name != "slope"}
     return {
         "no format": (good, {}),
-        "another format": (good, told | {"format": "sipit-lite lens 2"}),
+        "another format": (good, told | {"format": "sipit-lite lens 0"}),
         "no layer": (good, {k: v for k, v in told.items() if k != "layer"}),
         "layer of letters": (good, told | {"layer": "three"}),
         "layer below": (good, told | {"layer": "-1"}),
@@ -272,7 +272,7 @@ def test_bad_files_and_settings_are_refused(
     with pytest.raises(LensError, match="which holds no lens"):
         Lens.load(path, pocket)
     save_file({"states": torch.zeros(2)}, path)
-    expected = r"no lens of pocket-gpt2 \(expected a file of 'sipit-lite lens 1'"
+    expected = r"no lens of pocket-gpt2 \(expected a file of 'sipit-lite lens 2'"
     with pytest.raises(LensError, match=expected):
         Lens.load(path, pocket)
     with pytest.raises(LensError, match="where no file can be written"):

@@ -1,0 +1,164 @@
+"""How a lens reads one prompt: likelihood from the states, prior from the model itself.
+
+The states of one layer determine all layers above, and so the law of every next token:
+no draft is needed to know what the model expects. The lens is the likelihood, this law
+the prior; a weight between them is learned on prompts that the lens was not fitted on.
+"""
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sipit_lite.model import LanguageModel, plain_settings
+from sipit_lite.onestep import ROWS, OneStepMap
+from sipit_lite.policies import Batches, State
+
+WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the prior, to choose from
+BATCHES = (16, 112, 256)  # candidates of each order, tested before Newton's method
+SEARCH = 2  # passes that a token costs which the draft has wrong, roughly
+JUDGED = 64  # positions that decide whether a prompt is what the model expects
+
+States = Float[Tensor, "pos d_model"]
+
+
+@dataclass(eq=False)
+class Reading:
+    """A draft of one prompt, and a policy that starts from the lens and the prior.
+
+    ``lens`` has ``nearness``, ``embeddings``, ``weight`` and ``hits``; see ``Lens``.
+    """
+
+    lens: Any
+    states: States
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, " pos"]:
+        """The likeliest token of each state; by the prior too where that saves time."""
+        lens = self.lens
+        misses = len(self.states) * (1 - lens.hits)
+        above = lens.model.n_layers - lens.layer
+        if SEARCH * misses <= above / max(lens.layer, 1) or self.before is None:
+            return lens.draft(self.states)
+        tokens = []
+        for first in range(0, len(self.states), ROWS):
+            rows = slice(first, first + ROWS)
+            posterior = lens.nearness(self.states[rows]) + lens.weight * self.law(rows)
+            tokens.append(posterior.argmax(1))
+        return torch.cat(tokens)
+
+    @cached_property
+    def before(self) -> States | None:
+        """The final state before each position, zero at the first: its prior is flat.
+
+        None where they tell nothing of tokens, as of random ones, which are less
+        expected than by chance.
+        """
+        model = self.lens.model
+        if self.lens.weight == 0 or model.unembedding is None:
+            return None
+        final = final_states(model, self.states, self.lens.layer)
+        before = torch.cat([torch.zeros_like(final[:1]), final[:-1]])
+        judged = slice(1, JUDGED)
+        draft = self.lens.draft(self.states[judged])
+        expected = log_law(model, before[judged]).gather(1, draft[:, None]).mean()
+        return before if expected > -math.log(model.vocab_size) else None
+
+    def law(self, rows: slice) -> Float[Tensor, "rows vocab"]:
+        """Log-probability of each token at these positions."""
+        return log_law(self.lens.model, self.before[rows])
+
+    def embeddings(self, states: Tensor) -> Tensor:
+        """The embedding that the lens expects behind each state."""
+        return self.lens.embeddings(states)
+
+    def proposals(
+        self, step: OneStepMap, observed: State, generator: torch.Generator
+    ) -> Batches:
+        """Yield the first of each order: lens, prior, both; at last all others."""
+        near = self.lens.nearness(observed[None])[0]
+        untried = torch.ones_like(near, dtype=torch.bool)
+        orders = [near]
+        t = step.position
+        for i, count in enumerate(BATCHES):
+            # The prior costs a pass, once: not for what the lens all but knows.
+            wanted = len(orders) == 1 and (i > 0 or "before" in vars(self))
+            if wanted and self.before is not None:
+                law = self.law(slice(t, t + 1))[0]
+                orders += [law, near + self.lens.weight * law]
+            count = min(count, int(untried.sum()))
+            best = [order.masked_fill(~untried, -torch.inf) for order in orders]
+            batch = torch.cat([order.topk(count).indices for order in best]).unique()
+            untried[batch] = False
+            if len(batch):
+                yield batch
+        rest = near.masked_fill(~untried, -torch.inf).argsort(descending=True)
+        yield from rest[: int(untried.sum())].split(ROWS)
+
+
+@plain_settings()
+@torch.no_grad()
+def final_states(model: LanguageModel, states: States, layer: int) -> States:
+    """The states after the final norm, from those of a layer: blocks above it alone."""
+    norm = getattr(model.decoder, model.parts[1])
+    if layer == model.n_layers:
+        return norm(states.to(model.dtype))
+    above = model.cut(model.n_layers)
+    blocks = getattr(above, model.parts[0])
+    # Whatever enters the decoder, its first block now reads the states.
+    first = copy.copy(blocks[layer])
+    first._forward_pre_hooks = OrderedDict()
+    first._forward_pre_hooks_with_kwargs = OrderedDict()
+    first.register_forward_pre_hook(_giving(states.to(model.dtype)), with_kwargs=True)
+    setattr(above, model.parts[0], nn.ModuleList([first, *blocks[layer + 1 :]]))
+    anything = model.embeddings[torch.zeros_like(model.vocabulary[:1])]
+    inputs = anything.expand(len(states), -1)[None]
+    return norm(above(inputs_embeds=inputs, use_cache=False).last_hidden_state[0])
+
+
+def _giving(states: States) -> Any:
+    """A hook that puts the states in the place of what a block receives."""
+
+    def hook(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (states[None], *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": states[None]}
+
+    return hook
+
+
+def log_law(model: LanguageModel, final: States) -> Float[Tensor, "pos vocab"]:
+    """Log-probabilities of the token behind each state after the final norm."""
+    return torch.log_softmax((final @ model.unembedding.T).float(), -1)
+
+
+def calibrated(lens: Any, prompts: Iterable[Tensor]) -> tuple[float, float]:
+    """The weight of the prior that ranks true tokens best, and the share read right."""
+    right = []
+    ranks: dict[float, list] = {weight: [] for weight in WEIGHTS}
+    for ids in prompts:
+        ids = ids.to(lens.model.device)
+        reading = Reading(lens, lens.model.states(ids, lens.layer))
+        near = lens.nearness(reading.states)[1:]
+        right.append(near.argmax(1) == ids[1:])
+        if reading.before is None:
+            continue
+        law = reading.law(slice(1, None))
+        for weight in WEIGHTS:
+            score = near + weight * law
+            ahead = score > score.gather(1, ids[1:, None])
+            ranks[weight].append(ahead.sum(1).add(1).log2())
+    if not right:
+        return 0.0, 1.0
+    hits = float(torch.cat(right).double().mean())
+    if not ranks[0.0]:
+        return 0.0, hits
+    mean = {weight: float(torch.cat(parts).mean()) for weight, parts in ranks.items()}
+    return min(mean, key=mean.get), hits
