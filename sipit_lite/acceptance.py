@@ -246,8 +246,7 @@ def agreeing(
 ) -> tuple[int, Distances]:
     """How many of the drafted tokens, the last ones, are accepted; all distances.
 
-    Those up to the first that does not agree clearly or has rivals: later states were
-    computed after a wrong token and prove nothing.
+    Behind the first that does not agree clearly, or has rivals, states prove nothing.
     """
     first = len(observed.states) - len(tokens)
     apart = (states - observed.states[first:]).float()
@@ -307,10 +306,7 @@ def suspected(states: States, model: LanguageModel, layer: int) -> str:
 def widen(
     observed: Observation, t: int, tokens: Tokens, distance: Distances, step: OneStepMap
 ) -> None:
-    """Raise the radius to the noise of the nearest token itself, where that decides.
-
-    Tokens on their way to an attention sink can be noisier than any measured before.
-    """
+    """Raise the radius to the nearest token's own noise: some sinks are noisier."""
     near = float(distance.min())
     if not observed.radius[t] < near <= APART * observed.radius[t]:
         return

@@ -43,8 +43,7 @@ class CollisionReport:
     a bound, ``recomputed`` those let through, ``collisions`` those closer than 1e-6,
     ``practical`` those ``torch.allclose`` in either order. Bounds were lowered by
     ``slack`` · (‖a‖² + ‖b‖²), norms from the centre. ``rows`` are the rows compared; of
-    ``duplicates`` the prompt had occurred. ``nearest`` are the distances of these rows
-    to their nearest neighbours, if wanted.
+    ``duplicates`` the prompt had occurred; ``nearest`` are distances of neighbours.
     """
 
     pairs: Int[Tensor, "k 2"]

@@ -97,10 +97,7 @@ class LanguageModel:
         # What was measured of it once, by what and layer: measured["noise", 3].
         self.measured: dict[tuple, Any] = {}
         table = decoder.get_input_embeddings()
-        # What turns final states into the law of the next token, where it is known.
-        tied = table if decoder.config.tie_word_embeddings else None
-        head = hf_model.get_output_embeddings() or tied
-        self.unembedding = getattr(head, "weight", None)
+        self.hf_model = hf_model  # with the head; None where blocks were left out
         # Token ids, shape (|V|,), and what they give the first block, shape (|V|, d).
         self.vocabulary = torch.arange(len(table.weight), device=table.weight.device)
         self.embeddings = table.weight.detach()  # shared, not copied

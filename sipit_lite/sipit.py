@@ -75,10 +75,6 @@ def invert(
         ``"nearest"`` takes the nearest token where none or several verify, marks it as
         not ``verified``, and goes on.
 
-    Returns
-    -------
-    Recovery
-
     Raises
     ------
     StatesError, ModelError, LensError

@@ -16,7 +16,7 @@ CORE = {
     "__init__.py": 40,
     "model.py": 265,
     "onestep.py": 140,
-    "acceptance.py": 370,
+    "acceptance.py": 365,
     "policies.py": 155,
     "recovery.py": 85,
     "sipit.py": 380,
@@ -26,8 +26,8 @@ CORE = {
 # Caps: before you add, delete.
 BUDGET = {
     "core": 1800,
-    "io": 1110,
-    "extensions": 1295,
+    "io": 1105,
+    "extensions": 1305,
     "experiments": 2850,
     "teaching": 1000,
     "cli": 430,

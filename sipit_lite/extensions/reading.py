@@ -44,7 +44,7 @@ class Reading:
         """The likeliest token of each state; by the prior too where that saves time."""
         lens = self.lens
         misses = len(self.states) * (1 - lens.hits)
-        above = lens.model.n_layers - lens.layer
+        above = max(0, lens.model.n_layers - lens.layer)
         if SEARCH * misses <= above / max(lens.layer, 1) or self.before is None:
             return lens.draft(self.states)
         tokens = []
@@ -62,7 +62,7 @@ class Reading:
         expected than by chance.
         """
         model = self.lens.model
-        if self.lens.weight == 0 or model.unembedding is None:
+        if self.lens.weight == 0 or unembedding(model) is None:
             return None
         final = final_states(model, self.states, self.lens.layer)
         before = torch.cat([torch.zeros_like(final[:1]), final[:-1]])
@@ -107,6 +107,8 @@ class Reading:
 @torch.no_grad()
 def final_states(model: LanguageModel, states: States, layer: int) -> States:
     """The states after the final norm, from those of a layer: blocks above it alone."""
+    if layer > model.n_layers:  # what left the norm
+        return states.to(model.dtype)
     norm = getattr(model.decoder, model.parts[1])
     if layer == model.n_layers:
         return norm(states.to(model.dtype))
@@ -134,9 +136,19 @@ def _giving(states: States) -> Any:
     return hook
 
 
+def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"] | None:
+    """What turns final states into logits; None where the model came without it."""
+    if model.hf_model is None:
+        return None
+    table = model.decoder.get_input_embeddings()
+    tied = table if model.decoder.config.tie_word_embeddings else None
+    return getattr(model.hf_model.get_output_embeddings() or tied, "weight", None)
+
+
 def log_law(model: LanguageModel, final: States) -> Float[Tensor, "pos vocab"]:
     """Log-probabilities of the token behind each state after the final norm."""
-    return torch.log_softmax((final @ model.unembedding.T).float(), -1)
+    with torch.no_grad():
+        return torch.log_softmax((final @ unembedding(model).T).float(), -1)
 
 
 def calibrated(lens: Any, prompts: Iterable[Tensor]) -> tuple[float, float]:

@@ -123,8 +123,7 @@ def load(
         raise ModelError(_reason(name, error)) from error
     name += f" at random initialisation, seed {seed}" if random_init else ""
     model = LanguageModel(decoder, tokenizer, name=name)
-    # Where blocks were left out, none lead to the law of the next token.
-    model.unembedding = model.unembedding if layers is None else None
+    model.hf_model = decoder if layers is None else None
     return _causal(model)
 
 

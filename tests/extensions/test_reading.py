@@ -9,7 +9,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sipit_lite import LanguageModel, Lens, invert, load
 from sipit_lite.extensions import reading
-from sipit_lite.extensions.reading import Reading, calibrated, final_states, log_law
+from sipit_lite.extensions.reading import (
+    Reading,
+    calibrated,
+    final_states,
+    log_law,
+    unembedding,
+)
 from sipit_lite.io.text import prompts
 from sipit_lite.onestep import OneStepMap
 
@@ -32,7 +38,7 @@ def test_states_of_a_layer_give_the_law_of_every_next_token(
     with torch.no_grad():
         logits = hf(input_ids=ids[None], use_cache=False).logits[0]
     expected = torch.log_softmax(logits, -1)
-    for layer in range(model.n_layers + 1):
+    for layer in range(model.n_layers + 2):  # the last is what left the norm
         final = final_states(model, loaded.states(ids, layer), layer)
         law = log_law(model, final)
         torch.testing.assert_close(law, expected, rtol=1e-3, atol=1e-3)
@@ -40,15 +46,15 @@ def test_states_of_a_layer_give_the_law_of_every_next_token(
 
 def test_the_head_of_a_model_in_memory_is_known(pocket: LanguageModel) -> None:
     """Tied to the embeddings or not; a model whose last blocks are left out has none."""
-    assert pocket.unembedding is pocket.decoder.get_input_embeddings().weight
+    assert unembedding(pocket) is pocket.decoder.get_input_embeddings().weight
     untied = pocket.decoder.config.__class__(
         n_embd=8, n_head=2, n_layer=1, vocab_size=20, tie_word_embeddings=False,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     hf = AutoModelForCausalLM.from_config(untied)
-    assert LanguageModel(hf).unembedding is hf.lm_head.weight
-    assert LanguageModel(hf.get_decoder()).unembedding is None
-    assert load(layers=2, device="cpu").unembedding is None
+    assert unembedding(LanguageModel(hf)) is hf.lm_head.weight
+    assert unembedding(LanguageModel(hf.get_decoder())) is None
+    assert unembedding(load(layers=2, device="cpu")) is None
 
 
 def test_text_is_expected_and_random_tokens_are_not(
