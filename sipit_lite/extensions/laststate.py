@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from sipit_lite.acceptance import Observation, State, States, Tokens
+from sipit_lite.acceptance import Observation, States, Tokens
 from sipit_lite.extensions.lens import Pairs, Regression, ridge
 from sipit_lite.model import LanguageModel, SipItError, StatesError, plain_settings
 from sipit_lite.onestep import ROWS
+from sipit_lite.policies import State
 from sipit_lite.recovery import Interrupted, Recovery
 from sipit_lite.sipit import SALT
 
