@@ -109,6 +109,9 @@ class LanguageModel:
         self.n_layers = decoder.config.num_hidden_layers  # L: layers run from 0 to L
         self.n_positions = decoder.config.max_position_embeddings  # the context length
 
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, {self.n_layers} blocks, {self.dtype})"
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every bit of every weight and over the configuration."""

@@ -37,7 +37,6 @@ BESIDE = {2: 20.0, 3: 20.0, 6: 30.0}  # for the comparison, of five prompts of e
 WIDTHS = (64, 128, 256)  # of models with random weights
 NOISES = (0.1, 1.0, 3.0)
 FEW = 512  # tokens that are called frequent in the bundled text, and as many rare
-Lines = dict[str, list[tuple[float, ...]]]
 BRIEF = partial(Ends.fit, tokens=2000, features=0)  # for quick runs: a second
 
 
@@ -85,21 +84,6 @@ def laststate(
     for n in sorted({3, 4, 6} & seconds.keys()):
         lines.append(Check.of(f"seconds, last state, T = {n}", max(seconds[n])))
     return lines, {"reported": reported, "cells": cells, "beside": beside}
-
-
-def curves(rows: list[dict]) -> Lines:
-    """By kind of prompt: lengths, exact shares, and both ends of their intervals.
-
-    >>> row = {"kind": "prose", "length": 2, "prompts": 4, "exact": 3, "low": 0.3}
-    >>> curves([row | {"high": 0.95}, row | {"length": 1, "high": 0.96}])
-    {'prose': [(1, 2), (0.75, 0.75), (0.3, 0.3), (0.96, 0.95)]}
-    """
-    points: dict[str, list[tuple]] = {}
-    for row in rows:
-        point = (row["length"], row["exact"] / row["prompts"], row["low"], row["high"])
-        points.setdefault(row["kind"], []).append(point)
-    # Sorted by length, then turned from points into columns.
-    return {kind: list(zip(*sorted(x), strict=True)) for kind, x in points.items()}
 
 
 def summary(runs: list[dict]) -> dict:

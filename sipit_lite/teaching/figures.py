@@ -47,27 +47,6 @@ def distances(
     return ax
 
 
-def nearest_by_layer(
-    layers: Sequence[int],
-    nearest: Sequence[ArrayLike],
-    threshold: float,
-    ax: Axes | None = None,
-) -> Axes:
-    """Boxes of nearest-neighbour distances by layer, whiskers to the extremes.
-
-    >>> nearest_by_layer([1, 2], [[1.0, 2.0], [2.0, 3.0]], 1e-6).get_yscale()
-    'log'
-    """
-    ax = ax or plt.subplots()[1]
-    # Equal states have distance 0, which a logarithmic scale cannot show.
-    shown = [np.maximum(distance, threshold / 10) for distance in nearest]
-    ax.boxplot(shown, tick_labels=list(layers), whis=(0, 100))
-    ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
-    ax.set(yscale="log", xlabel="layer", ylabel="distance to the nearest neighbour")
-    legend_above(ax)
-    return ax
-
-
 def minima_by_layer(
     tests: dict[str, tuple[ArrayLike, ArrayLike]],
     threshold: float,
@@ -84,48 +63,6 @@ def minima_by_layer(
     ax.axhline(threshold, color=RADIUS, linestyle="--", label="collision threshold")
     ax.set(yscale="log", xlabel="layer", ylabel="smallest distance")
     legend_above(ax, columns=2)
-    return ax
-
-
-def success_by_length(
-    groups: dict[str, Sequence[ArrayLike]], ax: Axes | None = None
-) -> Axes:
-    """Shares of prompts recovered by length: (lengths, share, lower, upper end) each.
-
-    >>> groups = {"prose": ([1, 2], [1, 0.9], [0.9, 0.8], [1, 1])}
-    >>> success_by_length(groups).get_xlabel()
-    'tokens in the prompt'
-    """
-    ax = ax or plt.subplots()[1]
-    for i, (name, (lengths, share, low, high)) in enumerate(groups.items()):
-        bars = np.clip([np.subtract(share, low), np.subtract(high, share)], 0, None)
-        # Side by side, so that no bar hides another.
-        at = np.asarray(lengths) + 0.06 * (i - (len(groups) - 1) / 2)
-        ax.errorbar(at, share, bars, fmt="os^D"[i % 4] + "-", capsize=3, label=name)
-    every = np.unique(np.concatenate([group[0] for group in groups.values()]))
-    ax.set(xlabel="tokens in the prompt", xticks=every)
-    ax.set(ylabel="share recovered exactly", ylim=(-0.03, 1.05))
-    legend_above(ax)
-    return ax
-
-
-def time_ladder(
-    seconds: dict[str, float], reference: float, label: str, ax: Axes | None = None
-) -> Axes:
-    """Seconds of several ways as bars, the first on top; dashed, a reference.
-
-    >>> time_ladder({"slow": 10.0, "fast": 0.1}, 0.01, "one pass").get_xscale()
-    'log'
-    """
-    ax = ax or plt.subplots()[1]
-    bars = ax.barh(list(seconds), list(seconds.values()), color=ACCEPTED, height=0.7)
-    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the line
-    ax.bar_label(bars, fmt="{:.2g} s", padding=3, fontsize="small", bbox=white)
-    ax.axvline(reference, color=RADIUS, linestyle="--", label=label)
-    ax.set(xscale="log", xlabel="seconds per prompt")
-    ax.margins(x=0.2)  # room for the numbers
-    ax.invert_yaxis()
-    legend_above(ax)
     return ax
 
 
