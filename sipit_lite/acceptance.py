@@ -170,8 +170,7 @@ def rounding_half_width(states: States, model: LanguageModel) -> States:
 def noise_floor(model: LanguageModel, layer: int) -> float:
     """Relative float noise of a state: the same by three routes, times ``SAFETY``.
 
-    The routes are one pass over a random prompt, one cached step, and a cached step in
-    a full batch. Raises ``ModelError`` where more than rounding differs.
+    Raises ``ModelError`` where more than rounding differs between these.
     """
     return float(_measured(model, layer)[0].max())
 

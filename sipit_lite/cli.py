@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 from typer import Argument, Option
 
 import sipit_lite as sl
-from sipit_lite.experiments import checks, paper
+from sipit_lite.experiments import checks, paper, safety
 from sipit_lite.experiments import reproduce as lab
 from sipit_lite.experiments.collision_speed import collisions as detector
 from sipit_lite.experiments.inversion import inversion
@@ -28,8 +28,8 @@ from sipit_lite.model import LanguageModel, SipItError, StatesError
 
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
 POLICIES |= {"published": sl.Published(), "random": sl.Random()}
-BENCHES = {"exactness": checks.exactness, "inversion": inversion}
-BENCHES |= {"collisions": detector, "laststate": laststate, "reach": reach}
+BENCHES = {"exactness": checks.exactness, "laststate": laststate, "reach": reach}
+BENCHES |= {"inversion": inversion, "collisions": detector, "safety": safety.safety}
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt comes back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
@@ -372,7 +372,7 @@ def bench(
         raise bad(f"{model.name} without a readable tokenizer", "one for the prompts")
     lines, data = BENCHES[name](model, quick=quick, seed=session.seed, progress=True)
     reported = [f"{key}: {value:.4g}" for key, value in data["reported"].items()]
-    text = "\n".join([checks.verdicts(lines), *reported])
+    text = "\n".join([checks.verdicts(lines), *reported, *data.get("table", [])])
     session.show(checks.report(name, model, lines, data), text)
 
 

@@ -23,9 +23,9 @@ from sipit_lite.memory import advised
 
 # What a configuration says that changes no state.
 ASIDE = ("architectures", "transformers_version", "dtype", "use_cache")
-LOCK = threading.Lock()
-INSIDE: list[int] = []  # threads with plain settings, as often as they enter
-SHARED = ExitStack()  # what they share, restored by the last one to leave
+PRODUCTS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+LOCK = threading.RLock()
+USERS: dict[object, tuple] = {}  # of plain settings, in all threads: what was before
 
 
 class SipItError(ValueError):
@@ -43,15 +43,10 @@ class ModelError(SipItError):
 @contextmanager
 def plain_settings() -> Iterator[None]:
     """No TF32 in products, autocast, inference mode, default format or device."""
-    with LOCK:
-        INSIDE.append(threading.get_ident())
-        if len(INSIDE) == 1:
-            SHARED.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(torch.float32)
-            for mode in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
-                SHARED.callback(setattr, mode, "fp32_precision", mode.fp32_precision)
-                mode.fp32_precision = "ieee"
+    user = object()
+    gradients = torch.is_grad_enabled()
     try:
+        _share(user, True)
         with ExitStack() as stack:
             for kind in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -62,10 +57,27 @@ def plain_settings() -> Iterator[None]:
                 stack.enter_context(torch.device("cpu"))
             yield
     finally:
-        with LOCK:
-            INSIDE.pop()
-            if not INSIDE:
-                SHARED.close()
+        try:
+            _share(user, False)
+        finally:  # once more, since Ctrl-C may come amid it, or as no_grad ends
+            _share(user, False)
+            torch.set_grad_enabled(gradients)
+
+
+def _share(user: object, enters: bool) -> None:
+    """Set what threads share: plain while one of them is a user, then as before."""
+    with LOCK:
+        usual = (torch.get_default_dtype(), *(x.fp32_precision for x in PRODUCTS))
+        before = USERS.get(user) or next(iter(USERS.values()), usual)
+        if enters:
+            USERS[user] = before
+        plain = enters or USERS.keys() - {user}
+        dtype, *precisions = (torch.float32, "ieee", "ieee") if plain else before
+        torch.set_default_dtype(dtype)
+        for product, precision in zip(PRODUCTS, precisions, strict=True):
+            product.fp32_precision = precision
+        if not enters:
+            USERS.pop(user, None)
 
 
 class LanguageModel:
@@ -179,10 +191,7 @@ class LanguageModel:
         layer
             0: what enters the first block, ℓ: what leaves block ℓ, L + 1: the norm.
 
-        Raises
-        ------
-        ModelError
-            For a bad layer or prompt, or a batch that does not fit into memory.
+        Raises ``ModelError`` for a bad layer or prompt, or too little memory.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.device)
         self.check_ids(ids)

@@ -30,7 +30,6 @@ class Policy(Protocol):
         self, step: OneStepMap, observed: State, generator: torch.Generator
     ) -> Batches:
         """Yield batches of candidates that together hold every token once."""
-        ...
 
 
 @runtime_checkable

@@ -96,7 +96,6 @@ def invert(
     return outcome
 
 
-@plain_settings()
 def invert_many(
     states: Sequence,
     model: LanguageModel,
@@ -120,23 +119,26 @@ def invert_many(
     >>> [outcome.text for outcome in invert_many(states, model, 1)]
     ['hidden states', 'give back']
     """
-    shared = _Options(model, layer, **options)
-    prompts = [_Prompt(shared) for _ in states]
+    prompts: list[_Prompt] = []
     try:
-        model.check_layer(layer)
-        if shared.lens is not None:
-            shared.lens.check(model, layer)
-        for i, prompt in enumerate(prompts):
-            noise = epsilon[i] if isinstance(epsilon, Sequence) else epsilon
-            width = half_width and half_width[i]
-            prompt.observe(states[i], noise, width, passes and passes[i])
-        _recover(prompts, shared, progress)
+        with plain_settings():
+            shared = _Options(model, layer, **options)
+            model.check_layer(layer)
+            if shared.lens is not None:
+                shared.lens.check(model, layer)
+            for i, rows in enumerate(states):
+                prompts.append(_Prompt(shared))
+                noise = epsilon[i] if isinstance(epsilon, Sequence) else epsilon
+                width = half_width and half_width[i]
+                prompts[i].observe(rows, noise, width, passes and passes[i])
+            _recover(prompts, shared, progress)
         return [prompt.error or prompt.recovered() for prompt in prompts]
     except KeyboardInterrupt:
         outcomes = [prompt.error or prompt.recovered() for prompt in prompts]
-        # The one that was being read; all others are in the outcomes.
-        stopped = [prompt for prompt in prompts if not prompt.done] or prompts
-        raise Interrupted(stopped[0].recovered(), outcomes) from None
+        outcomes += [_blank(torch.zeros(0)) for _ in states[len(prompts) :]]
+        stopped = [prompt for prompt in prompts if not prompt.done] or prompts[:1]
+        best = [prompt.recovered() for prompt in stopped] or [_blank(torch.zeros(0))]
+        raise Interrupted(best[0], outcomes) from None
 
 
 @dataclass
@@ -311,12 +313,13 @@ class _Prompt:
 
 def _blank(radius: Float[Tensor, " pos"]) -> Recovery:
     """A row for each position: as for a drafted token, until a search says more."""
-    floats = torch.full(radius.shape, torch.inf)
-    zeros = torch.zeros(radius.shape, dtype=torch.int64)
-    runner_up = floats.clone()
     radius = radius.float().cpu()
+    floats = torch.full_like(radius, torch.inf)
+    zeros = torch.zeros_like(radius, dtype=torch.int64)
     margin = floats * torch.nan
-    return Recovery(zeros, floats, runner_up, radius, zeros + 1, zeros == 0, margin)
+    return Recovery(
+        zeros, floats, floats.clone(), radius, zeros + 1, zeros == 0, margin
+    )
 
 
 def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:

@@ -14,7 +14,7 @@ ROOMS = ("io", "extensions", "experiments", "teaching", "pocket_gpt2")
 # Lines of each file of the core, docstrings and blank lines included.
 CORE = {
     "__init__.py": 40,
-    "model.py": 265,
+    "model.py": 270,
     "onestep.py": 140,
     "acceptance.py": 365,
     "policies.py": 155,

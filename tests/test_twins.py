@@ -2,71 +2,14 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, ModernBertDecoderConfig
-from transformers import ModernBertDecoderModel as ModernBert
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sipit_lite import Ambiguous, Gradient, LanguageModel, Random, invert, invert_many
 from sipit_lite.acceptance import RELATED, related
+from sipit_lite.experiments.safety import PAIR, UNPROBED, adversaries
 from sipit_lite.onestep import OneStepMap
 
-PAIR = (20, 30)  # the twins
 PLAIN = torch.tensor([7, 8, 5, 9, 11, 12, 13, 14, 15])  # a prompt without them
-
-
-def normalising() -> LanguageModel:
-    """A decoder that normalises embeddings: one row is three times the other."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48}
-    sizes |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4}
-    decoder = ModernBert(ModernBertDecoderConfig(**sizes, **heads)).eval()
-    table = decoder.get_input_embeddings().weight.data
-    table *= 10_000  # far above the epsilon of the norm
-    table[PAIR[1]] = 3 * table[PAIR[0]]
-    return LanguageModel(decoder, name="normalising")
-
-
-def deleting(share: float, *, by_attention: bool) -> LanguageModel:
-    """A GPT-2 whose first block removes the direction in which two tokens differ.
-
-    The rows are b + r and b − r, with r ⟂ b, so both have one variance σ² and their
-    normal forms differ by 2r/σ. The MLP, or attention where a token takes ``share`` of
-    its own value, subtracts the part along r.
-    """
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 400, "n_embd": 32, "n_head": 1, "n_layer": 2}
-    sizes |= {"n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
-    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
-    body = model.transformer
-    direction = torch.zeros(32)
-    direction[:2] = torch.tensor([1.0, -1.0])
-    table = body.wte.weight.data
-    table[:, :2] = 0  # b
-    body.wpe.weight.data[:, :2] = 0
-    table -= table.mean(1, keepdim=True)
-    table[:, :2] = 0
-    body.wpe.weight.data.zero_()
-    table[PAIR[1]] = table[PAIR[0]]
-    table[PAIR[0]] += 0.1 * direction
-    table[PAIR[1]] -= 0.1 * direction
-    deviation = table[PAIR[0]].var(correction=0).add(1e-5).sqrt()
-    block = body.h[0]
-    for part in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc):
-        part.weight.data.zero_()
-        part.bias.data.zero_()
-    block.mlp.c_proj.weight.data.zero_()
-    removal = -deviation / share * direction.outer(direction) / 2
-    if by_attention:
-        # Queries and keys are zero: every position takes equal shares of all values.
-        block.attn.c_attn.weight.data[:, 64:] = removal
-        block.attn.c_proj.weight.data.copy_(torch.eye(32))
-    else:
-        # gelu(a) − gelu(−a) = a: two hidden units make a linear map.
-        block.mlp.c_fc.weight.data[:, 0] = direction
-        block.mlp.c_fc.weight.data[:, 1] = -direction
-        block.mlp.c_proj.weight.data[0] = -deviation / 2 * direction
-        block.mlp.c_proj.weight.data[1] = deviation / 2 * direction
-    return LanguageModel(model, name="deleting")
 
 
 def with_twin(place: int) -> torch.Tensor:
@@ -76,19 +19,21 @@ def with_twin(place: int) -> torch.Tensor:
     return ids
 
 
-# Model, and the positions at which its twins share their state.
+MODELS = adversaries()
+# The positions at which twins share their state; the last model is in one test alone.
 ADVERSARIES = {
-    "scaled rows before a norm": (normalising(), range(9)),
-    "a direction that the MLP deletes": (deleting(1, by_attention=False), range(9)),
-    "at the first position only": (deleting(1, by_attention=True), [0]),
-    "at the eighth position only": (deleting(1 / 8, by_attention=True), [7]),
+    "scaled rows before a norm": range(9),
+    "a direction that the MLP deletes": range(9),
+    "twins at the first position": [0],
+    "twins at the eighth position": [7],
 }
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_twins_are_refused_where_they_are_twins(name: str) -> None:
     """Both are quoted; elsewhere, and for all other tokens, prompts come back."""
-    model, places = ADVERSARIES[name]
+    model = MODELS[name]
+    places = ADVERSARIES[name]
     for layer in (1, model.n_layers):
         for place in range(9):
             ids = with_twin(place)
@@ -109,7 +54,7 @@ def test_twins_are_refused_where_they_are_twins(name: str) -> None:
 
 def test_the_class_of_a_token_is_reported() -> None:
     """By position, in the error and where the nearest token was taken nevertheless."""
-    model, _ = ADVERSARIES["scaled rows before a norm"]
+    model = MODELS["scaled rows before a norm"]
     states = model.states(with_twin(4), 2)
     with pytest.raises(Ambiguous) as caught:
         invert(states, model, 2)
@@ -125,7 +70,7 @@ def test_the_class_of_a_token_is_reported() -> None:
 
 def test_what_only_a_scan_can_tell() -> None:
     """Twins at a position where the first block was not probed: certify refuses them."""
-    model = deleting(1 / 4, by_attention=True)
+    model = MODELS[UNPROBED]
     assert not related(model, 2)[list(PAIR)].any()
     states = model.states(with_twin(3), 2)
     with pytest.raises(Ambiguous, match="position 3: 2 tokens verify"):
@@ -135,7 +80,7 @@ def test_what_only_a_scan_can_tell() -> None:
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_related_tokens_are_those_of_a_plain_search(name: str) -> None:
     """All pairs at both positions, by their distances in float64."""
-    model, _ = ADVERSARIES[name]
+    model = MODELS[name]
     expected = torch.zeros(model.vocab_size, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
     prefix = torch.randint(model.vocab_size, (7,), generator=generator)

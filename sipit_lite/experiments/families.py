@@ -43,7 +43,11 @@ def configuration(
 
 
 def randomised(
-    config: PreTrainedConfig, head: type = transformers.AutoModel, *, seed: int = 0
+    config: PreTrainedConfig,
+    head: type = transformers.AutoModel,
+    *,
+    seed: int = 0,
+    shift: float = 0.1,
 ) -> PreTrainedModel:
     """A model whose weights are all drawn, gains and biases included."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -51,7 +55,7 @@ def randomised(
         hf_model = head.from_config(config, **OURS).eval().requires_grad_(False)
         # Default gains of one and biases of zero would hide mistakes.
         for weight in hf_model.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
+            weight.add_(shift * torch.randn_like(weight))
     return hf_model
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import StatisticsError, correlation, mean, stdev
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -317,10 +318,12 @@ def result_path(
     path = Path(folder, name.replace(", ", "-").replace(" ", "-"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass  # so a file can be written there
     except OSError as error:
         got = f"got the folder {folder!r}"
-        raise PlanError(f"{got}, which cannot be made ({error})") from None
-    if path.exists() and not force:
+        raise PlanError(f"{got}, which cannot be made or written ({error})") from None
+    if path.exists() and not (force and path.is_file()):
         raise PlanError(f"got {str(path)!r}, an earlier run; --force replaces it")
     return path
 

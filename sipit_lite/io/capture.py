@@ -133,11 +133,11 @@ class Tape:
         passes = map(len, self.passes[:complete])
         return Captured.of(states, self.model, self.dtype, passes)
 
-    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(self, decoder: nn.Module, args: tuple, kwargs: Any = None) -> None:
         """Look at a pass that begins; what cannot be kept is noted, the model runs."""
         thread = threading.get_ident()
-        if decoder is not self.model.decoder:
-            # A cut, which shares its hooks: an inversion beside us, not to be kept.
+        if decoder is not self.model.decoder or kwargs is None:
+            # A cut, which shares its hooks, or this hook was removed amid the pass.
             self.thread = None if self.thread == thread else self.thread
             return
         given = args[0] if args else kwargs.get("input_ids")
@@ -194,14 +194,14 @@ def tapped(
     states: dict[int, Tensor] = {}
     thread = threading.get_ident()
 
-    def hook(layer: int, _: Any, args: tuple, kwargs: dict, output: Any) -> None:
+    def hook(layer: int, _: Any, args: tuple, *rest: Any) -> None:
+        *kwargs, output = rest  # no keywords where it was removed amid another's pass
         h = output if isinstance(output, Tensor) else output[0]
-        if layer == 0:  # what enters the first block
-            h = args[0] if args else kwargs["hidden_states"]
+        if layer == 0 and (args or kwargs):  # what enters the first block
+            h = args[0] if args else kwargs[0]["hidden_states"]
         if keep is not None:
             keep(layer, h)
-        # All cuts share the blocks: passes of other threads come by here as well.
-        elif threading.get_ident() == thread:
+        elif threading.get_ident() == thread:  # all cuts share the blocks
             states[layer] = h
 
     with ExitStack() as hooks:
@@ -243,7 +243,6 @@ def capture(
             yield tape
         finished = True
     finally:
-        # After an error, a file only where there is something to write.
         if path is not None and (finished or all(tape.rows.values())):
             _save(path, tape.captured())
     if tape.wrong:
@@ -264,9 +263,10 @@ def write_states(
     """
     layers = [layers] if isinstance(layers, int) else sorted(set(layers))
     ids = model.encode(text)
-    states = {layer: model.states(ids, layer).cpu() for layer in layers}
-    captured = Captured.of(states, model, dtype, [len(ids)])
-    _save(path, captured)
+    with replacing(path, StatesError, folders=False) as part:
+        states = {layer: model.states(ids, layer).cpu() for layer in layers}
+        captured = Captured.of(states, model, dtype, [len(ids)])
+        _save(part, captured)
     return captured
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,21 +17,21 @@ from torch import Tensor
 def replacing(
     path: str | Path, kind: type[Exception], *, folders: bool = True
 ) -> Iterator[Path]:
-    """A new path to write to, which takes the place of ``path`` if all goes well.
-
-    Until then an earlier file stays. An error of ``kind`` says what failed.
-    """
+    """A new path, which takes the place of ``path`` if all goes well; else ``kind``."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise OSError("not a file")  # a rename would do away with /dev/null
         if folders:
             path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside it, where a rename is atomic; no two processes share this folder.
-        with TemporaryDirectory(".part", dir=path.parent) as beside:
-            part = Path(beside, path.name)
+        # Beside it, where a rename is atomic; no two processes share this name.
+        part = path.with_name(f"{path.name}.{uuid4().hex}.part")
+        try:
+            part.touch()  # before the work, if nothing can be written there
             yield part
             part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         refusal = f"got {str(path)!r}, where no file can be written ({reason})"
