@@ -314,12 +314,10 @@ class _Prompt:
 def _blank(radius: Float[Tensor, " pos"]) -> Recovery:
     """A row for each position: as for a drafted token, until a search says more."""
     radius = radius.float().cpu()
-    floats = torch.full_like(radius, torch.inf)
+    inf = torch.full_like(radius, torch.inf)
     zeros = torch.zeros_like(radius, dtype=torch.int64)
-    margin = floats * torch.nan
-    return Recovery(
-        zeros, floats, floats.clone(), radius, zeros + 1, zeros == 0, margin
-    )
+    margin = inf * torch.nan
+    return Recovery(zeros, inf, inf.clone(), radius, zeros + 1, zeros == 0, margin)
 
 
 def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
