@@ -66,8 +66,7 @@ class Observation:
         """Check the states and work out their acceptance regions.
 
         ``epsilon`` bounds noise added on purpose, ``half_width`` overrides that of the
-        stored format: one number, or one a position. Raises ``StatesError`` for what no
-        prompt has, ``ModelError`` for a bad layer.
+        format, one number or one a position. Raises ``StatesError``, ``ModelError``.
         """
         model.check_layer(layer)
         if str(getattr(states, "dtype", "")) in ("float16", "float32", "float64"):
@@ -102,8 +101,7 @@ def distance_to_stored(
 ) -> Distances:
     """ℓ2 distance to the nearest state that would have been stored as the observed one.
 
-    With half width zero this is ‖F(v) − ĥ_t‖₂, the paper's local verifier. A candidate
-    that overflowed is infinitely distant.
+    With half width zero it is the paper's ‖F(v) − ĥ_t‖₂; infinite for what overflowed.
     """
     beyond = ((candidates - observed).abs() - half_width).clamp(min=0)
     distance = vector_norm(beyond.float(), dim=1)
@@ -111,10 +109,7 @@ def distance_to_stored(
 
 
 def check_states(states: object, model: LanguageModel) -> States:
-    """The observed states on the model's device, in its format or float32 if finer.
-
-    Raises ``StatesError`` for anything but (T, d_model) finite numbers, 1 ≤ T ≤ K.
-    """
+    """The states, in the model's format or a finer one; ``StatesError`` for none."""
     if not isinstance(states, Tensor):
         kind = type(states).__name__
         raise StatesError(f"got states of type {kind}; expected a torch.Tensor")
@@ -168,10 +163,7 @@ def rounding_half_width(states: States, model: LanguageModel) -> States:
 
 @plain_settings()
 def noise_floor(model: LanguageModel, layer: int) -> float:
-    """Relative float noise of a state: the same by three routes, times ``SAFETY``.
-
-    Raises ``ModelError`` where more than rounding differs between these.
-    """
+    """Relative float noise of a state, by three routes; ``ModelError`` for more."""
     return float(_measured(model, layer)[0].max())
 
 

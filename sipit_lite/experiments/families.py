@@ -6,7 +6,7 @@ rotations partial; Qwen3 and OLMo2, two more recent decoders, check the generic 
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from sipit_lite.io.loading import OURS, pick_device
 from sipit_lite.model import LanguageModel
@@ -43,19 +43,15 @@ def configuration(
 
 
 def randomised(
-    config: PreTrainedConfig,
-    head: type = transformers.AutoModel,
-    *,
-    seed: int = 0,
-    shift: float = 0.1,
+    config: PreTrainedConfig, head: type = AutoModel, *, seed: int = 0, by: float = 0.1
 ) -> PreTrainedModel:
-    """A model whose weights are all drawn, gains and biases included."""
+    """A model whose weights are all drawn: gains and biases too move ``by`` noise."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         hf_model = head.from_config(config, **OURS).eval().requires_grad_(False)
         # Default gains of one and biases of zero would hide mistakes.
         for weight in hf_model.parameters():
-            weight.add_(shift * torch.randn_like(weight))
+            weight.add_(by * torch.randn_like(weight))
     return hf_model
 
 

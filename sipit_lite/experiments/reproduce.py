@@ -318,8 +318,7 @@ def result_path(
     path = Path(folder, name.replace(", ", "-").replace(" ", "-"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
-            pass  # so a file can be written there
+        TemporaryFile(dir=path.parent).close()  # so a file can be written there
     except OSError as error:
         got = f"got the folder {folder!r}"
         raise PlanError(f"{got}, which cannot be made or written ({error})") from None

@@ -2,17 +2,16 @@
 
 Beside random models of all architectures stand adversaries, in which two tokens share a
 state though their embeddings differ. Where they do so only at a position at which the
-first block was not probed, nothing but a scan of all tokens can tell: such a model is
-inverted with ``certify=True``.
+first block was not probed, only a scan can tell: there it is ``certify=True``.
 """
 
 import copy
-from collections import Counter, defaultdict
-from functools import lru_cache
+from collections import defaultdict
+from functools import lru_cache, partial
 from itertools import chain, product
 
 import torch
-from torch import Tensor
+from torch import Generator
 from transformers import GPT2Config, ModernBertDecoderConfig
 
 from sipit_lite.experiments.checks import Check, judged, progress_bar, share, table
@@ -22,7 +21,6 @@ from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.capture import Captured
 from sipit_lite.model import LanguageModel, SipItError
 from sipit_lite.policies import Random
-from sipit_lite.recovery import Outcome
 
 PAIR = (20, 30)  # the twins
 UNPROBED = "twins at the fourth position"
@@ -32,85 +30,67 @@ CELLS = list(product((0, 1, 2), (*FORMATS, torch.int8), WAYS))  # depth, states,
 ROUNDS = 6  # through all of them
 STRIDE = 17  # of a sample: prime to the numbers of all choices, so that each occurs
 ENDS = ("right", "refused", "wrong")
+fitted = lru_cache(3)(partial(Lens.fit, tokens=8000, features=0))  # once a layer
 
 
 def safety(
     model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
 ) -> tuple[list[Check], dict]:
     """Invert 10 000 prompts of small models, and a few of the given one."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = Generator().manual_seed(seed)
     models = adversaries()
     for name in SETTINGS:
         models[name] = LanguageModel(randomised(configuration(name, 200, 32)))
-    counts: dict[str, Counter] = defaultdict(Counter)
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     wrong = []
     plain = []  # where nothing stands in the way: does the prompt come back?
     cases = [*product(models, FORMATS), (model.name, model.dtype)]
     for name, form in progress_bar(cases, "models", progress):
-        cells = ROUNDS * CELLS
         subject = model
         if name in models:
             decoder = copy.deepcopy(models[name].decoder).to(model.device, form)
             subject = LanguageModel(decoder, name=name)
-        # A sample of the given model too: there a prompt may take seconds.
-        if quick or subject is model:
-            cells = CELLS[int(torch.randint(STRIDE, (), generator=draw)) :: STRIDE]
-        for depth, stored, way in cells:
+        start = int(torch.randint(STRIDE, (), generator=draw))
+        # Of the given model a sample, too: there a prompt may take seconds.
+        sampled = quick or subject is model
+        for depth, stored, way in CELLS[start::STRIDE] if sampled else ROUNDS * CELLS:
             layer = (1, (subject.n_layers + 1) // 2, subject.n_layers)[depth]
-            ids = prompt(subject.vocab_size, draw)
-            verdict = judged(ids, attempt(subject, ids, layer, stored, way))
-            end = "right" if verdict["exact"] else "refused"
+            row = attempt(subject, layer, stored, way, draw)
             where = (name, f"model in {form}", f"states in {stored}", f"way: {way}")
-            if verdict["silent error"]:
-                end = "wrong"
-                wrong.append({"where": where, "layer": layer, "ids": ids.tolist()})
             for group in ("all", *where):
-                counts[group][end] += 1
+                counts[group][row["end"]] += 1
+            if row["silent error"]:
+                wrong.append({"where": where, "layer": layer} | row)
             if name in SETTINGS and form == stored == torch.float32 and way != "noise":
-                plain.append(verdict["exact"])
-    rows = []
-    for group in sorted(counts):
-        rows.append([group, *(str(counts[group][end]) for end in ENDS)])
+                plain.append(row["exact"])
+    rows = [[group, *map(str, counts[group])] for group in sorted(counts)]
     lines = [Check.of("silent errors", len(wrong)), Check.of("exact", share(plain))]
     printed = table(["prompts", *ENDS], rows, ENDS).splitlines()
     return lines, {"reported": {}, "table": printed, "counts": counts, "wrong": wrong}
 
 
-def prompt(vocabulary: int, draw: torch.Generator) -> Tensor:
-    """Up to ten random tokens, in two of three prompts a twin among the last two."""
-    sizes = torch.tensor([9, 2, 3])
-    place, behind, which = torch.rand(3, generator=draw).mul(sizes).int().tolist()
-    ids = torch.randint(vocabulary, (place + 1 + behind,), generator=draw)
-    ids[place] = (*PAIR, ids[place])[which]
-    return ids
-
-
 def attempt(
-    model: LanguageModel, ids: Tensor, layer: int, stored: torch.dtype, way: str
-) -> Outcome:
-    """Invert stored states of known ids in one way; an error is an outcome."""
+    model: LanguageModel, layer: int, stored: torch.dtype, way: str, draw: Generator
+) -> dict:
+    """Invert stored states of a random prompt, often with a twin; how that ends."""
+    place, behind, which = torch.randint(9 * 2 * 3, (3,), generator=draw).tolist()
+    ids = torch.randint(model.vocab_size, (place % 9 + 1 + behind % 2,), generator=draw)
+    ids[place % 9] = (*PAIR, ids[place % 9])[which % 3]
     states = model.states(ids, layer).float()
     options = {"certify": model.name == UNPROBED}
     options |= {"lens": fitted(model, layer)} if way == "lens" else {}
     options |= {"policy": Random()} if way == "random order" else {}
     if way == "noise":
         # From a tenth of the state's norm to a hundred-thousandth.
-        seed = int(ids.sum())
-        options["epsilon"] = 10.0 ** (-1 - seed % 5) * states.norm(dim=1)
-        states = noisy(states, options["epsilon"].cpu(), seed)
+        options["epsilon"] = 10.0 ** (-1 - which % 5) * states.norm(dim=1)
+        states = noisy(states, options["epsilon"].cpu(), int(ids.sum()))
     try:
         captured = Captured.of({layer: states}, model, stored, [len(ids)])
-        return captured.invert(model, layer, **options)
+        row = judged(ids, captured.invert(model, layer, **options))
     except SipItError as error:
-        return error
-
-
-@lru_cache(3)
-def fitted(model: LanguageModel, layer: int) -> Lens:
-    """A lens fitted on a few random prompts, the same while a model is in use."""
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randint(model.vocab_size, (4 * model.d_model, 8), generator=draw)
-    return Lens.fit(model, layer, prompts=rows, features=0)
+        row = judged(ids, error)
+    ends = [row["exact"], bool(row["refused"]), row["silent error"]]
+    return row | {"end": ends.index(True), "ids": ids.tolist()}
 
 
 def adversaries() -> dict[str, LanguageModel]:
@@ -129,7 +109,7 @@ def normalising() -> LanguageModel:
     sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48}
     sizes |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
-    decoder = randomised(ModernBertDecoderConfig(**sizes), shift=0.0)
+    decoder = randomised(ModernBertDecoderConfig(**sizes), by=0.0)
     rows = decoder.get_input_embeddings().weight
     rows *= 10_000  # far above the epsilon of the norm
     rows[PAIR[1]] = 3 * rows[PAIR[0]]
@@ -139,15 +119,13 @@ def normalising() -> LanguageModel:
 def deleting(part: float, *, by_attention: bool) -> LanguageModel:
     """A GPT-2 whose first block removes the direction in which two tokens differ.
 
-    The rows are b + r and b − r, with r ⟂ b, so both have one variance σ² and their
-    normal forms differ by 2r/σ. The MLP, or attention where a token takes ``part`` of
-    its own value, subtracts the part along r.
+    The rows are b ± r with r ⟂ b, of one variance σ²: their normal forms differ by
+    2r/σ. The MLP, or attention to a ``part`` of its value, subtracts what is along r.
     """
     sizes = {"vocab_size": 400, "n_embd": 32, "n_head": 1, "n_layer": 2}
     sizes |= {"n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
-    decoder = randomised(GPT2Config(**sizes), shift=0.0)
-    r = torch.zeros(32)
-    r[:2] = torch.tensor([1.0, -1.0])
+    decoder = randomised(GPT2Config(**sizes), by=0.0)
+    r = torch.tensor([1.0, -1.0] + 30 * [0.0])
     rows = decoder.wte.weight
     rows[:, :2] = 0  # b
     decoder.wpe.weight.zero_()

@@ -12,7 +12,7 @@ from sipit_lite import Lens, SipItError, cli, last_states, load, write_states
 from sipit_lite.experiments import reproduce
 from sipit_lite.experiments.families import small
 from sipit_lite.extensions import lens as lens_module
-from sipit_lite.io import capture, corpora, shards
+from sipit_lite.io import capture, shards
 from sipit_lite.io.capture import capture as recording
 
 MODEL = small("GPT2", device="cpu")
@@ -38,14 +38,6 @@ def shard(path: Path) -> None:
     last_states(MODEL, PROMPTS, [1], folder=path.parent)
 
 
-def sampled(path: Path) -> None:
-    """Prompts of the corpora."""
-    streams = {
-        "pages": [{"text": "Hidden states give back the prompt, word for word."}]
-    }
-    corpora.sampled(POCKET.tokenizer, 1, 5, streams, path=path)
-
-
 # What writes, and the name that it gives its file.
 WRITERS = {
     "states": (states, "file"),
@@ -53,7 +45,6 @@ WRITERS = {
     "last states": (shard, "shard-00000.safetensors"),
     "a lens": (LENS.save, "file"),
     "a run": (lambda path: reproduce.keep_result({"rows": []}, path), "file"),
-    "prompts": (sampled, "file"),
 }
 
 
@@ -91,7 +82,7 @@ def test_what_was_there_stays(
         elif moment == "at its start":
             full.setattr(Path, "touch", no_room)
         else:
-            for module in (capture, shards, lens_module, corpora):
+            for module in (capture, shards, lens_module):
                 full.setattr(module, "save_file", half(module.save_file))
             full.setattr(Path, "write_text", half(Path.write_text))
         with pytest.raises(SipItError, match=r"no file can be written .*No space left"):
