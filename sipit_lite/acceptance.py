@@ -302,7 +302,6 @@ def widen(
     if not observed.radius[t] < near <= APART * observed.radius[t]:
         return
     token = tokens[distance.argmin()]
-    # Passes of three sizes round in three ways.
     routes = torch.cat([step.tokens(token.expand(n))[-1:] for n in (1, 7, ROWS)])
     spread = float(torch.cdist(routes.double(), routes.double()).max())
     rounding = torch.finfo(step.model.dtype).eps ** 0.5 * float(routes[0].norm())

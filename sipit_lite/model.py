@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 
 from sipit_lite.memory import advised
 
-# What a configuration says that changes no state.
-ASIDE = ("architectures", "transformers_version", "dtype", "use_cache")
+ASIDE = ("architectures", "transformers_version", "dtype", "use_cache")  # no state
 PRODUCTS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
 LOCK = threading.RLock()
 USERS: dict[object, tuple] = {}  # of plain settings, in all threads: what was before

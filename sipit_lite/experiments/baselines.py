@@ -44,11 +44,6 @@ def published(
 
     Ends after ``limit`` seconds. Accepts within the measured radius, not to 1e-5, which
     refuses true tokens read in another batch. Raises ``StatesError`` for bad states.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> published(model.states("a", 1), model, 1).finished
-    True
     """
     return _sequential(states, model, layer, _descent, seed, limit)
 

@@ -72,13 +72,7 @@ class Check:
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()
 ) -> str:
-    """Lines of text in aligned columns, those named in ``right`` on the right.
-
-    >>> print(table(["layer", "minimum"], [["1", "0.5"], ["12", "10.25"]], ["minimum"]))
-    layer  minimum
-    1          0.5
-    12       10.25
-    """
+    """Lines of text in aligned columns, those named in ``right`` on the right."""
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in header:
         side = "right" if name in right else "left"

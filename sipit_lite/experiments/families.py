@@ -58,10 +58,6 @@ def randomised(
 def small(
     name: str, *, seed: int = 0, device: str | torch.device = "auto"
 ) -> LanguageModel:
-    """A small random model of one architecture; ``KeyError`` for an unknown name.
-
-    >>> small("Mistral", device="cpu").n_layers
-    3
-    """
+    """A small random model of one architecture; ``KeyError`` for an unknown name."""
     decoder = randomised(configuration(name), seed=seed).to(pick_device(device))
     return LanguageModel(decoder, name=f"small {name}, seed {seed}")

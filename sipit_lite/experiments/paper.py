@@ -205,13 +205,7 @@ def _label(model: str, weights: str) -> str:
 
 
 def comparison(lines: Iterable[Line]) -> str:
-    """Lines as text, one table for each table of the paper.
-
-    >>> line = Line("Table 9", "gpt2", "last", "minimum", 0.62, None, None, None)
-    >>> print(comparison([line]))
-    Table 9  condition  quantity  paper  yours
-    gpt2     last       minimum   0.62   not run
-    """
+    """Lines as text, one table for each table of the paper."""
     tables = defaultdict(list)
     for line in lines:
         paper = _number(line.paper, line.spread, "g", "–")

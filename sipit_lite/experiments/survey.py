@@ -170,11 +170,7 @@ def spread(x: Float[Tensor, "n d_model"]) -> dict[str, float]:
 
 
 def short(value: Any) -> Any:
-    """Every float of a nested structure to six significant digits, as JSON has it.
-
-    >>> short({"a": (1 / 3, 10**9, None)})
-    {'a': [0.333333, 1000000000, None]}
-    """
+    """Every float of a nested structure to six significant digits, as JSON has it."""
     if isinstance(value, dict):
         return {key: short(inside) for key, inside in value.items()}
     if isinstance(value, list | tuple):

@@ -52,11 +52,7 @@ def minima_by_layer(
     threshold: float,
     ax: Axes | None = None,
 ) -> Axes:
-    """Smallest distances by layer, each test (layers, minima) one line.
-
-    >>> minima_by_layer({"windows": ([1, 2], [0.1, 0.2])}, 1e-6).get_yscale()
-    'log'
-    """
+    """Smallest distances by layer, each test (layers, minima) one line."""
     ax = ax or plt.subplots()[1]
     for i, (label, (layers, minima)) in enumerate(tests.items()):
         ax.plot(layers, minima, marker="o^sDv"[i % 5], label=label)
