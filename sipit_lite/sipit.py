@@ -305,10 +305,9 @@ class _Prompt:
         t = self.length
         prefix = self.recovered()
         radius = float(row.radius[t])
-        far = f"verified so far: {t} tokens {prefix.text!r}"
-        message = f"position {t}: {what}, radius {radius:.3g}; {far}"
-        known = (int(row.tokens[t]), float(row.distance[t]), radius)
-        self.error = kind(message, *known, prefix)
+        what += f", radius {radius:.3g}; verified so far: {t} tokens {prefix.text!r}"
+        known = (int(row.tokens[t]), float(row.distance[t]), radius, prefix)
+        self.error = kind(f"position {t}: {what}", *known)
 
 
 def _blank(radius: Float[Tensor, " pos"]) -> Recovery:
