@@ -114,7 +114,7 @@ def test_short_keeps_six_digits() -> None:
 
 def test_bad_input(pocket: LanguageModel) -> None:
     """Each refusal quotes what came."""
-    with pytest.raises(StatesError, match="got 0 prompts"):
+    with pytest.raises(StatesError, match="got no prompt"):
         survey(pocket, [])
     windows = torch.tensor([[1, 2, 3], [1, 2, 4]])
     with pytest.raises(StatesError, match="got length 4; expected 1 to 3"):

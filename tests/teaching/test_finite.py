@@ -149,5 +149,5 @@ def test_bad_input() -> None:
         pigeonhole_length(10, 1, 1)
     with pytest.raises(CountError, match="got vocab_size=3, longest=0"):
         every_prompt(3, 0)
-    with pytest.raises(ModelError, match="got layer 7"):
-        every_last_state(load(device="cpu"), 7, every_prompt(2, 1))
+    with pytest.raises(ModelError, match="got layer 8"):
+        every_last_state(load(device="cpu"), 8, every_prompt(2, 1))
