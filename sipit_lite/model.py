@@ -43,7 +43,7 @@ class ModelError(SipItError):
 def plain_settings() -> Iterator[None]:
     """No TF32 in products, autocast, inference mode, default format or device."""
     user = object()
-    gradients = torch.is_grad_enabled()
+    gradients = None if USERS else torch.is_grad_enabled()  # inner ones may end late
     try:
         _share(user, True)
         with ExitStack() as stack:
@@ -60,16 +60,16 @@ def plain_settings() -> Iterator[None]:
             _share(user, False)
         finally:  # once more, since Ctrl-C may come amid it, or as no_grad ends
             _share(user, False)
-            torch.set_grad_enabled(gradients)
+            if gradients is not None:
+                torch.set_grad_enabled(gradients)
 
 
 def _share(user: object, enters: bool) -> None:
     """Set what threads share: plain while one of them is a user, then as before."""
     with LOCK:
         usual = (torch.get_default_dtype(), *(x.fp32_precision for x in PRODUCTS))
-        before = USERS.get(user) or next(iter(USERS.values()), usual)
-        if enters:
-            USERS[user] = before
+        before = next(iter(USERS.values()), usual)  # the same of all
+        USERS.update({user: before} if enters else {})
         plain = enters or USERS.keys() - {user}
         dtype, *precisions = (torch.float32, "ieee", "ieee") if plain else before
         torch.set_default_dtype(dtype)

@@ -30,7 +30,7 @@ CELLS = list(product((0, 1, 2), (*FORMATS, torch.int8), WAYS))  # depth, states,
 ROUNDS = 6  # through all of them
 STRIDE = 17  # of a sample: prime to the numbers of all choices, so that each occurs
 ENDS = ("right", "refused", "wrong")
-fitted = lru_cache(3)(partial(Lens.fit, tokens=8000, features=0))  # once a layer
+fitted = lru_cache(3)(partial(Lens.fit, tokens=2000, features=0))  # once a layer
 
 
 def safety(
