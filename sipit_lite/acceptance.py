@@ -262,6 +262,7 @@ def try_candidates(
     """
     table = step.model.embeddings
     distance = torch.full((len(table),), torch.nan, device=table.device)
+    radius = float(observed.radius[t])
     for batch in batches:
         distance[batch] = observed.distance(t, step.tokens(batch))
         widen(observed, t, batch, distance[batch], step)
@@ -269,6 +270,8 @@ def try_candidates(
             break
     best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
     clear = bool(distance[best] <= CLEAR * observed.radius[t])
+    # What verifies by its own noise alone stands alone only where states are apart.
+    clear &= bool(distance[best] <= radius) or bool(observed.trusted[t])
     twins = related(step.model, step.layer)
     if trusting and clear and observed.trusted[t] and not twins[best]:
         return distance
@@ -297,16 +300,19 @@ def suspected(states: States, model: LanguageModel, layer: int) -> str:
 def widen(
     observed: Observation, t: int, tokens: Tokens, distance: Distances, step: OneStepMap
 ) -> None:
-    """Raise the radius to the nearest token's own noise: some sinks are noisier."""
+    """Raise the radius to the nearest token's own noise: some sinks are noisier.
+
+    By half of ``APART`` at most: where states lie that far apart, two tokens never fit.
+    """
     near = float(distance.min())
-    if not observed.radius[t] < near <= APART * observed.radius[t]:
+    radius = float(observed.radius[t])
+    if not radius < near <= APART / 2 * radius:
         return
     token = tokens[distance.argmin()]
     routes = torch.cat([step.tokens(token.expand(n))[-1:] for n in (1, 7, ROWS)])
-    spread = float(torch.cdist(routes.double(), routes.double()).max())
-    rounding = torch.finfo(step.model.dtype).eps ** 0.5 * float(routes[0].norm())
-    if spread <= rounding and near <= SAFETY * spread:
-        observed.radius[t] = SAFETY * spread
+    spread = torch.cdist(routes.double(), routes.double(), compute_mode=EXACT).max()
+    if near <= SAFETY * spread:
+        observed.radius[t] = min(SAFETY * float(spread), APART / 2 * radius)
 
 
 def bit_for_bit(

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,13 @@ from sipit_lite import (
     load,
     noise_floor,
 )
-from sipit_lite.acceptance import distance_to_stored, rounding_half_width, widen
+from sipit_lite.acceptance import (
+    CLEAR,
+    distance_to_stored,
+    rounding_half_width,
+    try_candidates,
+    widen,
+)
 
 FLOATS = st.floats(-6e4, 6e4, width=32, allow_subnormal=True)
 COARSE = [torch.float16, torch.bfloat16]
@@ -256,3 +263,32 @@ def test_the_radius_grows_to_the_noise_of_the_token_itself(
     wrong = (ids[2:3] + 1) % pocket.vocab_size
     widen(other, 2, wrong, other.distance(2, step.tokens(wrong)), step)
     assert float(other.radius[2]) == radius
+
+
+def test_a_radius_that_grew_never_hides_the_true_token(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong token, so noisy that it verifies by its own noise: then all are tested."""
+    ids = pocket.encode("on their way")
+    seen = Observation.of(pocket.states(ids, 3), pocket, 3)
+    step = OneStepMap.after(pocket, 3, ids[:2])
+    states = step.tokens(pocket.vocabulary)
+    distance = seen.distance(2, states)
+    wrong = (distance + (distance < 1) * 1e9).argmin()[None]
+    # A state as at a sink: huge noise, and tokens no farther apart than it.
+    seen.radius[2] = float(distance[wrong]) / 5
+    sink = replace(seen, trusted=torch.zeros_like(seen.trusted))
+    exact = OneStepMap.tokens
+
+    def noisy(self: OneStepMap, tokens: Tensor) -> Tensor:
+        return exact(self, tokens) * (1.5 if len(tokens) == 7 else 1.0)
+
+    monkeypatch.setattr(OneStepMap, "tokens", noisy)
+    tested = try_candidates(step, sink, 2, [wrong])
+    assert tested[wrong] <= CLEAR * sink.radius[2]  # clearly, by its own noise
+    assert tested.isnan().sum() == 0 and int(tested.argmin()) == int(ids[2])
+    # Where the growth would reach beyond half of the distance of tokens, there is none.
+    near = Observation.of(pocket.states(ids, 3), pocket, 3)
+    near.radius[2] = float(distance[wrong]) / 40
+    widen(near, 2, wrong, near.distance(2, step.tokens(wrong)), step)
+    assert float(near.radius[2]) == pytest.approx(float(distance[wrong]) / 40)
