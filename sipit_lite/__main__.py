@@ -6,13 +6,10 @@ import sys
 
 def main() -> int:
     """Run the command line; Ctrl-C is one line while its imports run as well."""
-    # tqdm reads these as it is imported, and ends the program at a malformed one.
-    for name in list(os.environ):
-        if name.startswith("TQDM_"):
-            del os.environ[name]
+    for name in [name for name in os.environ if name.startswith("TQDM_")]:
+        del os.environ[name]  # tqdm ends the program at a malformed one
     try:
-        # Imports of several seconds: torch, transformers.
-        from sipit_lite import cli
+        from sipit_lite import cli  # takes seconds: torch, transformers
 
         return cli.main()
     except ValueError as error:  # while huggingface_hub reads its settings

@@ -150,7 +150,7 @@ def _check_bound(name: str, value: Bound, values: States) -> Distances:
 
 
 def rounding_half_width(states: States, model: LanguageModel) -> States:
-    """How far rounding to the stored format moved numbers: half a unit; 0 if fine."""
+    """Half a unit of the stored format; zero if that is as fine as the model's."""
     stored = torch.finfo(states.dtype)
     values = states.to(model.device, torch.float32)
     if stored.eps <= torch.finfo(model.dtype).eps:
@@ -163,7 +163,9 @@ def rounding_half_width(states: States, model: LanguageModel) -> States:
 
 @plain_settings()
 def noise_floor(model: LanguageModel, layer: int) -> float:
-    """Relative float noise of a state, by three routes; ``ModelError`` for more."""
+    """Float noise of a state over its norm, times ``SAFETY``: the larger of the first
+    and of later positions, by one pass, a cached step, and one in a full batch.
+    """
     return float(_measured(model, layer)[0].max())
 
 
@@ -199,9 +201,8 @@ def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
     # Half of the digits are no rounding: such states depend on what comes later.
     if not spread.max() <= unit**0.5:  # NaN is no rounding either
         got = f"got {model.name}, whose states at layer {layer} differ by"
-        share = f"{spread.max():.1e} of their norm between one pass and cached steps"
         expected = f"expected rounding alone, under {unit**0.5:.1e} (is it causal?)"
-        raise ModelError(f"{got} {share}; {expected}")
+        raise ModelError(f"{got} {spread.max():.1e} in cached steps; {expected}")
     floor = SAFETY * spread.clamp(min=unit / 2)
     gap = torch.stack(gaps)
     last = min(1, length - 1)  # a context of one position has no later ones
@@ -240,8 +241,8 @@ def agreeing(
     Behind the first that does not agree clearly, or has rivals, states prove nothing.
     """
     first = len(observed.states) - len(tokens)
-    apart = (states - observed.states[first:]).float()
-    distance = vector_norm(apart, dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    stored = (observed.states[first:], observed.half_width[first:])
+    distance = distance_to_stored(states, *stored)
     agrees = distance <= CLEAR * observed.radius[first:]
     agrees &= observed.trusted[first:] & ~twins[tokens]
     return int(agrees.cumprod(0).sum()), distance
@@ -291,8 +292,7 @@ def suspected(states: States, model: LanguageModel, layer: int) -> str:
     hint = f"after the norm? that is layer {layer + 1}; " * (layer == model.n_layers)
     for dtype in (torch.bfloat16, torch.float16):
         # Numbers that fit into fewer bits may have been computed in them.
-        coarser = dtype.itemsize < model.dtype.itemsize
-        if coarser and bool((states.to(dtype) == states).all()):
+        if model.dtype.itemsize > dtype.itemsize and (states.to(dtype) == states).all():
             hint += f"{dtype} numbers, {model.dtype} here: load(name, dtype={dtype})? "
     return f"{hint}noisy states need epsilon; or another model, or another layer?"
 

@@ -19,8 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sipit_lite.memory import advised
-
 ASIDE = ("architectures", "transformers_version", "dtype", "use_cache")  # no state
 PRODUCTS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
 LOCK = threading.RLock()
@@ -77,6 +75,26 @@ def _share(user: object, enters: bool) -> None:
             product.fp32_precision = precision
         if not enters:
             USERS.pop(user, None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that no memory could be had, on CUDA or on the CPU."""
+    exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return exhausted or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def advised(what: str, dtype: torch.dtype, kind: type[Exception]) -> Iterator[None]:
+    """Turn running out of memory into an error of ``kind`` that says what may fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ways = "expected fewer or shorter ones at a time, or a lower layer"
+        if dtype.itemsize > 2:
+            ways += f", or torch.bfloat16 in place of {dtype}"
+        raise kind(f"got {what}, which do not fit into memory; {ways}") from error
 
 
 class LanguageModel:
@@ -255,10 +273,10 @@ def landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
             norms.append(name)
     limited = hasattr(decoder.config, "max_position_embeddings")
     if len(blocks) != 1 or not norms or not limited:
-        parts = f"{len(blocks)} lists of {depth} blocks, {len(norms)} norms of width"
-        limit = f"{width} and {'a' if limited else 'no'} max_position_embeddings"
-        got = f"got {type(decoder).__name__} with {parts} {limit}"
-        raise ModelError(f"{got}; expected a decoder-only language model")
+        got = f"got {type(decoder).__name__} with {len(blocks)} lists of {depth} blocks"
+        limit = f"{'a' if limited else 'no'} max_position_embeddings"
+        parts = f"{len(norms)} norms of width {width} and {limit}"
+        raise ModelError(f"{got}, {parts}; expected a decoder-only language model")
     return blocks[0], norms[-1]  # a norm of the embeddings comes first
 
 

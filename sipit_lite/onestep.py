@@ -11,8 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from sipit_lite.memory import advised, is_out_of_memory
-from sipit_lite.model import LanguageModel, ModelError, plain_settings
+from sipit_lite.model import (
+    LanguageModel,
+    ModelError,
+    advised,
+    is_out_of_memory,
+    plain_settings,
+)
 
 ROWS = 256  # candidates a pass: enough to keep the matrix products busy
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -51,10 +56,6 @@ class OneStepMap:
             return start
         model.check_ids(prefix)
         return start.follow(prefix.to(model.device))[1]
-
-    def extend(self, token: int) -> "OneStepMap":
-        """The map one position further, with ``token`` appended to the prefix."""
-        return self.follow(torch.tensor([token], device=self.model.device))[1]
 
     def follow(self, ids: Int[Tensor, " rows"]) -> tuple[Rows, "OneStepMap"]:
         """The states of further tokens, read in one pass, and the map after them."""
@@ -117,11 +118,6 @@ class OneStepMap:
             state = self.embedding(e[None])[0]
             directions = torch.eye(len(e)).to(state)
             return torch.autograd.grad(state, e, directions, is_grads_batched=True)[0]
-
-    def margin(self) -> float:
-        """Δ_{π,t} by its definition, all pairs in float64; ``margins`` is faster."""
-        states = self.tokens(self.model.vocabulary).double()
-        return float(torch.nn.functional.pdist(states).min())
 
     def _cache(self, rows: int) -> DynamicCache:
         # Without a config every layer keeps the whole prefix: a window is only a mask.

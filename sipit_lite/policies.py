@@ -15,7 +15,6 @@ from torch import Tensor
 from sipit_lite.model import LanguageModel, SipItError
 from sipit_lite.onestep import ROWS, OneStepMap
 
-HUGE = torch.finfo(torch.float32).max
 FIRST_WINDOW = 25_000  # tokens for each of which the first position's window grows
 
 Batches = Iterator[Int[Tensor, " cand"]]
@@ -130,8 +129,8 @@ def nearest(
     """The ``count`` allowed tokens whose embeddings are nearest to e, nearest first."""
     distance = torch.linalg.vector_norm((table - e).float(), dim=1)
     # A proxy that ran off to NaN must not end the enumeration: huge, but not tried.
-    distance = distance.nan_to_num(nan=HUGE, posinf=HUGE)
-    distance = distance.masked_fill(~allowed, torch.inf)
+    huge = torch.finfo(distance.dtype).max
+    distance = distance.nan_to_num(huge, huge).masked_fill(~allowed, torch.inf)
     return distance.topk(min(count, int(allowed.sum())), largest=False).indices
 
 

@@ -75,8 +75,7 @@ class Interrupted(KeyboardInterrupt):
         self.outcomes = outcomes or []
 
     def __str__(self) -> str:
-        count = int(self.recovered.verified.sum())
-        return f"interrupted after {count} verified tokens"
+        return f"interrupted after {self.recovered.verified.sum()} verified tokens"
 
 
 Outcome = Recovery | StatesError | NotVerified

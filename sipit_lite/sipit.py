@@ -364,10 +364,9 @@ def _finish(prompt: _Prompt, states: Tensor, step: OneStepMap, bar: tqdm) -> Non
 
 
 def _batches(prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
-    """Prompts that go through the model together, the longest first."""
-    # Of similar lengths, so that little is padded.
-    waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+    """Prompts of similar lengths, so that little is padded, the longest first."""
+    waiting = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
     while waiting:
-        fitting = max(1, PASS // max(1, len(waiting[-1].tokens)))
-        yield waiting[-fitting:]
-        waiting = waiting[:-fitting]
+        fitting = max(1, PASS // max(1, len(waiting[0].tokens)))
+        yield waiting[:fitting]
+        waiting = waiting[fitting:]

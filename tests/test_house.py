@@ -14,24 +14,23 @@ ROOMS = ("io", "extensions", "experiments", "teaching", "pocket_gpt2")
 # Lines of each file of the core, docstrings and blank lines included.
 CORE = {
     "__init__.py": 40,
-    "model.py": 270,
+    "model.py": 290,
     "onestep.py": 140,
     "acceptance.py": 365,
     "policies.py": 155,
     "recovery.py": 85,
     "sipit.py": 380,
     "collisions.py": 395,
-    "memory.py": 35,
 }
 # Caps: before you add, delete.
 BUDGET = {
-    "core": 1800,
+    "core": 1795,
     "io": 1105,
     "extensions": 1305,
     "experiments": 2850,
     "teaching": 1000,
     "cli": 430,
-    "door": 30,
+    "door": 25,
     "all": 8600,
 }
 # What each part of the house may import, itself included.

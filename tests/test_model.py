@@ -363,7 +363,7 @@ def test_memory_is_told_and_checked_before_loading(
     )
     with pytest.raises(
         ModelError,
-        match=r"expected one that fits: dtype=torch\.bfloat16, fewer layers=",
+        match=r"expected one that fits: dtype=torch\.bfloat16, layers=",
     ):
         load(tmp_path, device="cpu")
 

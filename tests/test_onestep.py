@@ -29,7 +29,7 @@ def test_cached_step_is_the_full_pass(family: Family, prompt: Tensor) -> None:
             assert (found - whole[t]).norm() <= noise_floor(model, layer) * whole[
                 t
             ].norm()
-            step = step.extend(token)
+            step = step.follow(prompt[t : t + 1].to(model.device))[1]
         assert step.position == len(prompt)
 
 
@@ -39,8 +39,8 @@ def test_reading_a_prefix_at_once_or_by_token_is_the_same(
     """after(prefix) and repeated extend agree."""
     model = family[1]
     grown = OneStepMap.after(model, 3)
-    for token in prompt.tolist():
-        grown = grown.extend(token)
+    for token in prompt.to(model.device).split(1):
+        grown = grown.follow(token)[1]
     at_once = OneStepMap.after(model, 3, prompt)
     tokens = torch.arange(7, device=model.device)
     torch.testing.assert_close(at_once.tokens(tokens), grown.tokens(tokens))
@@ -67,7 +67,7 @@ def test_maps_do_not_share_what_they_grow(pocket: LanguageModel) -> None:
     start = OneStepMap.after(pocket, 2, pocket.encode("one"))
     tokens = torch.arange(5, device=pocket.device)
     before = start.tokens(tokens)
-    start.extend(3).extend(4).tokens(tokens)
+    start.follow(tokens[3:])[1].tokens(tokens)
     assert torch.equal(start.tokens(tokens), before)
 
 
@@ -106,15 +106,6 @@ def test_gradient_is_that_of_finite_differences() -> None:
             @ weights
         )
     assert float(slope) == pytest.approx(float((ahead - behind) / (2 * h)), rel=1e-6)
-
-
-def test_margin_is_the_smallest_of_all_pairs(family: Family, prompt: Tensor) -> None:
-    """Against a loop over pairs in float64."""
-    model = family[1]
-    step = OneStepMap.after(model, 2, prompt[:4])
-    states = step.tokens(torch.arange(model.vocab_size, device=model.device)).double()
-    pairs = [float((a - b).norm()) for i, a in enumerate(states) for b in states[:i]]
-    assert step.margin() == pytest.approx(min(pairs), rel=1e-12)
 
 
 def test_the_context_has_an_end(family: Family) -> None:
@@ -197,7 +188,7 @@ def test_a_full_device_is_an_answer(
     ):
         step.jacobian(token)
     with pytest.raises(ModelError, match="got 1 prompts of 3 tokens, which do not fit"):
-        step.extend(5)
+        step.follow(torch.tensor([5], device=step.model.device))
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         step.jacobian(token)

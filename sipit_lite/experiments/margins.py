@@ -77,12 +77,12 @@ def margins(model: LanguageModel, ids: Int[Tensor, " pos"], layer: int) -> Margi
     model.check_ids(ids)
     step = OneStepMap.after(model, layer)
     rows = []
-    for token in ids.tolist():
+    for t, token in enumerate(ids.tolist()):
         states = step.tokens(model.vocabulary)
         apart = vector_norm(states.double() - states[token].double(), dim=1)
         apart[token] = torch.inf  # a token is no rival of itself
         rows.append((closest_pairs(states, 1).minimum, *apart.min(0)))
         if len(rows) < len(ids):  # the last token may fill the context
-            step = step.extend(token)
+            step = step.follow(ids[t : t + 1].to(model.device))[1]
     prefix, distance, rival = torch.tensor(rows, dtype=torch.float64, device="cpu").T
     return Margins(prefix, distance, rival.long())

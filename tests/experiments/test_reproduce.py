@@ -88,7 +88,11 @@ def test_continuations_are_margins_of_the_closest(drawn: LanguageModel) -> None:
     ends = torch.stack([drawn.states(ids, 3)[-1].double() for ids in prompts])
     distance = torch.cdist(ends, ends).fill_diagonal_(torch.inf)
     pair = divmod(int(distance.argmin()), len(ends))
-    margins = [OneStepMap.after(drawn, 3, prompts[i]).margin() for i in pair]
+    margins = []
+    for i in pair:
+        step = OneStepMap.after(drawn, 3, prompts[i])
+        cloud = step.tokens(drawn.vocabulary).double()
+        margins.append(float(torch.pdist(cloud).min()))
     assert row["minimum"] == pytest.approx(min(margins), rel=1e-5)
     assert (row["prompts"], row["compared"]) == (2, 2 * math.comb(500, 2))
 
