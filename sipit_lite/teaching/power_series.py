@@ -1,4 +1,4 @@
-"""Power series: exact coefficients, and radii of convergence from them (chapter 2)."""
+"""Power series: exact coefficients, and radii of convergence from them."""
 
 from collections.abc import Sequence
 from itertools import pairwise

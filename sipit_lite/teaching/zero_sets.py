@@ -1,4 +1,4 @@
-"""Zero sets of analytic functions: areas of tubes, and contours (chapter 3)."""
+"""Zero sets of analytic functions: areas of tubes, and contours."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def tube_area(
 ) -> TubeArea:
     """Estimate the area of {|f| < ε} in a box, for each width ε, from uniform points.
 
-    With f the distance to a set this is the area of its tube (chapter 3).
+    With f the distance to a set this is the area of its tube.
 
     Parameters
     ----------
