@@ -1,4 +1,4 @@
-"""One gradient step, its Jacobian and its determinant (the chapter on training)."""
+"""One gradient step and its determinant (the page on the paper's proof of 2.3)."""
 
 from collections.abc import Sequence
 
