@@ -10,7 +10,7 @@ ROOMS = {
     "acceptance": ("Observation", "noise_floor"),
     "policies": ("Drafter", "Gradient", "Policy", "Published", "Random"),
     "recovery": ("Ambiguous", "Interrupted", "NotVerified", "Recovery"),
-    "sipit": ("invert", "invert_many"),
+    "extensions": ("invert", "invert_many"),
     "collisions": ("CollisionReport", "closest_pairs"),
     "io.loading": ("load",),
     "io.capture": ("Captured", "capture", "read_states", "write_states"),

@@ -12,7 +12,7 @@
    comes out bit for bit in a pass of the same length.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -253,19 +253,22 @@ def try_candidates(
     observed: Observation,
     t: int,
     batches: Iterable[Tokens],
-    *,
-    trusting: bool = False,
+    learn: Callable[[Tokens, States], None] | None = None,
 ) -> Distances:
     """Distances of the tokens tested at position t, NaN for the others.
 
     Batches are tested until one holds a token that verifies; then its rivals are.
-    ``trusting`` spares a clear token without twins its rivals, as in a draft.
+    ``learn``, of a drafter's search, receives each batch and its states; such a search
+    spares a clear token without twins its rivals, as a draft does.
     """
     table = step.model.embeddings
     distance = torch.full((len(table),), torch.nan, device=table.device)
     radius = float(observed.radius[t])
     for batch in batches:
-        distance[batch] = observed.distance(t, step.tokens(batch))
+        states = step.tokens(batch)
+        distance[batch] = observed.distance(t, states)
+        if learn:
+            learn(batch, states)
         widen(observed, t, batch, distance[batch], step)
         if bool((distance[batch] <= observed.radius[t]).any()):
             break
@@ -274,7 +277,7 @@ def try_candidates(
     # What verifies by its own noise alone stands alone only where states are apart.
     clear &= bool(distance[best] <= radius) or bool(observed.trusted[t])
     twins = related(step.model, step.layer)
-    if trusting and clear and observed.trusted[t] and not twins[best]:
+    if learn and clear and observed.trusted[t] and not twins[best]:
         return distance
     # Far out in the radius another token may well be nearer: then all are tested.
     count = CHALLENGERS if clear else len(table)

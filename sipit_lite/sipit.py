@@ -6,7 +6,7 @@ cannot be verified (``acceptance``) is an error that carries the verified prefix
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from sipit_lite.recovery import Ambiguous, Interrupted, NotVerified, Outcome, Re
 
 SALT = 2510_15511  # else a prompt drawn with the same seed would be its own starts
 PASS = 4096  # tokens in a pass over drafts
+OFFERS: list[Callable] = []  # of rooms: a drafter for a model, where none is given
 
 
 def invert(
@@ -42,7 +43,7 @@ def invert(
     layer: int,
     *,
     policy: Policy | str = "auto",
-    lens: Drafter | None = None,
+    lens: Drafter | bool | None = None,
     seed: int = 0,
     epsilon: float | Tensor | None = None,
     half_width: Tensor | None = None,
@@ -59,7 +60,8 @@ def invert(
         Shape (T, d_model), any floating-point format; after the norm if layer = L + 1.
     policy, lens, seed
         The order of candidates: ``"auto"`` drafts with ``lens`` and searches by the
-        lens's own policy for what it misses; without a lens it is ``Gradient()``.
+        lens's own policy for what it misses. Without one it is ``Gradient()``, or where
+        tokens are many what ``extensions.fitted`` offers; ``False`` lets it fit none.
     epsilon
         Bound on noise ‖ĥ_t − h_t‖₂ that was added on purpose, one number or one a
         position; without it ε_t is the measured noise floor alone.
@@ -112,19 +114,13 @@ def invert_many(
     Takes what ``invert`` takes, ``half_width`` and ``passes`` with one entry a prompt.
     The outcome of a prompt that cannot be recovered is the error that ``invert`` would
     raise. Raises ``ModelError``, ``LensError``, ``Interrupted`` with all outcomes.
-
-    >>> from sipit_lite import load
-    >>> model = load(device="cpu")
-    >>> states = [model.states(text, 1) for text in ("hidden states", "give back")]
-    >>> [outcome.text for outcome in invert_many(states, model, 1)]
-    ['hidden states', 'give back']
     """
     prompts: list[_Prompt] = []
     try:
         with plain_settings():
             shared = _Options(model, layer, **options)
             model.check_layer(layer)
-            if shared.lens is not None:
+            if shared.lens:
                 shared.lens.check(model, layer)
             for i, rows in enumerate(states):
                 prompts.append(_Prompt(shared))
@@ -148,7 +144,7 @@ class _Options:
     model: LanguageModel
     layer: int
     policy: Policy | str = "auto"
-    lens: Drafter | None = None
+    lens: Drafter | bool | None = None
     seed: int = 0
     certify: bool = False
     on_fail: str = "raise"
@@ -158,7 +154,7 @@ class _Options:
         if named or self.on_fail not in ("raise", "nearest"):
             got = f"got policy={self.policy!r}, on_fail={self.on_fail!r}"
             raise StatesError(f"{got}; expected 'auto' or one, 'raise' or 'nearest'")
-        self.drafts = self.lens is not None and self.policy == "auto"
+        self.drafts = self.policy == "auto"
         if self.policy == "auto":
             self.policy = Gradient()  # a lens brings one of its own for each prompt
 
@@ -242,7 +238,8 @@ class _Prompt:
             widen(observed, t, options.model.vocabulary, distance, step)
         else:
             order = self.policy.proposals(step, observed.states[t], self.generator)
-            distance = try_candidates(step, observed, t, order, trusting=options.drafts)
+            learn = getattr(self.policy, "learn", None)
+            distance = try_candidates(step, observed, t, order, learn)
         radius = float(observed.radius[t])
         if self.repeatable:
             known = (self.tokens[:t], self.passes)
@@ -323,8 +320,13 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     """Algorithm 1: draft, read the drafts, finish each prompt; read all once more."""
     prompts = [prompt for prompt in prompts if prompt.error is None]
     quick = [prompt for prompt in prompts if options.drafts and not prompt.exhaustive]
-    if quick:
-        readings = options.lens.read([prompt.observed.states for prompt in quick])
+    unread = [prompt.observed.states for prompt in quick]
+    lens = options.lens
+    if quick and not lens and OFFERS:
+        where = (options.model, options.layer, sum(map(len, unread)))
+        lens = OFFERS[0](*where, fits=lens is None)
+    if quick and lens:
+        readings = lens.read(unread)
         for prompt, (tokens, policy) in zip(quick, readings, strict=True):
             prompt.tokens = tokens
             prompt.policy = policy

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+import sipit_lite
+import train_pocket as pocket
 from sipit_lite import load
 from sipit_lite.io.text import bundled
-from sipit_lite.pocket_gpt2 import train as pocket
 
 
 def random_data() -> dict[str, Tensor]:
@@ -66,10 +67,10 @@ def test_it_writes_what_the_package_ships(
     monkeypatch.setattr(pocket, "BATCH", 2)
     monkeypatch.setattr(pocket.prompts, "installed", lambda kind, _: bundled(kind)[:12])
     pocket.main(tmp_path, steps=1)
-    shipped = Path(pocket.__file__).parent
+    shipped = Path(sipit_lite.__file__).parent / "pocket_gpt2"
     names = {path.name for path in (tmp_path / "pocket_gpt2").iterdir()}
     there = {path.name for path in shipped.iterdir() if path.is_file()}
-    assert names == there - {"__init__.py", "train.py", "card.md", "LICENSE-PSF"}
+    assert names == there - {"__init__.py", "card.md", "LICENSE-PSF"}
     assert load(tmp_path / "pocket_gpt2", device="cpu").n_layers == 6
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "pocket_gpt2")
     assert model.num_parameters() == 5_853_184

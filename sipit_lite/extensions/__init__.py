@@ -1,1 +1,10 @@
-"""What goes beyond the paper: drafts by a lens, the last state, many processes."""
+"""What goes beyond the paper; with it ``invert`` has a lens where none is given."""
+
+from importlib import import_module
+
+from sipit_lite.sipit import OFFERS, invert, invert_many
+
+__all__ = ["invert", "invert_many"]
+# Imported where it is wanted, like all rooms.
+name = "sipit_lite.extensions.fitted"
+OFFERS.append(lambda *where, fits: import_module(name).offered(*where, fits=fits))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, cycle, islice
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +21,6 @@ from torch.nn.functional import gelu, layer_norm
 from tqdm import tqdm
 
 from sipit_lite.acceptance import States, Tokens
-from sipit_lite.extensions.newton import Newton
 from sipit_lite.extensions.reading import Reading, calibrated
 from sipit_lite.io.files import read, replacing
 from sipit_lite.io.text import prompts as text_prompts
@@ -77,6 +77,7 @@ class Lens(Regression):
     layer: int
     weight: float = 0.0  # of the prior beside it, see ``reading``; 0 for none
     hits: float = 1.0  # share of tokens of other prompts that it reads right
+    fitted: ClassVar[bool] = True
 
     @classmethod
     @plain_settings()
@@ -124,10 +125,16 @@ class Lens(Regression):
 
     embeddings = Regression.predict
 
-    def nearness(self, states: States) -> Float[Tensor, "rows vocab"]:
-        """−½ ‖(E_v − ê) ``whiten``‖² of each token v, up to a constant a row."""
+    def nearness(
+        self, states: States, correction: Tensor | float = 0.0
+    ) -> Float[Tensor, "rows vocab"]:
+        """−½ ‖(E_v − ê) ``whiten``‖² of each token v, up to a constant a row.
+
+        ``correction`` is added to the prediction ê.
+        """
         table, squares = self._whitened
-        return torch.addmm(-squares / 2, self.predict(states) @ self.whiten, table.T)
+        expected = (self.predict(states) + correction) @ self.whiten
+        return torch.addmm(-squares / 2, expected, table.T)
 
     @plain_settings()
     def draft(self, states: Rows) -> Int[Tensor, "*rows"]:
@@ -147,10 +154,10 @@ class Lens(Regression):
         few, more, rest = order.tensor_split((FIRST[0], sum(FIRST)))
         yield from filter(len, (few, more, *rest.split(ROWS)))
 
-    def read(self, prompts: Sequence[Tensor]) -> list[tuple[Tensor, Newton]]:
-        """A draft of each prompt, and Newton's method for what it has wrong."""
+    def read(self, prompts: Sequence[Tensor]) -> list[tuple[Tensor, Reading]]:
+        """A draft of each prompt, and a search for what it has wrong."""
         readings = [Reading(self, states) for states in prompts]
-        return [(x.tokens, Newton(proposals_per_step=32, lens=x)) for x in readings]
+        return [(reading.tokens, reading) for reading in readings]
 
     def check(self, model: LanguageModel, layer: int) -> None:
         """Raise ``LensError`` unless it was fitted on this model and layer."""

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from sipit_lite.model import LanguageModel, plain_settings
 from sipit_lite.onestep import ROWS, OneStepMap
-from sipit_lite.policies import Batches, State
+from sipit_lite.policies import Batches, Gradient, State
 
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the prior, to choose from
-BATCHES = (16, 112, 256)  # candidates of each order, tested before Newton's method
+BATCHES = (16, 112, 256, 256, 512, 1024)  # candidates of each order
+STEPS = 8  # of a gradient, where there is no lens
+DAMPED = 1e-3  # relative to the mean square of a coordinate
 SEARCH = 2  # passes that a token costs which the draft has wrong, roughly
 JUDGED = 64  # positions that decide whether a prompt is what the model expects
 
@@ -34,10 +37,17 @@ class Reading:
     """A draft of one prompt, and a policy that starts from the lens and the prior.
 
     ``lens`` has ``nearness``, ``embeddings``, ``weight`` and ``hits``; see ``Lens``.
+    Each candidate that was tested teaches: its state and its embedding are a pair of
+    the very map that is searched, and correct the lens where it is wrong.
     """
 
     lens: Any
     states: States
+
+    def __post_init__(self) -> None:
+        self.tested: list[tuple[Tensor, Tensor]] = []  # states, what the lens leaves
+        self.sums: tuple[Tensor, Tensor] | None = None  # of positions before this one
+        self.tests = 0
 
     @cached_property
     def tokens(self) -> Int[Tensor, " pos"]:
@@ -66,6 +76,8 @@ class Reading:
             return None
         final = final_states(model, self.states, self.lens.layer)
         before = torch.cat([torch.zeros_like(final[:1]), final[:-1]])
+        if not self.lens.fitted:
+            return before  # nothing is read that could be judged
         judged = slice(1, JUDGED)
         draft = self.lens.draft(self.states[judged])
         expected = log_law(model, before[judged]).gather(1, draft[:, None]).mean()
@@ -82,25 +94,79 @@ class Reading:
     def proposals(
         self, step: OneStepMap, observed: State, generator: torch.Generator
     ) -> Batches:
-        """Yield the first of each order: lens, prior, both; at last all others."""
-        near = self.lens.nearness(observed[None])[0]
-        untried = torch.ones_like(near, dtype=torch.bool)
-        orders = [near]
+        """Yield the first of each order: lens, prior, both, and as the tests teach."""
+        untried = torch.ones_like(step.model.vocabulary, dtype=torch.bool)
+        law = None
         t = step.position
-        for i, count in enumerate(BATCHES):
+        self._close()
+        # Where nothing was read yet, the proxies of a few steps are the first pairs.
+        descent = Gradient(max_steps=STEPS).proposals(step, observed, generator)
+        for i in count():
+            if not self.lens.fitted:
+                self._relieve()
+            orders = []
+            if self.lens.fitted:
+                orders.append(self.lens.nearness(observed[None])[0])
+            if i > 1 and self.tested:  # what fewer pairs say is noise
+                orders.append(self.taught(observed))
             # The prior costs a pass, once: not for what the lens all but knows.
-            wanted = len(orders) == 1 and (i > 0 or "before" in vars(self))
-            if wanted and self.before is not None:
+            wanted = i > 0 or "before" in vars(self) or not self.lens.fitted
+            if law is None and wanted and self.before is not None:
                 law = self.law(slice(t, t + 1))[0]
-                orders += [law, near + self.lens.weight * law]
-            count = min(count, int(untried.sum()))
+            if law is not None:
+                orders += [law, *(order + self.lens.weight * law for order in orders)]
+            size = BATCHES[min(i, len(BATCHES) - 1)]
+            size = min(size, int(untried.sum()))
             best = [order.masked_fill(~untried, -torch.inf) for order in orders]
-            batch = torch.cat([order.topk(count).indices for order in best]).unique()
+            parts = [order.topk(size).indices for order in best]
+            if not self.lens.fitted and i < STEPS:
+                parts.append(next(descent, untried.nonzero()[:size, 0]))
+            batch = torch.cat(parts).unique()
+            batch = batch[untried[batch]]
             untried[batch] = False
             if len(batch):
                 yield batch
-        rest = near.masked_fill(~untried, -torch.inf).argsort(descending=True)
-        yield from rest[: int(untried.sum())].split(ROWS)
+            if not untried.any():
+                return
+
+    def learn(self, tokens: Int[Tensor, " cand"], states: Tensor) -> None:
+        """Keep the states of tested tokens, beside what the lens leaves of them."""
+        self.tests += len(tokens)
+        goals = self.lens.model.embeddings[tokens].float()
+        self.tested.append((states.float(), goals - self.lens.embeddings(states)))
+
+    def taught(self, observed: State) -> Float[Tensor, " vocab"]:
+        """``nearness``, corrected by a ridge regression on what was tested."""
+        states, left = map(torch.cat, zip(*self.tested, strict=True))
+        centre = states.mean(0)
+        xx, xy = self._moments()
+        damped = xx + DAMPED * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
+        slope = torch.linalg.solve(damped, xy)
+        correction = left.mean(0) + (observed.float() - centre) @ slope
+        return self.lens.nearness(observed[None], correction)[0]
+
+    def _relieve(self) -> None:
+        """Go on with a lens where the search has cost as much; pairs start anew."""
+        before = self.lens
+        self.lens = before.after(self.tests)
+        if self.lens is not before:
+            self.tested = []
+            self.sums = None
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Sums of squares and products, each position about its own mean."""
+        states, left = map(torch.cat, zip(*self.tested, strict=True))
+        x = states - states.mean(0)
+        products = (x.T @ x, x.T @ left)
+        if self.sums is None:
+            return products
+        return tuple(map(torch.add, self.sums, products))
+
+    def _close(self) -> None:
+        """Count what was tested at an earlier position about its own mean."""
+        if self.tested:
+            self.sums = self._moments()
+            self.tested = []
 
 
 @plain_settings()

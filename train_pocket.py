@@ -1,4 +1,4 @@
-"""Train pocket-gpt2 again: ``python -m sipit_lite.pocket_gpt2.train FOLDER``.
+"""Train pocket-gpt2 again: ``python train_pocket.py FOLDER``.
 
 A small GPT-2 from the docstrings and the code of every Python install: seeded, without
 a network, resumed where it was interrupted. It writes what the package ships.
@@ -9,6 +9,7 @@ import itertools
 import platform
 import random
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -192,7 +193,7 @@ def main(folder: Path, steps: int = 3600) -> None:
     target = folder / "pocket_gpt2"
     model.half().save_pretrained(target)
     bpe.save_pretrained(target)
-    shipped = Path(__file__).parent
+    shipped = Path(str(files("sipit_lite"))) / "pocket_gpt2"
     # What the book quotes never changes: the passages are those of the package.
     shutil.copy(shipped / "held_out.json", target)
     card = (shipped / "card.md").read_text(encoding="utf-8").format(
