@@ -1,4 +1,4 @@
-"""Rotary positions: the attention head that tells two prompts apart (chapter 5)."""
+"""Rotary positions: the attention head that tells two prompts apart."""
 
 import math
 from collections.abc import Sequence
