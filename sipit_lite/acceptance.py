@@ -3,22 +3,23 @@
 1. Its state lies within the radius ε_t of the observed one. No magic ε: the radius is
    the float noise of this model at this layer and position, measured, plus noise that
    was announced; rounding to a coarser stored format is an interval around each number.
-2. No other token tested lies there too. Rivals are always tested: the tokens with the
-   nearest embeddings, all whose states the first block leaves nearly equal, and all
-   tokens where the first only just verified.
+2. No other tested token lies there too. Rivals always are: the nearest embeddings, all
+   whose states the first block leaves nearly equal, all tokens behind a narrow pass.
 3. A drafted token is spared its rivals only where it agrees clearly, the first block
    tells it from all others, and states of different tokens are known to be far apart.
 4. In 16 bits several tokens may lie within the noise: that one is accepted whose state
-   comes out bit for bit in a pass of the same length.
+   comes out bit for bit in a pass of the same length. A draft that does is spared too.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.linalg import vector_norm
+from torch.nn.functional import pad
 
 from sipit_lite.collisions import closest_pairs
 from sipit_lite.model import LanguageModel, ModelError, StatesError, plain_settings
@@ -43,9 +44,9 @@ Bound = float | Tensor | None
 class Observation:
     """Observed states with what is known of their noise: A_{π,t}(·; ε_t) for each t.
 
-    ``half_width`` is how far rounding to the stored format may have moved each number;
-    ``radius`` holds ε_t; ``trusted`` says where states of different tokens were
-    measured to lie ``APART`` radii apart, so that a draft that agrees needs no rivals.
+    ``half_width`` is how far rounding to the stored format may have moved each number,
+    ``radius`` is ε_t; ``trusted`` are positions where states of different tokens lie
+    ``APART`` radii apart, as measured: a draft that agrees needs no rivals.
     """
 
     states: States
@@ -62,6 +63,7 @@ class Observation:
         layer: int,
         epsilon: Bound = None,
         half_width: Bound = None,
+        prefix: Tokens | None = None,
     ) -> "Observation":
         """Check the states and work out their acceptance regions.
 
@@ -74,13 +76,18 @@ class Observation:
         if getattr(states, "shape", ())[:-2] == (1,):
             states = states[0]  # a batch of one
         values = check_states(states, model)
-        bound = _check_bound("epsilon", epsilon, values)
+        known = 0 if prefix is None else len(prefix)
+        if known:
+            states = torch.cat([model.states(prefix, layer).to(states), states])
+            values = check_states(states, model)
+        bound = _check_bound("epsilon", epsilon, values, known)
         # The first position is a world of its own: often all its states are huge.
         first = torch.arange(len(values), device=values.device).clamp(max=1)
         floor, gap = (column[first] for column in _measured(model, layer).to(values))
         radius = floor * vector_norm(values, dim=1)
         radius = radius.to(model.dtype) + bound.to(model.dtype)
-        trusted = APART * radius <= gap
+        # Tokens whose states differ by more than the noise never agree in every bit.
+        trusted = radius * (1 / SAFETY if model.sixteen_bits else APART) <= gap
         if not radius.isfinite().all():
             norm = float(values.double().norm(dim=1).max())
             raise StatesError(f"got states of norm {norm:.1e}; {model.dtype} overflows")
@@ -88,7 +95,7 @@ class Observation:
             # Numbers stored in the model's own format are compared in it, bit for bit.
             widths = rounding_half_width(states, model)
             return cls(values.to(model.dtype), widths, radius, trusted)
-        widths = _check_bound("half_width", half_width, values)[:, None]
+        widths = _check_bound("half_width", half_width, values, known)[:, None]
         return cls(values, widths.expand_as(values), radius, trusted)
 
     def distance(self, t: int, candidates: States) -> Distances:
@@ -136,17 +143,18 @@ def check_states(states: object, model: LanguageModel) -> States:
     return values
 
 
-def _check_bound(name: str, value: Bound, values: States) -> Distances:
+def _check_bound(name: str, value: Bound, values: States, known: int) -> Distances:
     """One number for each position, 0 for None; ``StatesError`` for anything else."""
+    count = len(values) - known
     try:
         bound = torch.as_tensor(0.0 if value is None else value).to(values)
     except (TypeError, RuntimeError):  # not even a number
         bound = torch.full((), torch.nan)
-    fits = bound.shape in ((), (len(values),))
+    fits = bound.shape in ((), (count,))
     if not fits or not bool(((bound >= 0) & bound.isfinite()).all()):
         expected = "expected one finite number, not negative, or one for each of the"
-        raise StatesError(f"got {name}={value}; {expected} {len(values)} positions")
-    return bound.expand(len(values))
+        raise StatesError(f"got {name}={value}; {expected} {count} positions")
+    return pad(bound.expand(count), (known, 0))
 
 
 def rounding_half_width(states: States, model: LanguageModel) -> States:
@@ -234,7 +242,7 @@ def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
 
 
 def agreeing(
-    observed: Observation, tokens: Tokens, states: States, twins: Bool[Tensor, " vocab"]
+    observed: Observation, tokens: Tokens, states: States, twins: Tensor, clear: float
 ) -> tuple[int, Distances]:
     """How many of the drafted tokens, the last ones, are accepted; all distances.
 
@@ -243,7 +251,7 @@ def agreeing(
     first = len(observed.states) - len(tokens)
     stored = (observed.states[first:], observed.half_width[first:])
     distance = distance_to_stored(states, *stored)
-    agrees = distance <= CLEAR * observed.radius[first:]
+    agrees = distance <= clear * observed.radius[first:]
     agrees &= observed.trusted[first:] & ~twins[tokens]
     return int(agrees.cumprod(0).sum()), distance
 
@@ -336,23 +344,29 @@ def bit_for_bit(
     within = (distance <= radius).nonzero()[:, 0]
     if len(within) < 2:
         return distance, radius  # the noise leaves nothing to decide
-    model = step.model
-    step = OneStepMap.after(model, step.layer)
-    for length in passes:
-        if step.position + length > t:
-            break
-        step = step.follow(prefix[step.position : step.position + length])[1]
-    # The last pass began where the others end, with whatever tokens came behind.
-    row = torch.zeros(length, dtype=torch.int64, device=model.device)
-    here = t - step.position
-    row[:here] = prefix[step.position :]
+    # Up to the pass that holds t, with whatever tokens came behind.
+    starts = accumulate(passes, initial=0)
+    lengths = [n for n, start in zip(passes, starts, strict=False) if start <= t]
+    row = pad(prefix, (0, sum(lengths) - t))
     anew = []
     for token in within:
-        row[here] = token
-        # No cache before the first pass: the very computation that made the states.
-        first = step.position == 0
-        states = model.states(row, step.layer) if first else step.follow(row)[0]
-        anew.append(observed.distance(t, states[here][None]))
+        row[t] = token
+        states = repeated(step.model, step.layer, row, lengths)
+        anew.append(observed.distance(t, states[t : t + 1]))
     if not any(bool(d == 0) for d in anew):
         return distance, radius
     return distance.index_copy(0, within, torch.cat(anew)), 0.0
+
+
+def repeated(
+    model: LanguageModel, layer: int, tokens: Tokens, passes: Sequence[int]
+) -> States:
+    """The states of tokens to the last bit, as passes of these lengths round them."""
+    first, *others = tokens.split(list(passes))
+    # No cache in the first pass: the very computation that made the states.
+    parts = [model.states(first, layer)]
+    step = OneStepMap.after(model, layer, first if others else None)
+    for rows in others:
+        states, step = step.follow(rows)
+        parts.append(states)
+    return torch.cat(parts)

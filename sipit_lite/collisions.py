@@ -112,8 +112,8 @@ def closest_pairs(
     x = states if len(rows) == len(states) else states[rows.to(states.device)]
     # Equal rows collide without a search: the first of each group stands for it.
     first, group, sizes = _groups(x)
-    options = (k, nearest, within)
-    search = _Search(x if len(first) == len(x) else x[first], sizes, *options)
+    x = x if len(first) == len(x) else x[first]
+    search = _Search(x, sizes, k, nearest, within)
     search.run(progress)
     pairs, distances = _pairs_of_rows(search, group)
     equal = int((sizes * (sizes - 1) // 2).sum())
@@ -381,7 +381,6 @@ def _checked(states: object) -> Float[Tensor, "n d_model"]:
     bad = (~(sizes.double() < 1e150)).nonzero()[:, 0].tolist()
     if bad:
         named = ", ".join(map(str, bad[:10])) + ", …" * (len(bad) > 10)
-        which = f"{len(bad)} of {len(states)} rows ({named})"
-        got = f"got NaN, Inf or squares that overflow in {which}"
-        raise StatesError(f"{got}; expected finite states")
+        which = f"{len(bad)} of {len(states)} rows ({named}); expected finite states"
+        raise StatesError(f"got NaN, Inf or squares that overflow in {which}")
     return states

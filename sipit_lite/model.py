@@ -110,10 +110,10 @@ class LanguageModel:
     Parameters
     ----------
     hf_model
-        Any causal model of ``transformers`` in memory, its unembedding or LoRA and all.
-        ``ModelError`` where its blocks and final norm cannot be told apart.
+        Any causal model of ``transformers`` in memory, its head or LoRA and all; else
+        ``ModelError``, as where its blocks and final norm cannot be told apart.
     tokenizer, name
-        Its tokenizer (without one, prompts are token ids), and what messages call it.
+        Its tokenizer (without one, prompts are ids), and what messages call it.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2)))
@@ -139,6 +139,7 @@ class LanguageModel:
         self.vocab_size, self.d_model = self.embeddings.shape
         self.device = self.embeddings.device
         self.dtype = self.embeddings.dtype
+        self.sixteen_bits = self.dtype.itemsize <= 2
         self.n_layers = decoder.config.num_hidden_layers  # L: layers run from 0 to L
         self.n_positions = decoder.config.max_position_embeddings  # the context length
 
@@ -205,14 +206,9 @@ class LanguageModel:
     def states(self, prompt: str | Tensor, layer: int) -> Float[Tensor, "*batch pos d"]:
         """Hidden states H^(ℓ) at every position, before the final norm for ℓ ≤ L.
 
-        Parameters
-        ----------
-        prompt
-            A text, or token ids of shape (T,) or, for equal lengths, (..., T).
-        layer
-            0: what enters the first block, ℓ: what leaves block ℓ, L + 1: the norm.
-
-        Raises ``ModelError`` for a bad layer or prompt, or too little memory.
+        Of a text, or token ids of shape (T,) or, for equal lengths, (..., T). Layer 0
+        is what enters the first block, ℓ what leaves block ℓ, L + 1 what leaves the
+        norm. Raises ``ModelError`` for a bad layer or prompt, or too little memory.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.device)
         self.check_ids(ids)
@@ -278,8 +274,8 @@ def landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
     limited = hasattr(decoder.config, "max_position_embeddings")
     if len(blocks) != 1 or not norms or not limited:
         got = f"got {type(decoder).__name__} with {len(blocks)} lists of {depth} blocks"
-        limit = f"{'a' if limited else 'no'} max_position_embeddings"
-        parts = f"{len(norms)} norms of width {width} and {limit}"
+        limit = "a" if limited else "no"
+        parts = f"{len(norms)} norms of width {width}, {limit} max_position_embeddings"
         raise ModelError(f"{got}, {parts}; expected a decoder-only language model")
     return blocks[0], norms[-1]  # a norm of the embeddings comes first
 

@@ -106,19 +106,6 @@ class OneStepMap:
             raise ModelError(f"got a prefix of {self.position} tokens; {reads}")
         return self._run(e[:, None], self._cache(len(e)))[:, 0]
 
-    @plain_settings()
-    def jacobian(
-        self, e: Float[Tensor, " d_model"]
-    ) -> Float[Tensor, "d_model d_model"]:
-        """∂F/∂e at one embedding, by one batched reverse pass; row i is of state i."""
-        size = f"a Jacobian of {len(e)} rows after {self.position} tokens"
-        with torch.enable_grad(), advised(size, self.model.dtype, ModelError):
-            # A clone: gradients through a view would drag the whole table along.
-            e = e.detach().clone().requires_grad_()
-            state = self.embedding(e[None])[0]
-            directions = torch.eye(len(e)).to(state)
-            return torch.autograd.grad(state, e, directions, is_grads_batched=True)[0]
-
     def _cache(self, rows: int) -> DynamicCache:
         # Without a config every layer keeps the whole prefix: a window is only a mask.
         cache = DynamicCache(self.past or None)

@@ -42,14 +42,19 @@ class Drafter(Protocol):
         """A draft of each prompt, and a policy that searches for what it has wrong."""
 
 
+def check_settings(policy: object) -> None:
+    """Raise a ``SipItError`` unless all settings are at least one."""
+    for name, value in vars(policy).items():
+        if isinstance(value, int) and value < 1:
+            raise SipItError(f"got {name}={value}; expected at least 1")
+
+
 @dataclass(frozen=True)
 class Random:
     """All tokens in a random order (Algorithm 2), ``proposals_per_step`` at a time."""
 
     proposals_per_step: int = ROWS
-
-    def __post_init__(self) -> None:
-        check_settings(self, "proposals_per_step")
+    __post_init__ = check_settings
 
     def proposals(
         self, step: OneStepMap, observed: State, generator: torch.Generator
@@ -63,10 +68,9 @@ class Random:
 class Gradient:
     """Descend on a continuous proxy e, try the untried tokens nearest to it.
 
-    Algorithm 3 with several candidates a step: the gradient of ½‖F(e) − ĥ_t‖² is
-    clipped to norm 1; the step size falls linearly to 1 % within a window of ``window``
-    steps, after which e snaps to the nearest untried embedding. After ``max_steps`` all
-    other tokens follow, nearest first.
+    Algorithm 3, several candidates a step: the gradient of ½‖F(e) − ĥ_t‖² is clipped to
+    norm 1; the step size falls linearly to 1 % within ``window`` steps, after which e
+    snaps to the nearest untried embedding. After ``max_steps`` all others follow.
     """
 
     proposals_per_step: int = 32
@@ -74,9 +78,7 @@ class Gradient:
     step_size: float = 1.0
     window: int = 50
     mean: ClassVar[bool] = False  # whether the loss is the mean over coordinates
-
-    def __post_init__(self) -> None:
-        check_settings(self, "proposals_per_step", "max_steps", "window")
+    __post_init__ = check_settings
 
     def proposals(
         self, step: OneStepMap, observed: State, generator: torch.Generator
@@ -132,11 +134,3 @@ def nearest(
     huge = torch.finfo(distance.dtype).max
     distance = distance.nan_to_num(huge, huge).masked_fill(~allowed, torch.inf)
     return distance.topk(min(count, int(allowed.sum())), largest=False).indices
-
-
-def check_settings(policy: object, *names: str) -> None:
-    """Raise a ``SipItError`` unless the settings are at least one."""
-    for name in names:
-        value = getattr(policy, name)
-        if value < 1:
-            raise SipItError(f"got {name}={value}; expected at least 1")

@@ -11,22 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from sipit_lite.acceptance import (
-    Bound,
-    Observation,
-    agreeing,
-    bit_for_bit,
-    related,
-    suspected,
-    try_candidates,
-    widen,
-)
+from sipit_lite import acceptance
 from sipit_lite.model import LanguageModel, StatesError, plain_settings
 from sipit_lite.onestep import OneStepMap
 from sipit_lite.policies import Drafter, Gradient, Policy
@@ -48,6 +39,7 @@ def invert(
     epsilon: float | Tensor | None = None,
     half_width: Tensor | None = None,
     passes: Sequence[int] | None = None,
+    prefix: Int[Tensor, " pos"] | None = None,
     certify: bool = False,
     on_fail: str = "raise",
     progress: bool = False,
@@ -70,6 +62,8 @@ def invert(
         that of their format: half the scale, for what was stored as 8-bit integers.
     passes
         For 16 bits: how many positions each pass computed; one pass by default.
+    prefix
+        Token ids known to stand before ``states``; recovered with them, 0 tested.
     certify
         Test all tokens and measure the margin of the accepted one. All are tested
         anyway with ``epsilon``, in 16 bits, and for states stored more coarsely.
@@ -91,7 +85,7 @@ def invert(
     """
     options = {"policy": policy, "lens": lens, "seed": seed, "progress": progress}
     options |= {"epsilon": [epsilon], "half_width": [half_width], "passes": [passes]}
-    options |= {"certify": certify, "on_fail": on_fail}
+    options |= {"prefix": prefix, "certify": certify, "on_fail": on_fail}
     [outcome] = invert_many([states], model, layer, **options)
     if isinstance(outcome, Exception):
         raise outcome
@@ -146,14 +140,22 @@ class _Options:
     policy: Policy | str = "auto"
     lens: Drafter | bool | None = None
     seed: int = 0
+    prefix: Int[Tensor, " pos"] | None = None
     certify: bool = False
     on_fail: str = "raise"
 
     def __post_init__(self) -> None:
         named = isinstance(self.policy, str) and self.policy != "auto"
-        if named or self.on_fail not in ("raise", "nearest"):
+        failing = self.on_fail not in ("raise", "nearest")
+        if named or failing or not isinstance(self.seed, int):
             got = f"got policy={self.policy!r}, on_fail={self.on_fail!r}"
-            raise StatesError(f"{got}; expected 'auto' or one, 'raise' or 'nearest'")
+            expected = "expected 'auto' or one, 'raise' or 'nearest', an integer"
+            raise StatesError(f"{got}, seed={self.seed!r}; {expected}")
+        if self.prefix is None:
+            self.prefix = self.model.vocabulary[:0]  # no token, on the right device
+        if not isinstance(self.prefix, Tensor):
+            got = f"got a prefix of type {type(self.prefix).__name__}"
+            raise StatesError(f"{got}; expected token ids, as of model.encode(text)")
         self.drafts = self.policy == "auto"
         if self.policy == "auto":
             self.policy = Gradient()  # a lens brings one of its own for each prompt
@@ -170,34 +172,42 @@ class _Prompt:
         self.started = time.perf_counter()
         self.generator = torch.Generator().manual_seed(options.seed + SALT)
         self.recovery = _blank(torch.zeros(0))
-        self.tokens = options.model.vocabulary[:0]  # none yet, on the right device
+        self.tokens = options.prefix.to(options.model.device)
         self.policy = options.policy
         self.length = 0
         self.searched = False  # if not, one pass has read it all
         self.error: StatesError | NotVerified | None = None  # ends the prompt
 
-    def observe(self, states: object, noise: Bound, width: Bound, passes: Any) -> None:
+    def observe(self, states: object, noise: Any, width: Any, passes: Any) -> None:
         """Check what was observed; ``error`` says what is wrong with it."""
         options = self.options
         where = (options.model, options.layer)
+        bounds = (noise, width, options.prefix)
         try:
-            self.observed = Observation.of(states, *where, noise, width)
+            self.observed = acceptance.Observation.of(states, *where, *bounds)
             count = len(self.observed.states)
-            self.passes = [count] if passes is None else list(passes)
-            if min(self.passes, default=0) < 1 or sum(self.passes) != count:
+            self.passes = [count] if passes is None else passes
+            lengths = self.passes if isinstance(self.passes, Sequence) else ()
+            fits = all(isinstance(n, int) and n > 0 for n in lengths)
+            if not fits or sum(lengths) != count:
                 expected = f"expected lengths of at least 1, {count} in all"
                 raise StatesError(f"got passes of {self.passes} positions; {expected}")
         except StatesError as error:
             self.error = error
             return
         self.recovery = _blank(self.observed.radius)
-        sixteen_bits = torch.finfo(options.model.dtype).bits <= 16
         # Announced noise is no rounding, which a pass of the same length would repeat.
-        self.repeatable = sixteen_bits and noise is None
+        self.repeatable = options.model.sixteen_bits and noise is None
         # Where two tokens could fit one stored state, only a scan can tell.
-        rounded = bool(self.observed.half_width.any())
-        coarse = sixteen_bits or rounded or noise is not None
-        self.exhaustive = coarse or options.certify or options.on_fail == "nearest"
+        coarse = noise is not None or bool(self.observed.half_width.any())
+        coarse = coarse or options.certify or options.on_fail == "nearest"
+        self.drafts = options.drafts and not coarse
+        self.exhaustive = coarse or options.model.sixteen_bits
+        known = len(self.tokens)  # nothing is drafted yet
+        self.recovery.tokens[:known] = self.tokens.cpu()
+        self.recovery.distance[:known] = 0.0
+        self.recovery.tested[:known] = 0
+        self.length = known
 
     @property
     def done(self) -> bool:
@@ -206,10 +216,8 @@ class _Prompt:
 
     def recovered(self) -> Recovery:
         """The positions that are settled."""
-        columns = {}
-        for name, column in vars(self.recovery).items():
-            if isinstance(column, Tensor):
-                columns[name] = column[: self.length].clone()
+        rows = {k: x for k, x in vars(self.recovery).items() if isinstance(x, Tensor)}
+        columns = {name: x[: self.length].clone() for name, x in rows.items()}
         text = self.options.model.decode(columns["tokens"])
         seconds = time.perf_counter() - self.started
         return replace(self.recovery, **columns, text=text, seconds=seconds)
@@ -220,8 +228,13 @@ class _Prompt:
         draft = self.tokens[first:]
         if len(draft) == 0:
             return
-        twins = related(self.options.model, self.options.layer)
-        accepted, distance = agreeing(self.observed, draft, states, twins)
+        where = (self.options.model, self.options.layer)
+        clear = acceptance.CLEAR
+        if self.repeatable:  # to the last bit, which leaves no noise
+            states = acceptance.repeated(*where, self.tokens, self.passes)[first:]
+            clear = 0.0
+        drafted = (draft, states, acceptance.related(*where))
+        accepted, distance = acceptance.agreeing(self.observed, *drafted, clear)
         end = first + accepted
         self.recovery.tokens[first:end] = draft[:accepted].cpu()
         self.recovery.distance[first:end] = distance[:accepted].cpu()
@@ -235,15 +248,15 @@ class _Prompt:
         if self.exhaustive:
             states = step.tokens(options.model.vocabulary)
             distance = observed.distance(t, states)
-            widen(observed, t, options.model.vocabulary, distance, step)
+            acceptance.widen(observed, t, options.model.vocabulary, distance, step)
         else:
             order = self.policy.proposals(step, observed.states[t], self.generator)
             learn = getattr(self.policy, "learn", None)
-            distance = try_candidates(step, observed, t, order, learn)
+            distance = acceptance.try_candidates(step, observed, t, order, learn)
         radius = float(observed.radius[t])
         if self.repeatable:
             known = (self.tokens[:t], self.passes)
-            distance, radius = bit_for_bit(distance, observed, *known, step)
+            distance, radius = acceptance.bit_for_bit(distance, observed, *known, step)
         if options.certify:
             best = distance.argmin()
             gaps = vector_norm((states - states[best]).double(), dim=1)
@@ -274,14 +287,14 @@ class _Prompt:
             self.searched = True
             return
         decode = self.options.model.decode
-        hint = suspected(self.observed.states, self.options.model, self.options.layer)
+        where = (self.options.model, self.options.layer)
+        hint = acceptance.suspected(self.observed.states, *where)
         what = f"no token verifies ({hint})"
         if len(verified):
             rival = f"{int(verified[-1])} {decode(verified[-1:])!r}"
             what = f"{len(verified)} tokens verify, among them {rival}"
-        token = f"{int(best.indices[0])} {decode(best.indices[:1])!r}"
+        token = f"{int(best.indices[0])} {decode(best.indices[:1])!r} at {nearest:.3g}"
         what += f"; nearest of {int(row.tested[t])} tested is {token}"
-        what += f" at distance {nearest:.3g}"
         self._refuse(Ambiguous if len(verified) else NotVerified, what)
 
     def read_once_more(self, states: Float[Tensor, "pos d_model"]) -> None:
@@ -319,7 +332,7 @@ def _blank(radius: Float[Tensor, " pos"]) -> Recovery:
 def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     """Algorithm 1: draft, read the drafts, finish each prompt; read all once more."""
     prompts = [prompt for prompt in prompts if prompt.error is None]
-    quick = [prompt for prompt in prompts if options.drafts and not prompt.exhaustive]
+    quick = [prompt for prompt in prompts if prompt.drafts]
     unread = [prompt.observed.states for prompt in quick]
     lens = options.lens
     if quick and not lens and OFFERS:
@@ -328,7 +341,7 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     if quick and lens:
         readings = lens.read(unread)
         for prompt, (tokens, policy) in zip(quick, readings, strict=True):
-            prompt.tokens = tokens
+            prompt.tokens = torch.cat([prompt.tokens, tokens[prompt.length :]])
             prompt.policy = policy
     count = sum(len(prompt.observed.states) for prompt in prompts)
     start = OneStepMap.after(options.model, options.layer)
@@ -341,7 +354,8 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
             if rows.shape[1] > 0:
                 together, steps = start.branch(rows)
             for prompt, states, step in zip(batch, together, steps, strict=True):
-                _finish(prompt, states[: len(prompt.tokens)], step, bar)
+                drafted = slice(prompt.length, len(prompt.tokens))
+                _finish(prompt, states[drafted], step, bar)
     searched = [prompt for prompt in prompts if prompt.searched and not prompt.error]
     for batch in _batches(searched):
         # No cache this time: were the one-step map wrong, this pass would show it.

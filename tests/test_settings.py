@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 import sipit_lite as sl
 from sipit_lite.extensions.laststate import Ends
+from sipit_lite.extensions.newton import jacobian
 
 IDS = torch.tensor([5, 17, 40, 3, 22])
 PRODUCTS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
@@ -102,7 +103,9 @@ def calls(folder: Path) -> dict[str, Callable[[], object]]:
         "follow": lambda: sl.OneStepMap.after(new(), 2, IDS).follow(IDS)[0],
         "tokens": lambda: sl.OneStepMap.after(new(), 2, IDS).tokens(IDS),
         "embedding": lambda: sl.OneStepMap.after(new(), 2).embedding(PLAIN.embeddings),
-        "jacobian": lambda: sl.OneStepMap.after(new(), 2).jacobian(PLAIN.embeddings[3]),
+        "jacobian": lambda: jacobian(
+            sl.OneStepMap.after(new(), 2), PLAIN.embeddings[3]
+        ),
     }
 
 
@@ -290,7 +293,7 @@ def test_a_model_made_in_inference_mode_is_refused_in_one_line() -> None:
         ours = sl.load(device="cpu")
         with pytest.raises(sl.ModelError, match="got weights made in inference"):
             sl.LanguageModel(made)
-    assert sl.OneStepMap.after(ours, 1).jacobian(ours.embeddings[3]).isfinite().all()
+    assert jacobian(sl.OneStepMap.after(ours, 1), ours.embeddings[3]).isfinite().all()
 
 
 def report() -> None:

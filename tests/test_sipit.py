@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +21,8 @@ from sipit_lite import (
     Gradient,
     Interrupted,
     LanguageModel,
+    Lens,
+    ModelError,
     NotVerified,
     Observation,
     OneStepMap,
@@ -31,6 +34,7 @@ from sipit_lite import (
     load,
     margins,
 )
+from sipit_lite.acceptance import repeated
 from sipit_lite.experiments.perturb import twins
 from sipit_lite.io.text import prompts
 
@@ -476,3 +480,107 @@ def test_passes_of_a_generation_are_repeated(sixteen_bits: LanguageModel) -> Non
             StatesError, match="expected lengths of at least 1, 11 in all"
         ):
             invert(torch.cat(rows), model, 1, passes=passes)
+
+
+@pytest.fixture(scope="module")
+def lens_of_sixteen_bits(sixteen_bits: LanguageModel) -> Lens:
+    """A small lens of its layer 3."""
+    return Lens.fit(sixteen_bits, 3, tokens=6000, features=128)
+
+
+@pytest.mark.parametrize("passes", [None, [9, 1, 1, 1]])
+def test_a_draft_in_sixteen_bits_is_compared_bit_for_bit(
+    sixteen_bits: LanguageModel, lens_of_sixteen_bits: Lens, passes: list[int] | None
+) -> None:
+    """What the scan of all tokens finds, and nearly all of it without a scan."""
+    model = sixteen_bits
+    ids = next(prompts(model.tokenizer, "prose", 12))
+    states = repeated(model, 3, ids, passes or [12])
+    drafted = invert(states, model, 3, lens=lens_of_sixteen_bits, passes=passes)
+    assert drafted.tokens.tolist() == ids.tolist()
+    assert int((drafted.tested == 1).sum()) >= 8
+    assert (drafted.distance[drafted.tested == 1] == 0).all()
+
+
+def test_bits_of_other_hardware_are_scanned(
+    sixteen_bits: LanguageModel, lens_of_sixteen_bits: Lens
+) -> None:
+    """One unit in the last place of one number: the draft no longer counts there."""
+    model = sixteen_bits
+    ids = next(prompts(model.tokenizer, "prose", 6))
+    states = model.states(ids, 3)
+    states[2, 5] *= 1 + 2 * torch.finfo(torch.bfloat16).eps
+    recovery = invert(states, model, 3, lens=lens_of_sixteen_bits)
+    assert recovery.tokens.tolist() == ids.tolist()
+    assert recovery.tested[2] == model.vocab_size and recovery.distance[2] > 0
+
+
+def test_twins_in_sixteen_bits_are_refused_with_a_lens(pocket: LanguageModel) -> None:
+    """Two tokens with one row: equal bits prove nothing, and both are named."""
+    model = load("pocket-gpt2", dtype=torch.bfloat16)
+    twin = int(model.encode(" the")[0])
+    other = (twin + 1) % model.vocab_size
+    with torch.no_grad():
+        model.decoder.get_input_embeddings().weight[other] = model.embeddings[twin]
+    ids = model.encode("over the hidden state")
+    assert twin in ids.tolist()
+    lens = Lens.fit(model, 1, tokens=6000, features=128)
+    with pytest.raises(Ambiguous) as refusal:
+        invert(model.states(ids, 1), model, 1, lens=lens)
+    assert refusal.value.position == ids.tolist().index(twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("known", [1, 5])
+def test_a_known_prefix_stands_before(dtype: torch.dtype, known: int) -> None:
+    """Rows from some position on: the prompt, and nothing searched for before them."""
+    model = load("pocket-gpt2", dtype=dtype)
+    ids = next(prompts(model.tokenizer, "code", 9))
+    rows = model.states(ids, 2)[known:]
+    widths = torch.full((9 - known,), 1e-6)
+    lens = Lens.fit(model, 2, tokens=6000, features=128)
+    for options in ({}, {"lens": lens}, {"half_width": widths}, {"certify": True}):
+        recovery = invert(rows, model, 2, prefix=ids[:known], **options)
+        assert recovery.tokens.tolist() == ids.tolist()
+        assert recovery.tested[:known].tolist() == [0] * known
+        assert recovery.verified.all() and (recovery.tested[known:] > 0).all()
+
+
+def test_another_prefix_is_refused(pocket: LanguageModel) -> None:
+    """States that do not follow it, too many of them, and what is no prefix."""
+    ids = next(prompts(pocket.tokenizer, "code", 9))
+    rows = pocket.states(ids, 3)[4:]
+    wrong = ids[:4].flip(0)
+    with pytest.raises(NotVerified) as refusal:
+        invert(rows, pocket, 3, prefix=wrong)
+    assert refusal.value.position == 4
+    assert refusal.value.recovered.tokens.tolist() == wrong.tolist()
+    many = torch.zeros(pocket.n_positions, dtype=torch.int64)
+    with pytest.raises(StatesError, match="with T from 1 to"):
+        invert(rows, pocket, 3, prefix=many)
+    with pytest.raises(ModelError, match="tokens are 0 to"):
+        invert(rows, pocket, 3, prefix=torch.tensor([pocket.vocab_size]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": "a"}, "seed='a'; expected"),
+        ({"seed": 1.5}, "seed=1.5; expected"),
+        ({"prefix": "def"}, "a prefix of type str; expected token ids"),
+        ({"passes": 3}, "got passes of 3 positions; expected lengths"),
+        ({"passes": ["a"]}, "expected lengths of at least 1, 2 in all"),
+        ({"passes": [1.0, 1.0]}, "expected lengths of at least 1, 2 in all"),
+    ],
+)
+def test_options_of_other_types(
+    pocket: LanguageModel,
+    options: dict,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line that quotes them, where no one checks annotations."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    states = pocket.states(torch.tensor([5, 6]), 1)
+    with pytest.raises(StatesError, match=message):
+        invert(states, pocket, 1, **options)

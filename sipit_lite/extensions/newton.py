@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sipit_lite.model import SipItError
+from sipit_lite.model import ModelError, SipItError, advised, plain_settings
 from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Batches, Policy, State, check_settings, nearest
+
+Jacobian = Float[Tensor, "d_model d_model"]
 
 TRIALS = 4  # dampings tried with one Jacobian
 SMALLEST_DAMPING = 1e-4
@@ -31,7 +33,7 @@ class Newton:
     lens: Policy | None = None  # a ``Lens`` or ``Reading``, which has ``embeddings``
 
     def __post_init__(self) -> None:
-        check_settings(self, "proposals_per_step", "max_steps")
+        check_settings(self)
         if not self.damping > 0:
             raise SipItError(f"got damping={self.damping}; expected a number above 0")
 
@@ -63,9 +65,9 @@ class Newton:
         while True:
             yield e
             # The dear part, so that several dampings are tried with it.
-            jacobian = step.jacobian(e)
+            slope = jacobian(step, e)
             for _ in range(TRIALS):
-                trial = e + damped_step(jacobian, residual, damping)
+                trial = e + damped_step(slope, residual, damping)
                 left = observed - step.embedding(trial[None])[0].detach()
                 if left.norm() < residual.norm():
                     e = trial
@@ -76,9 +78,19 @@ class Newton:
                 damping *= 5
 
 
-def damped_step(
-    jacobian: Float[Tensor, "d_model d_model"], residual: State, damping: float
-) -> State:
+@plain_settings()
+def jacobian(step: OneStepMap, e: State) -> Jacobian:
+    """∂F/∂e at an embedding, row i of number i; ``ModelError`` where it has no room."""
+    size = f"a Jacobian of {len(e)} rows after {step.position} tokens"
+    with torch.enable_grad(), advised(size, step.model.dtype, ModelError):
+        # A clone: gradients through a view would drag the whole table along.
+        e = e.detach().clone().requires_grad_()
+        state = step.embedding(e[None])[0]
+        directions = torch.eye(len(e)).to(state)
+        return torch.autograd.grad(state, e, directions, is_grads_batched=True)[0]
+
+
+def damped_step(jacobian: Jacobian, residual: State, damping: float) -> State:
     """δ with (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀr (Levenberg, Marquardt); zero where J is."""
     # Solved in float64: the condition number of JᵀJ is that of J squared.
     normal = (jacobian.T @ jacobian).double()
