@@ -26,7 +26,7 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1105,
-    "extensions": 1495,
+    "extensions": 1510,
     "experiments": 2850,
     "teaching": 1000,
     "cli": 430,
