@@ -19,10 +19,10 @@ from sipit_lite import (
     NotVerified,
     Recovery,
     StatesError,
+    acceptance,
     invert,
     invert_many,
     load,
-    sipit,
 )
 from sipit_lite.io.text import prompts
 
@@ -193,7 +193,7 @@ def test_ctrl_c_keeps_what_is_known(
     def pressed(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sipit, "try_candidates", pressed)
+    monkeypatch.setattr(acceptance, "try_candidates", pressed)
     for reader in (blind(lens), lens):
         with pytest.raises(Interrupted) as stop:
             invert_many(states, pocket, lens.layer, lens=reader)
