@@ -274,8 +274,8 @@ def landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
     limited = hasattr(decoder.config, "max_position_embeddings")
     if len(blocks) != 1 or not norms or not limited:
         got = f"got {type(decoder).__name__} with {len(blocks)} lists of {depth} blocks"
-        limit = "a" if limited else "no"
-        parts = f"{len(norms)} norms of width {width}, {limit} max_position_embeddings"
+        limit = f"{'a' if limited else 'no'} max_position_embeddings"
+        parts = f"{len(norms)} norms of width {width} and {limit}"
         raise ModelError(f"{got}, {parts}; expected a decoder-only language model")
     return blocks[0], norms[-1]  # a norm of the embeddings comes first
 
