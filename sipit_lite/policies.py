@@ -3,7 +3,6 @@
 Each enumerates all tokens once: the bound of Theorem 3.1, T·|V| tests, holds for all.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
@@ -109,7 +108,7 @@ class Published(Gradient):
     """Algorithm 3 as published: the mean squared error, one candidate a step."""
 
     proposals_per_step: int = 1
-    max_steps: int = sys.maxsize
+    max_steps: int = 2**62
     mean: ClassVar[bool] = True
 
 

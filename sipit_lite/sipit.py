@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -154,8 +153,9 @@ class _Options:
         if self.prefix is None:
             self.prefix = self.model.vocabulary[:0]  # no token, on the right device
         if not isinstance(self.prefix, Tensor):
-            got = f"got a prefix of type {type(self.prefix).__name__}"
-            raise StatesError(f"{got}; expected token ids, as of model.encode(text)")
+            raise StatesError(
+                f"got prefix={self.prefix!r:.40}; expected a tensor of ids"
+            )
         self.drafts = self.policy == "auto"
         if self.policy == "auto":
             self.policy = Gradient()  # a lens brings one of its own for each prompt
@@ -181,10 +181,9 @@ class _Prompt:
     def observe(self, states: object, noise: Any, width: Any, passes: Any) -> None:
         """Check what was observed; ``error`` says what is wrong with it."""
         options = self.options
-        where = (options.model, options.layer)
-        bounds = (noise, width, options.prefix)
+        where = (options.model, options.layer, noise, width, options.prefix)
         try:
-            self.observed = acceptance.Observation.of(states, *where, *bounds)
+            self.observed = acceptance.Observation.of(states, *where)
             count = len(self.observed.states)
             self.passes = [count] if passes is None else passes
             lengths = self.passes if isinstance(self.passes, Sequence) else ()
@@ -259,7 +258,7 @@ class _Prompt:
             distance, radius = acceptance.bit_for_bit(distance, observed, *known, step)
         if options.certify:
             best = distance.argmin()
-            gaps = vector_norm((states - states[best]).double(), dim=1)
+            gaps = (states - states[best]).double().norm(dim=1)
             gaps[best] = torch.inf  # of all others the nearest, twins included
             self.recovery.margin[t] = gaps.min()
         self.settle(t, distance, radius)
@@ -286,15 +285,16 @@ class _Prompt:
             self.length = t + 1
             self.searched = True
             return
-        decode = self.options.model.decode
-        where = (self.options.model, self.options.layer)
-        hint = acceptance.suspected(self.observed.states, *where)
+        model = self.options.model
+        hint = acceptance.suspected(self.observed.states, model, self.options.layer)
         what = f"no token verifies ({hint})"
         if len(verified):
-            rival = f"{int(verified[-1])} {decode(verified[-1:])!r}"
+            rival = f"{int(verified[-1])} {model.decode(verified[-1:])!r}"
             what = f"{len(verified)} tokens verify, among them {rival}"
-        token = f"{int(best.indices[0])} {decode(best.indices[:1])!r} at {nearest:.3g}"
-        what += f"; nearest of {int(row.tested[t])} tested is {token}"
+        token = f"{int(best.indices[0])} {model.decode(best.indices[:1])!r}"
+        what += (
+            f"; nearest of {int(row.tested[t])} tested is {token}, {nearest:.3g} off"
+        )
         self._refuse(Ambiguous if len(verified) else NotVerified, what)
 
     def read_once_more(self, states: Float[Tensor, "pos d_model"]) -> None:
