@@ -153,9 +153,7 @@ class _Options:
         if self.prefix is None:
             self.prefix = self.model.vocabulary[:0]  # no token, on the right device
         if not isinstance(self.prefix, Tensor):
-            raise StatesError(
-                f"got prefix={self.prefix!r:.40}; expected a tensor of ids"
-            )
+            raise StatesError(f"got prefix={self.prefix!r:.40}; expected a tensor")
         self.drafts = self.policy == "auto"
         if self.policy == "auto":
             self.policy = Gradient()  # a lens brings one of its own for each prompt
@@ -292,9 +290,7 @@ class _Prompt:
             rival = f"{int(verified[-1])} {model.decode(verified[-1:])!r}"
             what = f"{len(verified)} tokens verify, among them {rival}"
         token = f"{int(best.indices[0])} {model.decode(best.indices[:1])!r}"
-        what += (
-            f"; nearest of {int(row.tested[t])} tested is {token}, {nearest:.3g} off"
-        )
+        what += f"; nearest of {int(row.tested[t])} tested is {token} at {nearest:.3g}"
         self._refuse(Ambiguous if len(verified) else NotVerified, what)
 
     def read_once_more(self, states: Float[Tensor, "pos d_model"]) -> None:

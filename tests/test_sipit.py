@@ -567,7 +567,7 @@ def test_another_prefix_is_refused(pocket: LanguageModel) -> None:
     [
         ({"seed": "a"}, "seed='a'; expected"),
         ({"seed": 1.5}, "seed=1.5; expected"),
-        ({"prefix": "def"}, "got prefix='def'; expected a tensor of ids"),
+        ({"prefix": "def"}, "got prefix='def'; expected a tensor"),
         ({"passes": 3}, "got passes of 3 positions; expected lengths"),
         ({"passes": ["a"]}, "expected lengths of at least 1, 2 in all"),
         ({"passes": [1.0, 1.0]}, "expected lengths of at least 1, 2 in all"),
