@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sipit_lite.io.files import arrays, replacing
+from sipit_lite.io.files import arrays, check_path, replacing
 from sipit_lite.model import LanguageModel, StatesError
 from sipit_lite.recovery import NotVerified, Recovery
 from sipit_lite.sipit import invert
@@ -234,7 +234,10 @@ def capture(
     if not wanted or not 0 <= wanted[0] <= wanted[-1] <= ours.n_layers + 1:
         there = f"{ours.name} has layers 0 (embeddings) to {ours.n_layers}"
         raise StatesError(f"got layers {wanted}; {there}, and one after the norm")
-    Captured.of({}, ours, dtype, ())  # a bad format is refused before the model runs
+    # A bad format or path is refused before the model runs.
+    Captured.of({}, ours, dtype, ())
+    if path is not None:
+        check_path(path, StatesError)
     tape = Tape(ours, dtype, {layer: [] for layer in wanted})
     hook = ours.decoder.register_forward_pre_hook(tape.before, with_kwargs=True)
     finished = False
@@ -263,10 +266,10 @@ def write_states(
     """
     layers = [layers] if isinstance(layers, int) else sorted(set(layers))
     ids = model.encode(text)
-    with replacing(path, StatesError, folders=False) as part:
-        states = {layer: model.states(ids, layer).cpu() for layer in layers}
-        captured = Captured.of(states, model, dtype, [len(ids)])
-        _save(part, captured)
+    check_path(path, StatesError)
+    states = {layer: model.states(ids, layer).cpu() for layer in layers}
+    captured = Captured.of(states, model, dtype, [len(ids)])
+    _save(path, captured)
     return captured
 
 

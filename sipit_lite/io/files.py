@@ -1,7 +1,7 @@
 """Files that are complete or not there, and what safetensors files hold."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,12 @@ def replacing(
         reason = " ".join(str(error).split())
         refusal = f"got {str(path)!r}, where no file can be written ({reason})"
         raise kind(refusal) from error
+
+
+def check_path(path: str | Path, kind: type[Exception]) -> None:
+    """Raise ``kind`` where ``replacing`` could not write; nothing is changed there."""
+    with suppress(LookupError), replacing(path, kind, folders=False):
+        raise LookupError  # leaves without the rename
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -108,6 +108,21 @@ def test_paths_are_checked_before_the_work(
     assert computed == []
 
 
+def test_a_capture_has_its_path_checked_before_the_model_runs(tmp_path: Path) -> None:
+    """A folder of that name, or none to hold it; and an earlier file stays."""
+    earlier = tmp_path / "earlier"
+    earlier.write_bytes(b"kept")
+    for path in (tmp_path, tmp_path / "none" / "states"):
+        refused = pytest.raises(SipItError, match="no file can be written")
+        with refused, recording(MODEL.decoder, path):
+            pytest.fail("the model was run")
+    empty = pytest.raises(SipItError, match="no forward pass")
+    with empty, recording(MODEL.decoder, earlier):
+        pass
+    assert earlier.read_bytes() == b"kept"
+    assert list(tmp_path.iterdir()) == [earlier]
+
+
 def test_a_run_is_refused_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
