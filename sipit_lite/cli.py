@@ -16,15 +16,13 @@ from transformers import BitsAndBytesConfig
 from typer import Argument, Option
 
 import sipit_lite as sl
-from sipit_lite.experiments import checks, paper, safety
+from sipit_lite.experiments import checks, paper, perturb, safety, survey
 from sipit_lite.experiments import reproduce as lab
 from sipit_lite.experiments.collision_speed import collisions as detector
 from sipit_lite.experiments.inversion import inversion
 from sipit_lite.experiments.last_states import laststate, reach
-from sipit_lite.experiments.perturb import quantised
 from sipit_lite.io.corpora import SOURCES, from_source
 from sipit_lite.io.loading import POCKET, REAL
-from sipit_lite.model import LanguageModel, SipItError, StatesError
 
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
 POLICIES |= {"published": sl.Published(), "random": sl.Random()}
@@ -35,7 +33,6 @@ DEMO_TEXTS = {
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
     "emoji and scripts": "naïve 🙂 привет, 世界!",
 }
-COUNTS = ("minimum", "compared", "collisions", "practical")  # of a report
 # The format that products are computed in, and the switch of transformers.
 WEIGHTS = {"int8": ("float16", "load_in_8bit"), "fp4": ("bfloat16", "load_in_4bit")}
 
@@ -47,8 +44,6 @@ Layers = Annotated[list[int] | None, Option(help="Several: --layers 3 6.")]
 Quick = Annotated[bool, Option("--quick", help="A smoke run of seconds.")]
 Shards = Annotated[str | None, Option(help="A folder, where a stopped run goes on.")]
 Source = Annotated[Literal[*SOURCES] | None, Option(help="Of the text.")]
-# Options that take several values at once.
-SEVERAL = ("--layers", "--lengths", "--ways")
 
 app = typer.Typer(add_completion=False, help="Hidden states that give back the prompt.")
 
@@ -72,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = getattr(error.__cause__, "errors", list)()
         received = f"got {errors[0]['input']!r}; " if errors else ""
         return say(label, received + error.format_message())
-    except SipItError as error:
+    except sl.SipItError as error:
         return say(label, error)
     except KeyboardInterrupt as stop:
         # An inversion that was stopped carries what it has.
@@ -82,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # What Python would still flush at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message = f"got {error}; expected room for the output"
-        return 141 if isinstance(error, BrokenPipeError) else say(label, message)
+        return 141 if isinstance(error, BrokenPipeError) else say(label, f"got {error}")
 
 
 def say(label: str, message: object, code: int = 2) -> int:
@@ -101,15 +95,10 @@ def spread(arguments: Sequence[str]) -> list[str]:
         # The values end where the next option starts.
         if argument.startswith("-"):
             option = argument
-        elif option in SEVERAL and written[-1] != option:
+        elif option in ("--layers", "--lengths", "--ways") and written[-1] != option:
             written.append(option)
         written.append(argument)
     return written
-
-
-def bad(received: str, expected: str) -> StatesError:
-    """The error for input of which a command can make nothing."""
-    return StatesError(f"got {received}; expected {expected}")
 
 
 @dataclass
@@ -124,10 +113,10 @@ class Session:
     seed: Annotated[int, Option(min=0, max=2**62, help="Of what is drawn.")] = 0
     as_json: Annotated[bool, Option("--json", help="JSON instead of text.")] = False
 
-    def open(self, deepest: int | None = None) -> LanguageModel:
+    def open(self, deepest: int | None = None) -> sl.LanguageModel:
         """The model, without the blocks after the deepest layer."""
         if self.device_map and self.device != "auto":
-            raise bad(f"--device {self.device} with --device-map", "one of them")
+            raise sl.StatesError(f"got --device {self.device} with --device-map")
         options = {"device": self.device, "device_map": self.device_map}
         usual, switch = WEIGHTS.get(self.weights, ("float32", None))
         if switch:
@@ -141,8 +130,7 @@ class Session:
         if self.as_json:
             written = json.dumps(summary, default=lambda x: x.tolist())
             # What is not finite was not measured.
-            finite = json.loads(written, parse_constant=lambda name: None)
-            text = json.dumps(finite, allow_nan=False)
+            text = json.dumps(json.loads(written, parse_constant=lambda name: None))
         print(text, flush=True)
 
 
@@ -150,18 +138,16 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     """Make a function of a ``Session`` a command that takes the options of both."""
     shared = inspect.signature(Session).parameters
     every = inspect.signature(function).parameters | shared
-    del every["session"]
 
     def run(**options: Any) -> int | None:
         session = Session(**{name: options.pop(name) for name in shared})
         return function(session, **options)
 
     # Typer reads the options from here.
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in every.values()]
-    run.__signature__ = inspect.Signature(parameters)
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(function.__name__, help=inspect.getdoc(function))(run)
-    return function
+    options = [p.replace(kind=p.KEYWORD_ONLY) for p in every.values()]
+    run.__signature__ = inspect.Signature(options[1:])  # all but the session
+    run.__annotations__ = {p.name: p.annotation for p in options}
+    return app.command(function.__name__, help=inspect.getdoc(function))(run)
 
 
 @command
@@ -174,7 +160,7 @@ def demo(session: Session, layer: Layer = None) -> int:
     layers = range(model.n_layers + 1) if layer is None else [layer]
     prompts = {name: model.encode(text) for name, text in DEMO_TEXTS.items()}
     plan = lab.Plan(1, 20, seed=session.seed)
-    [prompts["random tokens"]] = lab.at_random(model, 1, plan)
+    prompts["random tokens"] = lab.at_random(model, 1, plan)[0]
     rows = []
     for (name, ids), at in product(prompts.items(), layers):
         recovered = sl.invert(model.states(ids, at), model, at, seed=session.seed)
@@ -213,10 +199,9 @@ def capture(
         text = sys.stdin.buffer.read().decode(errors="surrogateescape")
     model = session.open(max(layers) if layers else None)
     form = getattr(torch, dtype) if dtype else None
-    layers = layers or [model.n_layers]
-    stored = sl.write_states(output, model, text, layers, dtype=form)
-    summary = {"file": output, "model": model.name, "layers": list(stored.states)}
-    summary["dtype"] = str(stored.at(stored.layer).dtype).removeprefix("torch.")
+    saved = sl.write_states(output, model, text, layers or [model.n_layers], dtype=form)
+    summary = {"file": output, "model": model.name, "layers": list(saved.states)}
+    summary["dtype"] = str(saved.at(saved.layer).dtype).removeprefix("torch.")
     session.show(summary, "  ".join(f"{key}: {summary[key]}" for key in summary))
 
 
@@ -239,22 +224,21 @@ def invert(
     sipit-lite invert states.safetensors --lens lens.safetensors
     """
     if (file is None) == (text is None):
-        raise bad("both or neither of a file and --text", "one of them")
-    others = {"policy": policy != "auto", "lens": lens, "certify": certify}
-    others["on-fail"] = on_fail != "raise"
-    for name, given in others.items():
-        if last and given:
-            raise bad(f"--last with --{name}", "no option that needs all states")
+        raise sl.StatesError("got both or no file and --text; expected one of them")
+    others = {"policy": policy, "lens": lens, "certify": certify, "on-fail": on_fail}
+    for name, given in others.items():  # each needs all states
+        if last and given not in ("auto", None, False, "raise"):
+            raise sl.StatesError(f"got --last with --{name}; expected one of them")
     if length is not None and not last:
-        raise bad("--length without --last", "them together")
+        raise sl.StatesError("got --length without --last; expected both")
     deepest = layer
     if text is None:
         captured = sl.read_states(file, None if layer is None else [layer])
         # A file may come from anybody, and to load a model is to trust its folder.
         ours = (POCKET, REAL, os.environ.get("SIPIT_LITE_MODEL"))
         if session.model is None and captured.model not in ours:
-            received = f"{file!r} with states of the model {captured.model!r}"
-            raise bad(received, "--model with the name of a model that you trust")
+            received = f"got {file!r} with states of the model {captured.model!r}"
+            raise sl.StatesError(f"{received}; expected --model with one you trust")
         session.model = session.model or captured.model
         deepest = max(captured.states) if layer is None else layer
     # A lens is of the model with all its blocks.
@@ -275,9 +259,8 @@ def invert(
         # Without a layer, the cheapest one that does not refuse.
         recovered = captured.invert(model, layer, **options)
         at = recovered.layer
-    summary = vars(recovered) | {"model": model.name, "layer": at}
-    summary["certified"] = recovered.certified
-    session.show(summary, recovered.text)
+    more = {"model": model.name, "layer": at, "certified": recovered.certified}
+    session.show(vars(recovered) | more, recovered.text)
     guesses = (~recovered.verified).nonzero()[:, 0].tolist()
     if last:
         ends = f"distance {recovered.distance[-1]:.2g}, "
@@ -290,13 +273,13 @@ def invert(
     return 0 if lens is None or Path(lens).exists() else 1
 
 
-def lens_of(path: str, model: LanguageModel, layer: int) -> sl.Lens:
+def lens_of(path: str, model: sl.LanguageModel, layer: int) -> sl.Lens:
     """The lens of a file, or a new one, which is written to it if that is possible."""
     if Path(path).exists():
         return sl.Lens.load(path, model)
     # Before the fit, which takes half a minute.
     if not os.access(Path(path).parent, os.W_OK):
-        raise bad(f"the lens {path!r}", "a name in a folder that can be written")
+        raise sl.StatesError(f"got the lens {path!r} in a folder that is not writable")
     model.check_layer(layer)
     lens = sl.Lens.fit(model, layer, progress=True)
     try:
@@ -330,30 +313,24 @@ def collisions(
     for layer, x in zip(layers, states, strict=True):
         x = x.to(model.device)
         report = sl.closest_pairs(x, closest, prompts=drawn, progress=True)
-        row = {name: getattr(report, name) for name in COUNTS}
-        near = []
-        for distance, pair in zip(report.distances, report.pairs.tolist(), strict=True):
-            texts = [model.decode(drawn[index]) for index in pair]
-            near.append({"distance": float(distance), "texts": texts})
-        rows.append({"layer": layer, "closest": near} | row)
+        near = survey.closest_texts(model, drawn, report)
+        rows.append({"layer": layer, "closest": near} | survey.counts(report))
     # The prompts of the closest pairs at the last layer, all pairs within each.
-    most = report.pairs.flatten().unique().tolist()[:exhaustive]
-    chosen = [drawn[index] for index in most]
-    continued = []
+    chosen = [drawn[i] for i in report.pairs.flatten().unique().tolist()[:exhaustive]]
+    longer = []
     for layer in layers if chosen else []:
         reports = sl.continuations(model, chosen, layer, progress=True)
         for ids, report in zip(chosen, reports, strict=True):
-            row = {name: getattr(report, name) for name in COUNTS}
-            continued.append({"layer": layer, "after": model.decode(ids)} | row)
+            place = {"layer": layer, "after": model.decode(ids)}
+            longer.append(place | survey.counts(report))
+    line = "layer {layer}: {compared} pairs, minimum {minimum:.3e}, "
+    line += "{collisions} collisions, {practical} practical"
     lines = ["collisions: ℓ2 distance below 1e-6; practical: torch.allclose"]
-    for row in rows + continued:
-        counts = f"{row['collisions']} collisions, {row['practical']} practical"
-        pairs = f"{row['compared']} pairs, minimum {row['minimum']:.3e}"
-        after = f", after {row['after']!r}" if "after" in row else ""
-        lines.append(f"layer {row['layer']}{after}: {pairs}, {counts}")
+    lines += [line.format(**row) for row in rows]
+    lines += [f"after {row['after']!r}, {line.format(**row)}" for row in longer]
     lines += [f"{pair['distance']:.3e} {pair['texts']}" for pair in near[:3]]
     summary = {"model": model.name, "device": str(model.device), "prompts": len(drawn)}
-    summary |= {"length": length, "layers": rows, "exhaustive": continued}
+    summary |= {"length": length, "layers": rows, "exhaustive": longer}
     session.show(summary, "\n".join(lines))
 
 
@@ -369,7 +346,7 @@ def bench(
     """
     model = session.open()
     if model.tokenizer is None:
-        raise bad(f"{model.name} without a readable tokenizer", "one for the prompts")
+        raise sl.StatesError(f"got {model.name} without a readable tokenizer")
     lines, data = BENCHES[name](model, quick=quick, seed=session.seed, progress=True)
     reported = [f"{key}: {value:.4g}" for key, value in data["reported"].items()]
     text = "\n".join([checks.verdicts(lines), *reported, *data.get("table", [])])
@@ -406,8 +383,7 @@ def reproduce(
     label = f"{rounded}, rounded" if rounded else session.weights or "full"
     if rounded:
         # The model keeps its name: the label says what was done to it.
-        decoder = quantised(model, rounded).decoder
-        model = LanguageModel(decoder, model.tokenizer, name=model.name)
+        model = perturb.quantised(model, rounded, name=model.name)
     names = list(lab.EXPERIMENTS) if experiment == "all" else [experiment]
     # Before the first run, not after it.
     paths = {}

@@ -30,7 +30,6 @@ BUDGET = {
     "experiments": 2850,
     "teaching": 1000,
     "cli": 430,
-    "door": 25,
     "all": 8600,
 }
 # What each part of the house may import, itself included.
@@ -42,7 +41,6 @@ MAY_IMPORT = {
     "teaching": {"core", "teaching"},
     "pocket_gpt2": {"core", "io", "pocket_gpt2"},
     "cli": {"core", "io", "extensions", "experiments", "cli"},
-    "door": {"cli"},
 }
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -57,9 +55,8 @@ def part_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     if relative.parts[0] in ROOMS:
         return relative.parts[0]
-    if relative.name == "__main__.py":
-        return "door"
-    return "cli" if relative.name == "cli.py" else "core"
+    # The door is a part of the command line that it opens.
+    return "cli" if relative.name in ("cli.py", "__main__.py") else "core"
 
 
 def line_count(path: Path) -> int:

@@ -64,7 +64,7 @@ def noisy(states: Rows, size: float | Tensor, seed: int = 0) -> Rows:
     return states + noise.to(states)
 
 
-def quantised(model: LanguageModel, form: str) -> LanguageModel:
+def quantised(model: LanguageModel, form: str, name: str = "") -> LanguageModel:
     """A copy of the model whose matrices, embeddings aside, went through ``rounded``.
 
     >>> from sipit_lite import load
@@ -78,7 +78,8 @@ def quantised(model: LanguageModel, form: str) -> LanguageModel:
         for weight in decoder.parameters():
             if weight.ndim == 2 and weight not in tables:
                 weight.copy_(rounded(weight, form))
-    return LanguageModel(decoder, model.tokenizer, name=f"{model.name}, {form} weights")
+    name = name or f"{model.name}, {form} weights"
+    return LanguageModel(decoder, model.tokenizer, name=name)
 
 
 def twins(

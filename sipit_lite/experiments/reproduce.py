@@ -34,7 +34,6 @@ from sipit_lite.sipit import invert
 Row = dict[str, Any]
 Prompts = list[Int[Tensor, " pos"]]
 Groups = dict[Any, Prompts]
-COUNTED = ("compared", "collisions", "practical")  # of a detector's report
 SUFFIX = " the quick brown fox jumps over the lazy"
 PREFIX = 12  # random tokens before it
 LAST = ("last",)  # where the paper has the last layer alone
@@ -115,7 +114,7 @@ def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
         reports = list(continuations(model, chosen, layer, progress=plan.progress))
         row = {"minimum": min(report.minimum for report in reports)}
         # Counts add up, since no pair stands in two reports.
-        for name in COUNTED:
+        for name in survey.COUNTED:
             row[name] = sum(getattr(report, name) for report in reports)
         rows.append(_row(model, layer, prompts=len(chosen), **row))
     return rows
@@ -146,8 +145,8 @@ def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
     for layer, x in zip(layers, states, strict=True):
         report = closest_pairs(x.to(model.device), 1, prompts=alike)
         row = {"answer": model.decode(answer[None]), "tried": len(ids)}
-        row |= {name: getattr(report, name) for name in ("minimum", *COUNTED)}
-        rows.append(_row(model, layer, prompts=len(alike), **row))
+        row |= {"prompts": len(alike), **survey.counts(report)}
+        rows.append(_row(model, layer, **row))
     return rows
 
 

@@ -22,6 +22,7 @@ from sipit_lite.model import LanguageModel, StatesError
 CLOSEST = 5  # pairs that are kept, with their texts
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 DIMENSION_ROWS = 4000  # the intrinsic dimension compares all their pairs
+COUNTED = ("compared", "collisions", "practical")  # of a detector's report
 GAUSSIAN_ROWS = 20_000  # rows that the normal null model draws
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -57,12 +58,8 @@ def survey(
     bar = tqdm(states, "layers", disable=not progress or None)  # None: on a terminal
     for layer, x in zip(layers, bar, strict=True):
         row, report = survey_layer(x.to(model.device), seed=seed)
-        closest = []
-        for pair, distance in zip(report.pairs, report.distances, strict=True):
-            if layer in read:
-                texts = [model.decode(distinct[i]) for i in pair]
-                closest.append({"distance": short(float(distance)), "texts": texts})
-        rows.append({"layer": layer, **row, "closest": closest})
+        closest = closest_texts(model, distinct, report) if layer in read else []
+        rows.append({"layer": layer, **row, "closest": short(closest)})
     return {
         "model": model.name,
         "prompts": len(prompts),
@@ -73,6 +70,23 @@ def survey(
         "quantiles": list(QUANTILES),
         "layers": rows,
     }
+
+
+def closest_texts(
+    model: LanguageModel, prompts: Sequence[Tensor], report: CollisionReport
+) -> list[dict[str, Any]]:
+    """The closest pairs of a report as texts, each with its distance."""
+    rows = []
+    apart = report.distances.tolist()
+    for pair, distance in zip(report.pairs.tolist(), apart, strict=True):
+        texts = [model.decode(prompts[index]) for index in pair]
+        rows.append({"distance": distance, "texts": texts})
+    return rows
+
+
+def counts(report: CollisionReport) -> dict[str, Any]:
+    """The numbers of a report that tables hold."""
+    return {name: getattr(report, name) for name in ("minimum", *COUNTED)}
 
 
 def survey_layer(
