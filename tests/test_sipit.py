@@ -567,6 +567,8 @@ def test_another_prefix_is_refused(pocket: LanguageModel) -> None:
     [
         ({"seed": "a"}, "seed='a'; expected"),
         ({"seed": 1.5}, "seed=1.5; expected"),
+        ({"epsilon": "a"}, "got epsilon=a; expected one finite number"),
+        ({"half_width": "a"}, "got half_width=a; expected one finite number"),
         ({"prefix": "def"}, "got prefix='def'; expected a tensor"),
         ({"passes": 3}, "got passes of 3 positions; expected lengths"),
         ({"passes": ["a"]}, "expected lengths of at least 1, 2 in all"),
