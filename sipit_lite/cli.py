@@ -21,13 +21,15 @@ from sipit_lite.experiments import reproduce as lab
 from sipit_lite.experiments.collision_speed import collisions as detector
 from sipit_lite.experiments.inversion import inversion
 from sipit_lite.experiments.last_states import laststate, reach
+from sipit_lite.experiments.real import real
 from sipit_lite.io.corpora import SOURCES, from_source
 from sipit_lite.io.loading import POCKET, REAL
 
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
 POLICIES |= {"published": sl.Published(), "random": sl.Random()}
 BENCHES = {"exactness": checks.exactness, "laststate": laststate, "reach": reach}
-BENCHES |= {"inversion": inversion, "collisions": detector, "safety": safety.safety}
+BENCHES |= {"inversion": inversion, "collisions": detector, "real": real}
+BENCHES["safety"] = safety.safety
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt comes back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
@@ -52,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 1 a demo or lens failed, 2 bad input, 130 Ctrl-C, 141 pipe."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     label = " ".join(["sipit-lite", *arguments[:1]])
-    # A terminal that cannot show a character still gets the rest.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -213,7 +214,7 @@ def invert(
     layer: Layer = None,
     policy: Annotated[Literal[*POLICIES], Option(help="Of search.")] = "auto",
     epsilon: Annotated[float | None, Option(help="Bound on the noise.")] = None,
-    lens: Annotated[str | None, Option(help="A file; fitted if not there.")] = None,
+    lens: Annotated[str | None, Option(help="A file to keep one in, or none.")] = None,
     on_fail: Annotated[Literal["raise", "nearest"], Option(help="A guess?")] = "raise",
     certify: Annotated[bool, Option("--certify", help="Test all tokens.")] = False,
     last: Annotated[bool, Option("--last", help="From the last state alone.")] = False,
@@ -241,8 +242,9 @@ def invert(
             raise sl.StatesError(f"{received}; expected --model with one you trust")
         session.model = session.model or captured.model
         deepest = max(captured.states) if layer is None else layer
-    # A lens is of the model with all its blocks.
-    model = session.open(None if lens else deepest)
+    # A lens is of all blocks; without one, those above expect what comes next.
+    alone = policy != "auto" or lens == "none"
+    model = session.open(deepest if alone else None)
     if text is not None:
         layer = model.n_layers if layer is None else layer
         captured = sl.Captured({layer: model.states(text, layer)}, model.name)
@@ -250,12 +252,11 @@ def invert(
     options = {"epsilon": epsilon, "seed": session.seed, "progress": True}
     if last:
         captured.check(model)
-        # One row, and nothing of the others.
         row = captured.at(at)[-1:].flatten()
         recovered = sl.invert_last(row, model, at, length, **options)
     else:
         options |= {"policy": POLICIES[policy], "on_fail": on_fail, "certify": certify}
-        options["lens"] = lens_of(lens, model, at) if lens else None
+        options["lens"] = lens and lens != "none" and lens_of(lens, model, at)
         # Without a layer, the cheapest one that does not refuse.
         recovered = captured.invert(model, layer, **options)
         at = recovered.layer
@@ -270,7 +271,7 @@ def invert(
     elif certify:
         say("certified", f"{recovered.certified}, room {recovered.headroom.min():.2g}")
     # A lens that could not be kept takes no prompt with it.
-    return 0 if lens is None or Path(lens).exists() else 1
+    return 0 if lens in (None, "none") or Path(lens).exists() else 1
 
 
 def lens_of(path: str, model: sl.LanguageModel, layer: int) -> sl.Lens:
@@ -344,6 +345,7 @@ def bench(
 
     sipit-lite bench inversion --quick
     """
+    session.model = session.model or (REAL if name == "real" else None)
     model = session.open()
     if model.tokenizer is None:
         raise sl.StatesError(f"got {model.name} without a readable tokenizer")
@@ -385,7 +387,6 @@ def reproduce(
         # The model keeps its name: the label says what was done to it.
         model = perturb.quantised(model, rounded, name=model.name)
     names = list(lab.EXPERIMENTS) if experiment == "all" else [experiment]
-    # Before the first run, not after it.
     paths = {}
     for name in names if output else []:
         paths[name] = lab.result_path(output, model, name, label, force=force)

@@ -27,7 +27,7 @@ BUDGET = {
     "core": 1800,
     "io": 1115,
     "extensions": 1510,
-    "experiments": 2850,
+    "experiments": 2900,
     "teaching": 1000,
     "cli": 430,
     "all": 8600,

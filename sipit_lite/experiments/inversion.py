@@ -1,4 +1,4 @@
-"""Inversion side by side: the published loop, Newton and ``auto``."""
+"""Inversion side by side: the published loop, LM order and ``auto``."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,16 @@ from itertools import islice
 from statistics import median
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sipit_lite.experiments import checks
 from sipit_lite.experiments.baselines import published
 from sipit_lite.experiments.checks import Check, clock, progress_bar, share
 from sipit_lite.extensions.lens import Lens
-from sipit_lite.extensions.newton import Newton
+from sipit_lite.extensions.reading import final_states, log_law, unembedding
 from sipit_lite.io.text import KINDS, prompts
 from sipit_lite.model import LanguageModel
-from sipit_lite.recovery import Recovery
 from sipit_lite.sipit import invert, invert_many
-
-TIMED = ("prose", "random")
 
 
 @dataclass(frozen=True)
@@ -48,39 +44,38 @@ def inversion(
     size = QUICK if quick else Size()
     last = model.n_layers
     timed = sorted({1, last // 2, last})
-    # Installed text, the default of a lens, takes seconds to collect.
     text = sample(model, "random", 100, 64, seed) if quick else None
     sizes = {"tokens": size.lens_tokens, "features": size.features}
     lenses: dict[int, Lens] = {}
-    reported = {}
     for layer in progress_bar(timed if quick else range(last + 1), "lenses", progress):
         lenses[layer] = Lens.fit(model, layer, prompts=text, **sizes, seed=seed)
     exact = exactness(model, lenses, size, seed, progress)
     rows = {}
-    for kind in TIMED:
+    for kind in ("prose", "random"):
         options = sample(model, kind, size.prompts, size.tokens, seed)
         for layer in progress_bar(timed, f"speed, {kind}", progress):
-            row = compare(model, options, layer, lenses[layer], size)
+            slow = size.slow if layer == last else 0
+            row = measure(model, options, lenses[layer], slow, size.limit)
             rows[f"{kind}, layer {layer}"] = row
     lengths = {}
     for n in size.lengths:
-        options = sample(model, "code", 5, n, seed)
-        lengths[n] = median(auto_seconds(model, options, lenses[last]))
-        reported[f"auto, code, {n} tokens, last layer: seconds"] = lengths[n]
-    batches = {}
+        row = measure(model, sample(model, "code", 5, n, seed), lenses[last])
+        rows[f"code, {n} tokens, last layer"] = row
+        lengths[n] = row["seconds"]
     options = sample(model, "prose", size.batch, size.tokens, seed)
     for layer in timed:
         row = together(model, options, lenses[layer])
-        batches[f"batch of {size.batch}, prose, layer {layer}"] = row
-    for name, row in (rows | batches).items():
+        rows[f"batch of {size.batch}, prose, layer {layer}"] = row
+    reported = {}
+    for name, row in rows.items():
         reported |= {f"{name}: {what}": value for what, value in row.items()}
     # Errors first: speed without exactness is nothing.
     lines = [
         Check.of("exact, auto", share(run["exact"] for run in exact)),
         Check.of("silent errors", sum(run["silent error"] for run in exact)),
     ]
-    for kind in TIMED:
-        passes = [rows[f"{kind}, layer {n}"]["forward passes"] for n in timed]
+    for kind in ("prose", "random"):
+        passes = [rows[f"{kind}, layer {n}"]["passes, median"] for n in timed]
         gain = rows[f"{kind}, layer {last}"]["speed-up"]
         lines += [
             Check.of(f"{checks.PUBLISHED}, {kind}, last layer", gain),
@@ -122,52 +117,59 @@ def exactness(
     return runs
 
 
-def compare(
-    model: LanguageModel, options: Sequence[Tensor], layer: int, lens: Lens, size: Size
+def measure(
+    model: LanguageModel,
+    drawn: Sequence[Tensor],
+    lens: Lens,
+    slow: int = 0,
+    limit: float = 0.0,
 ) -> dict[str, float]:
-    """Medians over prompts: seconds of each way, also over a forward pass."""
-    # What is measured once for a model and a layer is not in the seconds.
-    invert(model.states(options[0], layer), model, layer, lens=lens)
-    seconds = {"forward": [], "auto": auto_seconds(model, options, lens)}
-    seconds["auto without a lens"] = []
-    slow: dict[str, list] = {"newton": [], "published": []}
-    for n, ids in enumerate(options):
-        states = model.states(ids, layer)
-        plain = partial(_inverted, ids, states, model, layer)
-        # So short that one measurement says little.
-        forward = partial(model.states, ids, layer)
-        seconds["forward"].append(_repeated(forward, model, 5))
-        seconds["auto without a lens"].append(clock(plain, model.device))
-        if n < size.slow:  # seconds for a prompt
-            slow["newton"].append(plain(policy=Newton()))
-        if layer == model.n_layers:
-            slow["published"].append(published(states, model, layer, limit=size.limit))
-    pairs = zip(seconds["auto"], seconds["forward"], strict=True)
-    row = {"forward passes": median(auto / forward for auto, forward in pairs)}
-    for name, runs in slow.items():
-        if runs:
-            seconds[name] = [run.seconds for run in runs]
-            tested = torch.cat([run.tested for run in runs]).float()
-            row[f"candidates per token, {name}"] = float(tested.median())
-    middle = {name: median(times) for name, times in seconds.items()}
-    if slow["published"]:
+    """Exactness, seconds, passes and tests of a token; the first few by other ways.
+
+    The published loop stops at its ``limit``. In LM order, the law of the next token
+    alone, the tests of a token are its rank: no search needs to run.
+    """
+    layer = lens.layer
+    states = [model.states(ids, layer) for ids in drawn]
+    work = partial(invert_many, model=model, layer=layer, lens=lens)
+    work(states[:1])  # what is measured once for a layer is not in the seconds
+    seconds = []
+    passes = []
+    tested = []
+    verdicts = []
+    for ids, x in zip(drawn, states, strict=True):
+        # So short that one measurement says little; in the same minute, since a
+        # machine may be busy in another.
+        forward = _repeated(partial(model.states, ids, layer), model, 5)
+        outcomes: list = []
+        seconds.append(
+            clock(lambda x=x, to=outcomes: to.extend(work([x])), model.device)
+        )
+        passes.append(seconds[-1] / forward)
+        verdicts.append(checks.judged(ids, outcomes[0]))
+        recovered = getattr(outcomes[0], "recovered", outcomes[0])
+        tested.append(float(recovered.tested.double().mean()))
+    row = {
+        "exact": share(verdict["exact"] for verdict in verdicts),
+        "silent errors": sum(verdict["silent error"] for verdict in verdicts),
+        "seconds": median(seconds),
+        "passes, median": median(passes),
+        "passes, slowest 5 %": sorted(passes)[int(0.95 * len(passes))],
+        "tests of a token": median(tested),
+    }
+    if slow and unembedding(model) is not None:
+        ranks = []
+        for ids, x in zip(drawn, states, strict=True):
+            law = log_law(model, final_states(model, x, layer))[:-1]
+            ahead = law > law.gather(1, ids[1:, None])
+            ranks.append(1 + float(ahead.sum(1).double().mean()))
+        row["tests of a token, LM order"] = median(ranks)
+    runs = [published(x, model, layer, limit=limit) for x in states[:slow]]
+    if runs:
         # Where it is below 1, the speed-up is a lower bound.
-        finished = share(run.finished for run in slow["published"])
-        row["published within the time limit"] = finished
-        row["speed-up"] = middle["published"] / middle["auto"]
-    return {f"{name}, seconds": value for name, value in middle.items()} | row
-
-
-def auto_seconds(
-    model: LanguageModel, options: Sequence[Tensor], lens: Lens
-) -> list[float]:
-    """Seconds of ``auto`` for each prompt."""
-    times = []
-    for ids in options:
-        states = model.states(ids, lens.layer)
-        work = partial(_inverted, ids, states, model, lens.layer, lens=lens)
-        times.append(clock(work, model.device))
-    return times
+        row["published within the limit"] = share(run.finished for run in runs)
+        row["speed-up"] = median(run.seconds for run in runs) / row["seconds"]
+    return row
 
 
 def together(
@@ -190,14 +192,3 @@ def together(
 def _repeated(work: Callable[[], object], model: LanguageModel, rounds: int) -> float:
     """The median of so many measurements."""
     return median(clock(work, model.device) for _ in range(rounds))
-
-
-def _inverted(
-    ids: Tensor, states: Tensor, model: LanguageModel, layer: int, **options: object
-) -> Recovery:
-    """What ``invert`` returns; a time counts only for the right prompt."""
-    recovery = invert(states, model, layer, **options)
-    if not torch.equal(recovery.tokens, ids.cpu()):
-        wrong = recovery.tokens.tolist()
-        raise AssertionError(f"recovered {wrong}, the prompt is {ids.tolist()}")
-    return recovery

@@ -59,9 +59,9 @@ def lens_of(model: LanguageModel, layer: int) -> Lens | None:
         lens = None
         print(f"sipit-lite fits a lens of layer {layer}, kept as {path}; "
               "lens=False does without", **say)  # fmt: skip
-        options = {"tokens": TOKENS, "features": FEATURES, "progress": True}
+        sizes = {"tokens": TOKENS, "features": FEATURES}
         try:
-            lens = Lens.fit(model, layer, **options)
+            lens = Lens.fit(model, layer, **sizes, progress=True)
             lens.save(path)
         except SipItError as error:  # too little memory or text, or a full disk
             print(f"sipit-lite: {error}", **say)

@@ -128,10 +128,7 @@ class Lens(Regression):
     def nearness(
         self, states: States, correction: Tensor | float = 0.0
     ) -> Float[Tensor, "rows vocab"]:
-        """−½ ‖(E_v − ê) ``whiten``‖² of each token v, up to a constant a row.
-
-        ``correction`` is added to the prediction ê.
-        """
+        """−½ ‖(E_v − ê) ``whiten``‖² of each v; ``correction`` is added to ê."""
         table, squares = self._whitened
         expected = (self.predict(states) + correction) @ self.whiten
         return torch.addmm(-squares / 2, expected, table.T)

@@ -46,7 +46,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         self.tested: list[tuple[Tensor, Tensor]] = []  # states, what the lens leaves
-        self.sums: tuple[Tensor, Tensor] | None = None  # of positions before this one
+        self.sums: tuple[Tensor, ...] = ()  # of positions before this one
         self.tests = 0
 
     @cached_property
@@ -87,10 +87,6 @@ class Reading:
         """Log-probability of each token at these positions."""
         return log_law(self.lens.model, self.before[rows])
 
-    def embeddings(self, states: Tensor) -> Tensor:
-        """The embedding that the lens expects behind each state."""
-        return self.lens.embeddings(states)
-
     def proposals(
         self, step: OneStepMap, observed: State, generator: torch.Generator
     ) -> Batches:
@@ -98,28 +94,32 @@ class Reading:
         untried = torch.ones_like(step.model.vocabulary, dtype=torch.bool)
         law = None
         t = step.position
-        self._close()
+        if self.tested:  # at an earlier position
+            self.sums = self._moments()
+            self.tested = []
         # Where nothing was read yet, the proxies of a few steps are the first pairs.
         descent = Gradient(max_steps=STEPS).proposals(step, observed, generator)
         for i in count():
-            if not self.lens.fitted:
-                self._relieve()
             orders = []
-            if self.lens.fitted:
-                orders.append(self.lens.nearness(observed[None])[0])
+            lens = self.lens if self.lens.fitted else self.lens.after(self.tests)
+            if lens is not self.lens:  # the search has cost as much: pairs start anew
+                self.lens = lens
+                self.tested = []
+                self.sums = ()
+            if lens.fitted:
+                orders.append(lens.nearness(observed[None])[0])
             if i > 1 and self.tested:  # what fewer pairs say is noise
                 orders.append(self.taught(observed))
             # The prior costs a pass, once: not for what the lens all but knows.
-            wanted = i > 0 or "before" in vars(self) or not self.lens.fitted
+            wanted = i > 0 or "before" in vars(self) or not lens.fitted
             if law is None and wanted and self.before is not None:
                 law = self.law(slice(t, t + 1))[0]
             if law is not None:
-                orders += [law, *(order + self.lens.weight * law for order in orders)]
-            size = BATCHES[min(i, len(BATCHES) - 1)]
-            size = min(size, int(untried.sum()))
+                orders += [law, *(order + lens.weight * law for order in orders)]
+            size = min(BATCHES[min(i, len(BATCHES) - 1)], int(untried.sum()))
             best = [order.masked_fill(~untried, -torch.inf) for order in orders]
             parts = [order.topk(size).indices for order in best]
-            if not self.lens.fitted and i < STEPS:
+            if not lens.fitted and i < STEPS:
                 parts.append(next(descent, untried.nonzero()[:size, 0]))
             batch = torch.cat(parts).unique()
             batch = batch[untried[batch]]
@@ -137,36 +137,19 @@ class Reading:
 
     def taught(self, observed: State) -> Float[Tensor, " vocab"]:
         """``nearness``, corrected by a ridge regression on what was tested."""
-        states, left = map(torch.cat, zip(*self.tested, strict=True))
-        centre = states.mean(0)
-        xx, xy = self._moments()
-        damped = xx + DAMPED * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
+        xx, xy, centre, correction = self._moments()
+        size = xx.diagonal().mean().clamp(min=1e-20)  # also where all states are one
+        damped = xx + DAMPED * size * torch.eye(len(xx)).to(xx)
         slope = torch.linalg.solve(damped, xy)
-        correction = left.mean(0) + (observed.float() - centre) @ slope
+        correction = correction + (observed.float() - centre) @ slope
         return self.lens.nearness(observed[None], correction)[0]
 
-    def _relieve(self) -> None:
-        """Go on with a lens where the search has cost as much; pairs start anew."""
-        before = self.lens
-        self.lens = before.after(self.tests)
-        if self.lens is not before:
-            self.tested = []
-            self.sums = None
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        """Sums of squares and products, each position about its own mean."""
+    def _moments(self) -> tuple[Tensor, ...]:
+        """Products, each position about its own means, and the means of this one."""
         states, left = map(torch.cat, zip(*self.tested, strict=True))
         x = states - states.mean(0)
-        products = (x.T @ x, x.T @ left)
-        if self.sums is None:
-            return products
-        return tuple(map(torch.add, self.sums, products))
-
-    def _close(self) -> None:
-        """Count what was tested at an earlier position about its own mean."""
-        if self.tested:
-            self.sums = self._moments()
-            self.tested = []
+        before = self.sums or (0.0, 0.0)
+        return before[0] + x.T @ x, before[1] + x.T @ left, states.mean(0), left.mean(0)
 
 
 @plain_settings()
