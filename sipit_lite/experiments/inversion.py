@@ -119,10 +119,10 @@ def exactness(
 
 def measure(
     model: LanguageModel,
-    drawn: Sequence[Tensor],
+    drawn: list[Tensor],
     lens: Lens,
     slow: int = 0,
-    limit: float = 0.0,
+    limit: float = 0,
 ) -> dict[str, float]:
     """Exactness, seconds, passes and tests of a token; the first few by other ways.
 
@@ -133,29 +133,23 @@ def measure(
     states = [model.states(ids, layer) for ids in drawn]
     work = partial(invert_many, model=model, layer=layer, lens=lens)
     work(states[:1])  # what is measured once for a layer is not in the seconds
-    seconds = []
+    runs = []
     passes = []
-    tested = []
     verdicts = []
     for ids, x in zip(drawn, states, strict=True):
-        # So short that one measurement says little; in the same minute, since a
-        # machine may be busy in another.
+        # In the same minute: a machine may be busy in another.
         forward = _repeated(partial(model.states, ids, layer), model, 5)
-        outcomes: list = []
-        seconds.append(
-            clock(lambda x=x, to=outcomes: to.extend(work([x])), model.device)
-        )
-        passes.append(seconds[-1] / forward)
-        verdicts.append(checks.judged(ids, outcomes[0]))
-        recovered = getattr(outcomes[0], "recovered", outcomes[0])
-        tested.append(float(recovered.tested.double().mean()))
+        [outcome] = work([x])
+        runs.append(getattr(outcome, "recovered", outcome))  # a refusal carries one
+        passes.append(runs[-1].seconds / forward)
+        verdicts.append(checks.judged(ids, outcome))
     row = {
         "exact": share(verdict["exact"] for verdict in verdicts),
         "silent errors": sum(verdict["silent error"] for verdict in verdicts),
-        "seconds": median(seconds),
+        "seconds": median(run.seconds for run in runs),
         "passes, median": median(passes),
         "passes, slowest 5 %": sorted(passes)[int(0.95 * len(passes))],
-        "tests of a token": median(tested),
+        "tests of a token": median(float(run.tested.double().mean()) for run in runs),
     }
     if slow and unembedding(model) is not None:
         ranks = []

@@ -1,6 +1,5 @@
 """Inversion of a model that others trained, over the time of one forward pass."""
 
-import torch
 from torch import Tensor
 
 from sipit_lite.acceptance import related
@@ -12,9 +11,9 @@ from sipit_lite.model import LanguageModel
 LENGTH = 20  # tokens of a prompt
 # Passes at layers 1, L/2 and L: of the median and of the slowest twentieth.
 KNOWN = ((5, 10, 100), (30, 60, 600))
-STRANGE = ((30, 100, 1000), (torch.inf,) * 3)
+STRANGE = ((30, 100, 1000),)
 KINDS = {"prose": KNOWN, "code": KNOWN, "other languages": STRANGE, "random": STRANGE}
-# Pushkin, Goethe, Cervantes, La Fontaine, Dante, Li Bai: long out of copyright.
+# Pushkin, Goethe, Cervantes, La Fontaine, Li Bai: long out of copyright.
 OTHERS = """У лукоморья дуб зелёный; златая цепь на дубе том: и днём и ночью кот учёный
 всё ходит по цепи кругом; идёт направо - песнь заводит, налево - сказку говорит.
 Wer reitet so spät durch Nacht und Wind? Es ist der Vater mit seinem Kind; er hat den
@@ -24,11 +23,10 @@ En un lugar de la Mancha, de cuyo nombre no quiero acordarme, no ha mucho tiempo
 vivía un hidalgo de los de lanza en astillero, adarga antigua, rocín flaco y galgo.
 Maître Corbeau, sur un arbre perché, tenait en son bec un fromage. Maître Renard, par
 l'odeur alléché, lui tint à peu près ce langage: Hé! bonjour, Monsieur du Corbeau.
-Nel mezzo del cammin di nostra vita mi ritrovai per una selva oscura, ché la diritta
-via era smarrita. Ahi quanto a dir qual era è cosa dura esta selva selvaggia e aspra.
 Там чудеса: там леший бродит, русалка на ветвях сидит; там на неведомых дорожках следы
 невиданных зверей; избушка там на курьих ножках стоит без окон, без дверей.
-床前明月光，疑是地上霜。举头望明月，低头思故乡。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"""
+床前明月光，疑是地上霜。举头望明月，低头思故乡。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。
+千山鸟飞绝，万径人踪灭。孤舟蓑笠翁，独钓寒江雪。春眠不觉晓，处处闻啼鸟。"""
 
 
 def real(
@@ -46,11 +44,10 @@ def real(
             row = measure(model, drawn, lens, 1, 0.1 if quick else 20.0)
             rows[place] = row
             reported |= {f"{place}: {what}": value for what, value in row.items()}
-            for name, bounds in zip(("median", "slowest 5 %"), limits, strict=True):
+            for name, bounds in zip(("median", "slowest 5 %"), limits, strict=False):
                 value = row[f"passes, {name}"]
                 known = (value, bounds[n], "lower", value <= bounds[n])
-                if bounds[n] < torch.inf:
-                    lines.append(Check(f"passes, {name}, {place}", *known))
+                lines.append(Check(f"passes, {name}, {place}", *known))
     exact = Check.of("exact", share(row["exact"] == 1 for row in rows.values()))
     silent = sum(row["silent errors"] for row in rows.values())
     first = [exact, Check.of("silent errors", silent)]

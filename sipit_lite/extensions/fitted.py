@@ -84,8 +84,7 @@ class Unfitted:
 
     def read(self, prompts: Sequence[Tensor]) -> list[tuple[Tensor, Reading]]:
         """No draft, and a search for every token."""
-        nothing = self.model.vocabulary[:0]
-        return [(nothing, Reading(self, states)) for states in prompts]
+        return [(self.model.vocabulary[:0], Reading(self, x)) for x in prompts]
 
     def after(self, tests: int) -> "Lens | Unfitted":
         """What to go on with after so many tests of one prompt."""

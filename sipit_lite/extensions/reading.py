@@ -36,9 +36,8 @@ States = Float[Tensor, "pos d_model"]
 class Reading:
     """A draft of one prompt, and a policy that starts from the lens and the prior.
 
-    ``lens`` has ``nearness``, ``embeddings``, ``weight`` and ``hits``; see ``Lens``.
     Each candidate that was tested teaches: its state and its embedding are a pair of
-    the very map that is searched, and correct the lens where it is wrong.
+    the very map that is searched, and correct the ``lens`` where it is wrong.
     """
 
     lens: Any
