@@ -281,7 +281,6 @@ def lens_of(path: str, model: sl.LanguageModel, layer: int) -> sl.Lens:
     # Before the fit, which takes half a minute.
     if not os.access(Path(path).parent, os.W_OK):
         raise sl.StatesError(f"got the lens {path!r} in a folder that is not writable")
-    model.check_layer(layer)
     lens = sl.Lens.fit(model, layer, progress=True)
     try:
         lens.save(path)
