@@ -154,7 +154,11 @@ class Lens(Regression):
     def read(self, prompts: Sequence[Tensor]) -> list[tuple[Tensor, Reading]]:
         """A draft of each prompt, and a search for what it has wrong."""
         readings = [Reading(self, states) for states in prompts]
-        return [(reading.tokens, reading) for reading in readings]
+        # What the lens drafts alone is one product for all prompts.
+        alone = [reading.states for reading in readings if reading.alone]
+        rows = self.draft(torch.cat([torch.zeros_like(prompts[0][:0]), *alone]))
+        drafts = iter(rows.split([len(states) for states in alone]))
+        return [(next(drafts) if r.alone else r.posterior(), r) for r in readings]
 
     def check(self, model: LanguageModel, layer: int) -> None:
         """Raise ``LensError`` unless it was fitted on this model and layer."""

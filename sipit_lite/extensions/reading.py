@@ -48,14 +48,16 @@ class Reading:
         self.sums: tuple[Tensor, ...] = ()  # of positions before this one
         self.tests = 0
 
-    @cached_property
-    def tokens(self) -> Int[Tensor, " pos"]:
-        """The likeliest token of each state; by the prior too where that saves time."""
+    @property
+    def alone(self) -> bool:
+        """Whether the lens drafts alone, since a prior would save no time."""
+        misses = len(self.states) * (1 - self.lens.hits)
+        above = max(0, self.lens.model.n_layers - self.lens.layer)
+        return SEARCH * misses <= above / max(self.lens.layer, 1) or self.before is None
+
+    def posterior(self) -> Int[Tensor, " pos"]:
+        """The likeliest token of each state, by lens and prior."""
         lens = self.lens
-        misses = len(self.states) * (1 - lens.hits)
-        above = max(0, lens.model.n_layers - lens.layer)
-        if SEARCH * misses <= above / max(lens.layer, 1) or self.before is None:
-            return lens.draft(self.states)
         tokens = []
         for first in range(0, len(self.states), ROWS):
             rows = slice(first, first + ROWS)

@@ -116,7 +116,7 @@ def test_a_prior_of_no_use_costs_nothing(
     states = pocket.states(ids, 1)
     assert Reading(replace(lens, weight=0.0), states).before is None
     sure = replace(lens, hits=1.0)
-    assert torch.equal(Reading(sure, states).tokens, lens.draft(states))
+    assert torch.equal(sure.read([states])[0][0], lens.draft(states))
 
 
 def test_nothing_to_calibrate_on(lens: Lens) -> None:
