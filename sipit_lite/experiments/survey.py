@@ -77,10 +77,9 @@ def closest_texts(
 ) -> list[dict[str, Any]]:
     """The closest pairs of a report as texts, each with its distance."""
     rows = []
-    apart = report.distances.tolist()
-    for pair, distance in zip(report.pairs.tolist(), apart, strict=True):
+    for pair, distance in zip(report.pairs, report.distances, strict=True):
         texts = [model.decode(prompts[index]) for index in pair]
-        rows.append({"distance": distance, "texts": texts})
+        rows.append({"distance": float(distance), "texts": texts})
     return rows
 
 

@@ -61,8 +61,8 @@ class Reading:
         tokens = []
         for first in range(0, len(self.states), ROWS):
             rows = slice(first, first + ROWS)
-            posterior = lens.nearness(self.states[rows]) + lens.weight * self.law(rows)
-            tokens.append(posterior.argmax(1))
+            score = lens.nearness(self.states[rows]) + lens.weight * self.law(rows)
+            tokens.append(score.argmax(1))
         return torch.cat(tokens)
 
     @cached_property
@@ -157,33 +157,28 @@ class Reading:
 @torch.no_grad()
 def final_states(model: LanguageModel, states: States, layer: int) -> States:
     """The states after the final norm, from those of a layer: blocks above it alone."""
+    states = states.to(model.dtype)
     if layer > model.n_layers:  # what left the norm
-        return states.to(model.dtype)
+        return states
     norm = getattr(model.decoder, model.parts[1])
     if layer == model.n_layers:
-        return norm(states.to(model.dtype))
+        return norm(states)
     above = model.cut(model.n_layers)
     blocks = getattr(above, model.parts[0])
-    # Whatever enters the decoder, its first block now reads the states.
-    first = copy.copy(blocks[layer])
-    first._forward_pre_hooks = OrderedDict()
-    first._forward_pre_hooks_with_kwargs = OrderedDict()
-    first.register_forward_pre_hook(_giving(states.to(model.dtype)), with_kwargs=True)
-    setattr(above, model.parts[0], nn.ModuleList([first, *blocks[layer + 1 :]]))
-    anything = model.embeddings[torch.zeros_like(model.vocabulary[:1])]
-    inputs = anything.expand(len(states), -1)[None]
-    return norm(above(inputs_embeds=inputs, use_cache=False).last_hidden_state[0])
 
-
-def _giving(states: States) -> Any:
-    """A hook that puts the states in the place of what a block receives."""
-
-    def hook(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def giving(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
             return (states[None], *args[1:]), kwargs
         return args, kwargs | {"hidden_states": states[None]}
 
-    return hook
+    # Whatever enters the decoder, its first block now reads the states.
+    first = copy.copy(blocks[layer])
+    first._forward_pre_hooks = OrderedDict()
+    first._forward_pre_hooks_with_kwargs = OrderedDict()
+    first.register_forward_pre_hook(giving, with_kwargs=True)
+    setattr(above, model.parts[0], nn.ModuleList([first, *blocks[layer + 1 :]]))
+    inputs = model.embeddings[:1].expand(len(states), -1)[None]  # anything
+    return norm(above(inputs_embeds=inputs, use_cache=False).last_hidden_state[0])
 
 
 def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"] | None:
