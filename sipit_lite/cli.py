@@ -239,7 +239,7 @@ def invert(
         ours = (POCKET, REAL, os.environ.get("SIPIT_LITE_MODEL"))
         if session.model is None and captured.model not in ours:
             received = f"got {file!r} with states of the model {captured.model!r}"
-            raise sl.StatesError(f"{received}; expected --model with one you trust")
+            raise sl.StatesError(f"{received}; expected --model with the name of one")
         session.model = session.model or captured.model
         deepest = max(captured.states) if layer is None else layer
     # A lens is of all blocks; without one, those above expect what comes next.
@@ -280,7 +280,7 @@ def lens_of(path: str, model: sl.LanguageModel, layer: int) -> sl.Lens:
         return sl.Lens.load(path, model)
     # Before the fit, which takes half a minute.
     if not os.access(Path(path).parent, os.W_OK):
-        raise sl.StatesError(f"got the lens {path!r} in a folder that is not writable")
+        raise sl.StatesError(f"got the lens {path!r}; expected a writable folder there")
     lens = sl.Lens.fit(model, layer, progress=True)
     try:
         lens.save(path)

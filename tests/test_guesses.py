@@ -23,7 +23,7 @@ def test_nearest_is_marked(pocket: LanguageModel) -> None:
 def test_bad_input(pocket: LanguageModel) -> None:
     """Policy and bounds."""
     with pytest.raises(
-        ValueError, match="got policy='fast', on_fail='raise'; expected 'auto'"
+        ValueError, match="got policy='fast', on_fail='raise', seed=0; expected 'auto'"
     ):
         invert(pocket.states("x", 1), pocket, 1, policy="fast")
     with pytest.raises(ValueError, match="got policy='auto', on_fail='guess'"):

@@ -169,7 +169,7 @@ def test_the_command_line_reads_them(
     assert cli.main([*words, "--model", "pocket-gpt2"]) == 0
     assert capsys.readouterr().out.strip() == TEXT
     assert cli.main(words) == 2
-    assert "--model with the name of a model" in capsys.readouterr().err
+    assert "--model with the name of one" in capsys.readouterr().err
     assert cli.main(["invert", path, "--model", "pocket-gpt2"]) == 2
     assert "without their numbers; expected" in capsys.readouterr().err
     normed = str(write(tmp_path, "tuple", hidden))

@@ -147,7 +147,7 @@ def test_a_lens_has_its_path_checked_before_the_fit(
     monkeypatch.setattr(os, "access", lambda *_: False)
     command = ["invert", "--text", "x", "--layer", "1", "--device", "cpu"]
     assert cli.main([*command, "--lens", str(tmp_path / "lens")]) == 2
-    assert "a name in a folder that can be written" in capsys.readouterr().err
+    assert "expected a writable folder there" in capsys.readouterr().err
 
 
 def test_json_goes_to_standard_output_alone(
