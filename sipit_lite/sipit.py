@@ -204,6 +204,7 @@ class _Prompt:
         self.recovery.tokens[:known] = self.tokens.cpu()
         self.recovery.distance[:known] = 0.0
         self.recovery.tested[:known] = 0
+        self.recovery.margin[:known] = torch.inf  # no other token is in question
         self.length = known
 
     @property

@@ -544,6 +544,7 @@ def test_a_known_prefix_stands_before(dtype: torch.dtype, known: int) -> None:
         assert recovery.tokens.tolist() == ids.tolist()
         assert recovery.tested[:known].tolist() == [0] * known
         assert recovery.verified.all() and (recovery.tested[known:] > 0).all()
+        assert recovery.certified == ("certify" in options)
 
 
 def test_another_prefix_is_refused(pocket: LanguageModel) -> None:

@@ -234,8 +234,7 @@ def capture(
     if not wanted or not 0 <= wanted[0] <= wanted[-1] <= ours.n_layers + 1:
         there = f"{ours.name} has layers 0 (embeddings) to {ours.n_layers}"
         raise StatesError(f"got layers {wanted}; {there}, and one after the norm")
-    # A bad format or path is refused before the model runs.
-    Captured.of({}, ours, dtype, ())
+    Captured.of({}, ours, dtype, ())  # a bad format is refused before the model runs
     if path is not None:
         check_path(path, StatesError)
     tape = Tape(ours, dtype, {layer: [] for layer in wanted})
