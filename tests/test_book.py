@@ -21,6 +21,7 @@ ALLOWED_TAGS = {
     "hide-input", "hide-output", "hide-cell",
     "remove-input", "remove-output", "remove-cell",
     "nbval-ignore-output", "raises-exception", "exercise", "solution",
+    "every-model",
 }  # fmt: skip
 # For each of these MathJax would fetch a file that is not there (autoload.packages).
 FETCHING_MACROS = re.compile(
