@@ -5,7 +5,6 @@ full model, final norm and logits included.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 
@@ -16,10 +15,8 @@ from torch import Tensor, nn
 from sipit_lite.acceptance import Observation
 from sipit_lite.io.capture import tapped
 from sipit_lite.model import LanguageModel
-from sipit_lite.policies import State, nearest
+from sipit_lite.policies import Policy, Published, Random, State
 
-WINDOW = 50  # steps after which the proxy snaps to the nearest untried embedding
-FIRST_WINDOW = 25_000  # the first position's window grows by itself for so many tokens
 CANDIDATES = 64  # substitutions that the greedy search considers for each position
 BATCH = 256  # prompts that it reads in a step
 
@@ -45,21 +42,40 @@ def published(
     Ends after ``limit`` seconds. Accepts within the measured radius, not to 1e-5, which
     refuses true tokens read in another batch. Raises ``StatesError`` for bad states.
     """
-    return _sequential(states, model, layer, _descent, seed, limit)
+    return _sequential(states, model, layer, Published(), seed, limit)
 
 
 def brute_force(
     states: Tensor, model: LanguageModel, layer: int, seed: int = 0, limit: float = inf
 ) -> Attempt:
     """SipIt with the random policy (Algorithms 1 and 2), up to ``limit`` seconds."""
-    return _sequential(states, model, layer, _shuffled, seed, limit)
+    return _sequential(states, model, layer, Random(1), seed, limit)
+
+
+@dataclass(frozen=True, eq=False)
+class FullPasses:
+    """A one-step map that reads the whole prefix anew for each single candidate."""
+
+    model: LanguageModel
+    layer: int
+    prefix: list[int]
+
+    @property
+    def position(self) -> int:
+        """That of the candidate."""
+        return len(self.prefix)
+
+    def embedding(self, e: Float[Tensor, "1 d_model"]) -> Float[Tensor, "1 d_model"]:
+        """The state of one candidate, given by its embedding; differentiable."""
+        rows = torch.cat([self.model.embeddings[self.prefix], e])
+        return _full_pass(self.model, rows, self.layer)[-1:]
 
 
 def _sequential(
     states: Tensor,
     model: LanguageModel,
     layer: int,
-    policy: Callable[..., Iterable[int]],
+    policy: Policy,
     seed: int,
     limit: float,
 ) -> Attempt:
@@ -71,13 +87,13 @@ def _sequential(
     tested = []
     for t, target in enumerate(observed.states):
         tested.append(0)  # candidates at this position
-        for token in policy(model, layer, generator, prefix, target):
+        step = FullPasses(model, layer, prefix)
+        for token in policy.proposals(step, target, generator):
             tested[-1] += 1
-            ids = torch.tensor([*prefix, token], device=model.device)
             with torch.no_grad():
-                state = _full_pass(model, model.embeddings[ids], layer)[-1]
+                state = step.embedding(model.embeddings[token])
             if torch.linalg.vector_norm(state - target) <= observed.radius[t]:
-                prefix.append(token)
+                prefix.append(int(token))
                 break
             # One candidate is read in any case.
             if time.perf_counter() - started > limit:
@@ -89,42 +105,6 @@ def _sequential(
     seconds = time.perf_counter() - started
     complete = len(tokens) == len(observed.states)
     return Attempt(tokens, torch.tensor(tested), complete, seconds)
-
-
-def _shuffled(
-    model: LanguageModel, layer: int, generator: torch.Generator, *place: object
-) -> list[int]:
-    """Every token once, in a random order, wherever it is."""
-    return torch.randperm(model.vocab_size, generator=generator).tolist()
-
-
-def _descent(
-    model: LanguageModel,
-    layer: int,
-    generator: torch.Generator,
-    prefix: list[int],
-    target: State,
-) -> Iterator[int]:
-    """Every token once, nearest to a proxy that descends on the mean squared error."""
-    table = model.embeddings
-    untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
-    proxy = table[int(torch.randint(len(table), (), generator=generator))].clone()
-    window = WINDOW * (1 if prefix else 1 + len(table) // FIRST_WINDOW)
-    before = table[torch.tensor(prefix, device=table.device).long()]
-    for step in range(len(table)):
-        if step and step % window == 0:
-            proxy = table[nearest(table, proxy, untried, 1)[0]].clone()  # the snap
-        proxy = proxy.detach().requires_grad_()
-        states = _full_pass(model, torch.cat([before, proxy[None]]), layer)
-        error = (states[-1] - target).square().mean()
-        gradient = torch.autograd.grad(error, proxy)[0]
-        # Clipped to length 1; the rate falls from 1 to 0.01 within a window.
-        gradient = gradient * (1.0 / max(float(gradient.norm()), 1.0))
-        rate = 1 - 0.99 * (step % window) / (window - 1)
-        proxy = proxy.detach() - rate * gradient
-        token = int(nearest(table, proxy, untried, 1))
-        untried[token] = False  # so each token comes once
-        yield token
 
 
 def _full_pass(

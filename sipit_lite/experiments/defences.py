@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sipit_lite.acceptance import SAFETY, Observation, distance_to_stored, noise_floor
 from sipit_lite.extensions import laststate
 from sipit_lite.extensions.laststate import Guess, LastMap, Law, Search
+from sipit_lite.extensions.reading import final_states
 from sipit_lite.io.loading import load
 from sipit_lite.io.text import bundled
 from sipit_lite.model import LanguageModel, ModelError, SipItError
@@ -202,27 +203,8 @@ def continued(
     model.check_layer(layer)
     if not model.decoder.config.tie_word_embeddings:
         raise ModelError(f"{model.name} was loaded without its unembedding")
-    if positions is None:
-        positions = torch.arange(len(states))
-
-    def replace(block: object, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        # Whatever the blocks before have computed is thrown away.
-        if args:
-            return (states[None], *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": states[None]}
-
-    blocks, norm = (getattr(model.decoder, name) for name in model.parts)
-    following = blocks[layer] if layer < model.n_layers else norm
-    hook = following.register_forward_pre_hook(replace, with_kwargs=True)
-    with hook, torch.no_grad():
-        output = model.decoder(
-            inputs_embeds=states[None],
-            position_ids=positions[None].to(model.device),
-            # Without a mask, gaps are taken for several prompts packed into one.
-            attention_mask=torch.ones(1, len(states)).to(states),
-            use_cache=False,
-        ).last_hidden_state[0]
-    return output @ model.decoder.get_input_embeddings().weight.detach().T
+    table = model.decoder.get_input_embeddings().weight.detach()
+    return final_states(model, states, layer, positions) @ table.T
 
 
 def losses(

@@ -19,17 +19,8 @@ def continuations(
 ) -> Iterator[CollisionReport]:
     """For each prompt, the closest of its |V| one-token continuations (Fig. 4).
 
-    Parameters
-    ----------
-    layer: 0 (embeddings) to L
-
-    Returns
-    -------
-    A report a prompt, whose rows are tokens: its ``minimum`` is the margin Δ_{π,t}
-
-    Raises
-    ------
-    ModelError: for a bad layer or prompt
+    Yields a report a prompt, whose rows are tokens: its ``minimum`` is the margin
+    Δ_{π,t}. Raises ``ModelError`` for a bad layer or prompt.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -60,13 +51,7 @@ class Margins:
 def margins(model: LanguageModel, ids: Int[Tensor, " pos"], layer: int) -> Margins:
     """Scan the vocabulary after every prefix of a prompt, and compare all pairs.
 
-    Parameters
-    ----------
-    layer: 0 (embeddings) to L
-
-    Raises
-    ------
-    ModelError: for a bad layer or ids
+    Raises ``ModelError`` for a bad layer or ids.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")

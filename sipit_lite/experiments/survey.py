@@ -38,10 +38,7 @@ def survey(
 ) -> dict[str, Any]:
     """Distances between the states of all pairs of different prompts, by layer.
 
-    Parameters
-    ----------
-    layers: all from 1 by default
-    folder: keeps the states, so that an interrupted run goes on
+    All ``layers`` from 1 by default; ``folder`` keeps states for a run that goes on.
 
     >>> from sipit_lite import load
     >>> prompts = list(torch.tensor([[1, 2], [3, 2], [5, 4], [3, 2]]))
@@ -152,11 +149,8 @@ def survey_lengths(
     """``spread`` of the states of the windows' first tokens, for several lengths.
 
     All pairs of different beginnings: meant for a few thousand windows. ``layers``
-    defaults to the middle and the last.
-
-    Raises
-    ------
-    StatesError: for a length outside the windows, or with fewer than two beginnings.
+    defaults to the middle and the last. Raises ``StatesError`` for a length outside
+    the windows, or with fewer than two beginnings.
     """
     layers = [model.n_layers // 2, model.n_layers] if layers is None else list(layers)
     rows = []

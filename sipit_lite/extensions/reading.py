@@ -155,8 +155,13 @@ class Reading:
 
 @plain_settings()
 @torch.no_grad()
-def final_states(model: LanguageModel, states: States, layer: int) -> States:
-    """The states after the final norm, from those of a layer: blocks above it alone."""
+def final_states(
+    model: LanguageModel, states: States, layer: int, positions: Tensor | None = None
+) -> States:
+    """The states after the final norm, from those of a layer: blocks above it alone.
+
+    ``positions`` says where the states belong, if not at the start, without gaps.
+    """
     states = states.to(model.dtype)
     if layer > model.n_layers:  # what left the norm
         return states
@@ -177,8 +182,15 @@ def final_states(model: LanguageModel, states: States, layer: int) -> States:
     first._forward_pre_hooks_with_kwargs = OrderedDict()
     first.register_forward_pre_hook(giving, with_kwargs=True)
     setattr(above, model.parts[0], nn.ModuleList([first, *blocks[layer + 1 :]]))
-    inputs = model.embeddings[:1].expand(len(states), -1)[None]  # anything
-    return norm(above(inputs_embeds=inputs, use_cache=False).last_hidden_state[0])
+    config = above.config = copy.copy(above.config)
+    if getattr(config, "layer_types", None):  # masks go by the number of a block
+        config.layer_types = config.layer_types[layer:]
+    inputs = {"inputs_embeds": model.embeddings[:1].expand(len(states), -1)[None]}
+    if positions is not None:
+        inputs["position_ids"] = positions[None].to(model.device)
+        # Without a mask, gaps are taken for several prompts packed into one.
+        inputs["attention_mask"] = torch.ones(1, len(states)).to(states)
+    return norm(above(**inputs, use_cache=False).last_hidden_state[0])
 
 
 def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"] | None:

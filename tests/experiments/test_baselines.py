@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from sipit_lite import LanguageModel, OneStepMap, Published, Random, StatesError
 from sipit_lite.experiments.baselines import (
     Attempt,
-    _descent,
+    FullPasses,
     brute_force,
     greedy_coordinate,
     hard_prompts,
@@ -28,11 +28,12 @@ def test_published_proposes_what_our_gradient_policy_proposes(
     model = family[1]
     target = model.states(prompt[:5], 2)[-1]
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    theirs = _descent(model, 2, generators[0], prompt[:4].tolist(), target)
+    passes = FullPasses(model, 2, prompt[:4].tolist())
+    theirs = Published().proposals(passes, target, generators[0])
     step = OneStepMap.after(model, 2, prompt[:4])
     ours = Published().proposals(step, target, generators[1])
     for _ in range(12):
-        assert next(theirs) == int(next(ours))
+        assert int(next(theirs)) == int(next(ours))
 
 
 def test_every_token_is_proposed_once() -> None:
@@ -40,7 +41,8 @@ def test_every_token_is_proposed_once() -> None:
     model = LanguageModel(randomised(configuration("GPT2", vocabulary=60, width=32)))
     target = torch.zeros(model.d_model)
     generator = torch.Generator().manual_seed(0)
-    tokens = list(_descent(model, 1, generator, [], target))
+    step = FullPasses(model, 1, [])
+    tokens = torch.cat([*Published().proposals(step, target, generator)]).tolist()
     assert sorted(tokens) == list(range(model.vocab_size))
 
 
