@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pytest
@@ -10,6 +12,7 @@ import torch
 import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from sphinx.errors import ExtensionError
 
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
@@ -260,12 +263,58 @@ def listed_pages(entry: dict) -> Iterator[str]:
             yield from listed_pages(below)
 
 
+TOC = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
+INTRODUCTION = next(page for page in PAGES if page.stem == TOC["root"])
+CAPTIONS = [part["caption"] for part in TOC["parts"]]
+CHAPTERS = [list(listed_pages(part)) for part in TOC["parts"]]
+CORE = [n for part in CHAPTERS[: CAPTIONS.index("Deeper")] for n in part]
+DEEPER = CHAPTERS[CAPTIONS.index("Deeper")]
+
+
+def test_chapters_are_numbered_and_the_reference_is_not() -> None:
+    """Theorems and figures begin with the number of their chapter."""
+    numbered = [part["caption"] for part in TOC["parts"] if part.get("numbered") == 1]
+    assert numbered == CAPTIONS[:-1] and CAPTIONS[-1] == "Reference"
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    assert config["html"]["use_multitoc_numbering"] is True
+
+
+def test_former_addresses_lead_to_pages() -> None:
+    """The former name of a page leads to a page, and is no page itself."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    pages = {page.stem for page in PAGES}
+    for old, new in config["sphinx"]["config"]["redirects"].items():
+        assert old not in pages and new.partition("#")[0] in pages, (old, new)
+
+
+def test_redirect_is_written(tmp_path: Path) -> None:
+    """With the label of a section, or with that of the reader's link."""
+    redirects = load_extension("redirects")
+    app = SimpleNamespace(
+        builder=SimpleNamespace(name="html"),
+        config=SimpleNamespace(redirects={"old": "new", "part": "new#label"}),
+        env=SimpleNamespace(found_docs={"new"}),
+        outdir=tmp_path,
+    )
+    redirects.write_redirects(app, None)
+    assert '"new.html" + ("new.html"' in (tmp_path / "old.html").read_text()
+    assert 'href="new.html#label"' in (tmp_path / "part.html").read_text()
+    app.config.redirects = {"old": "nowhere"}
+    with pytest.raises(ExtensionError, match="'nowhere', no page"):
+        redirects.write_redirects(app, None)
+
+
+def load_extension(name: str) -> ModuleType:
+    """A module of ``book/_ext``."""
+    spec = spec_from_file_location(name, BOOK / "_ext" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_table_of_contents_lists_exactly_the_pages() -> None:
     """A page that is not listed is not built; one that is missing breaks the build."""
-    listed = list(
-        listed_pages(yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8")))
-    )
-    assert sorted(listed) == sorted(page.stem for page in PAGES)
+    assert sorted(listed_pages(TOC)) == sorted(page.stem for page in PAGES)
 
 
 def test_formulas_need_no_network() -> None:
@@ -305,7 +354,8 @@ def needs(path: Path) -> tuple[str, str]:
     """How long a chapter takes to read and to run, in the words of its line *Needs*."""
     line = re.search(r"^\*Needs:\*.*", prose(path), re.MULTILINE)
     found = line and re.search(
-        r" · ([^·]+) to read, .* · ([^·]+?)(?: to run)? on two cores", line.group()
+        r" · ([^·]+) to read(?:, [^·]*)? · ([^·]+?)(?: to run)? on two cores",
+        line.group(),
     )
     assert found, (
         f"{path.name}: expected a line '*Needs:* … · … to read, … · … on two cores · …'"
@@ -338,36 +388,20 @@ def test_status_page_quotes_the_chapters() -> None:
     }
 
 
-MINUTES = {
-    "ten minutes": 10,
-    "half an hour": 30,
-    "thirty minutes": 30,
-    "forty minutes": 40,
-    "fifty minutes": 50,
-}
-
-
-def test_readme_and_introduction_list_the_chapters() -> None:
-    """All of them, in the README with the minutes that they take to read."""
-    rows = re.findall(
-        r"^\| \[.*\]\(book/(\w+)\.ipynb\) .* (\d+) \|$",
-        prose(ROOT / "README.md"),
-        re.MULTILINE,
-    )
-    told = {path.stem: needs(path)[0] for path in NOTEBOOKS}
-    assert dict(rows) == {
-        name: str(MINUTES.get(read, read.removesuffix(" minutes")))
-        for name, read in told.items()
-    }
-    assert [
-        name for name in told if f"{{doc}}`{name}`" not in prose(BOOK / "intro.md")
-    ] == []
+def test_readme_and_introduction_name_the_chapters() -> None:
+    """All of them, the core path in its order."""
+    linked = re.findall(r"\]\(book/(\w+)\.ipynb\)", prose(ROOT / "README.md"))
+    named = re.findall(r"\{doc\}`(?:[^`<]*<)?(\w+)>?`", prose(INTRODUCTION))
+    for mentioned in (linked, named):
+        assert {path.stem for path in NOTEBOOKS} - {"intro"} <= set(mentioned)
+        in_order = list(dict.fromkeys(n for n in mentioned if n in CORE))
+        assert in_order == CORE
 
 
 PLAN = prose(BOOK / "instructors.md")
 SESSIONS = re.split(
     r"^## Session \d+: .*\n",
-    PLAN.split("\n## What students get wrong")[0],
+    PLAN.split("\n## Chapters for reports")[0],
     flags=re.MULTILINE,
 )[1:]
 OVERVIEW = re.findall(
@@ -376,21 +410,10 @@ OVERVIEW = re.findall(
 TAUGHT = [re.findall(r"\{doc\}`(\w+)`", row[1]) for row in OVERVIEW]
 
 
-def test_plan_covers_the_chapters() -> None:
-    """Parts I to III and the first chapter, each in one session, in order."""
-    parts = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))["parts"]
-    planned = [
-        part
-        for part in parts
-        if part["caption"].split(".")[0] in ("Start here", "I", "II", "III")
-    ]
-    assert len(planned) == 4
-    deeper = next(part for part in parts if part["caption"] == "Deeper")
-    extra = set(listed_pages(deeper))  # a session may take one, none has to
+def test_plan_follows_the_core_path() -> None:
+    """Each chapter of it in one session, in order; others where a session needs it."""
     taught = [name for session in TAUGHT for name in session]
-    assert [name for name in taught if name not in extra] == [
-        p for part in planned for p in listed_pages(part)
-    ]
+    assert [name for name in taught if name not in DEEPER] == CORE
     for number, (row, session) in enumerate(
         zip(OVERVIEW, TAUGHT, strict=True), start=1
     ):
@@ -402,22 +425,30 @@ def test_plan_covers_the_chapters() -> None:
     assert len(SESSIONS) == len(OVERVIEW) == 12
 
 
-def test_plan_names_every_exercise_once() -> None:
-    """Title, label and minutes are those of chapters that were taught by then."""
+NAMED = re.compile(r"\{ref\}`(.*) <(ex-[\w-]+)>`, (\d+) minutes")
+
+
+def test_sessions_name_exercises_of_chapters_taught_by_then() -> None:
+    """Title, label and minutes are those of the chapter."""
     seen: dict[str, tuple[str, int]] = {}
-    named = []
     for text, chapters in zip(SESSIONS, TAUGHT, strict=True):
         for name in chapters:
             seen |= exercises(prose(BOOK / f"{name}.ipynb"))
-        for title, label, minutes in re.findall(
-            r"\{ref\}`(.*) <(ex-[\w-]+)>`, (\d+) minutes", text
-        ):
+        for title, label, minutes in NAMED.findall(text):
             assert seen.get(label) == (title, int(minutes)), label
-            named.append(label)
         assert len(re.findall(r"<ex-", text)) == len(
             re.findall(r"`, \d+ minutes[;.]", text)
         )
-    assert sorted(named) == sorted(seen)
+
+
+def test_plan_names_every_exercise_of_the_book_once() -> None:
+    """In a session, or with the chapters that are for reports."""
+    every: dict[str, tuple[str, int]] = {}
+    for path in NOTEBOOKS:
+        every |= exercises(prose(path))
+    named = NAMED.findall(PLAN)
+    assert sorted(label for _, label, _ in named) == sorted(every)
+    assert {label: (title, int(minutes)) for title, label, minutes in named} == every
 
 
 @pytest.mark.parametrize("number", range(len(SESSIONS)))

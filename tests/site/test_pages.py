@@ -10,9 +10,11 @@ from playwright.sync_api import Locator
 
 WIDTHS = {"phone": 375, "tablet": 768, "desk": 1280}  # of the window, in CSS pixels
 DISK = (BUILD / "html").as_uri()
-PAGES = sorted(
-    path.name for path in (BUILD / "html").glob("*.html") if path.name != "index.html"
-)
+HTML = sorted((BUILD / "html").glob("*.html"))
+MOVED = [
+    path.name for path in HTML if "<title>Moved</title>" in path.read_text("utf-8")
+]
+PAGES = [p.name for p in HTML if p.name not in ("index.html", *MOVED)]
 # A command, an opening bracket of a formula, or a dollar.
 RAW_TEX = re.compile(r".{0,30}(?:\\[a-zA-Z(\[]|\$).{0,30}")
 # Code is code, and MathJax keeps the source of a formula nowhere else than in itself.
@@ -122,6 +124,15 @@ def test_front_page_leads_to_the_introduction(book: str, visit: Visitor) -> None
     page = visit(book, "intro.html").page
     page.goto(f"{book}/index.html", wait_until="commit")
     page.wait_for_url("**/intro.html")
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_former_address_leads_on(name: str, book: str, visit: Visitor) -> None:
+    """A reader with an old link reaches the page that took its place."""
+    page = visit(book, "intro.html").page
+    page.goto(f"{book}/{name}", wait_until="commit")
+    page.wait_for_url(lambda url: name not in url)
+    page.locator("article h1").wait_for()
 
 
 def test_search_answers(book: str, visit: Visitor) -> None:
