@@ -27,9 +27,8 @@ from sipit_lite.io.loading import POCKET, REAL
 
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
 POLICIES |= {"published": sl.Published(), "random": sl.Random()}
-BENCHES = {"exactness": checks.exactness, "laststate": laststate, "reach": reach}
-BENCHES |= {"inversion": inversion, "collisions": detector, "real": real}
-BENCHES["safety"] = safety.safety
+BENCHES = {"inversion": inversion, "safety": safety.safety, "real": real}
+BENCHES |= {"laststate": laststate, "reach": reach, "collisions": detector}
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt comes back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",

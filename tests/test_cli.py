@@ -210,7 +210,7 @@ def bad_commands(folder: Path) -> dict[str, tuple[list, str]]:
         "negative": ([*many, 4, "--exhaustive", -1], "got '-1'"),
         "source": ([*many, 4, "--source", "poems"], "'poems' is not one of 'bundled'"),
         "shards": ([*many, 4, "--shards", folder / "text" / "l"], "can be written"),
-        "bench": (["bench", "unknown"], "'unknown' is not one of 'exactness'"),
+        "bench": (["bench", "unknown"], "'unknown' is not one of 'inversion'"),
         "layer of a bench": (["bench", "reach", "--layer", 99], "No such option"),
         "policy of a bench": (
             ["bench", "reach", "--policy", "random"],

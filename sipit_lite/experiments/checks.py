@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,7 @@ from tqdm import tqdm
 
 from sipit_lite.io.text import prompts
 from sipit_lite.model import LanguageModel
-from sipit_lite.recovery import NotVerified, Outcome, Recovery
-from sipit_lite.sipit import invert
+from sipit_lite.recovery import Outcome, Recovery
 
 Number = float | int
 PUBLISHED = "speed-up over published"
@@ -102,32 +100,6 @@ def progress_bar(items: Iterable, name: str, progress: bool) -> Iterable:
     return tqdm(items, name, disable=None if progress else True)
 
 
-def exactness(
-    model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
-) -> tuple[list[Check], dict]:
-    """Invert held-out prompts and edge cases at the first, middle and last layer."""
-    layers = [1, model.n_layers // 2, model.n_layers]
-    counts = {"prose": 30, "code": 15, "random": 15}
-    if quick:
-        counts = dict.fromkeys(counts, 1)
-    drawn = list(held_out(model, counts, 5 if quick else 48, seed))
-    runs = []
-    for kind, ids in progress_bar(drawn, "held-out", progress):
-        runs += [attempt(model, ids, layer) | {"kind": kind} for layer in layers]
-    groups = {"all": runs}
-    # What breaks naive inverters.
-    for name, ids in edge_prompts(model, quick, seed).items():
-        where = layers[:1] if quick else layers
-        groups[name] = [attempt(model, ids, layer) for layer in where]
-    silent = sum(run["silent error"] for run in chain(*groups.values()))
-    checks = [Check.of("silent errors", silent)]
-    for name, group in groups.items():
-        checks.append(Check.of(f"exact, {name}", share(run["exact"] for run in group)))
-    tested = np.concatenate([run["tested"] for run in runs])
-    reported = {"candidates per token, median": float(np.median(tested))}
-    return checks, {"reported": reported, "runs": groups}
-
-
 def held_out(
     model: LanguageModel, counts: dict[str, int], longest: int, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
@@ -138,35 +110,6 @@ def held_out(
             # Another seed, else the shorter prompts would begin the longer ones.
             ids = next(prompts(model.tokenizer, kind, length, seed=seed + i))
             yield kind, ids.to(model.device)
-
-
-def edge_prompts(model: LanguageModel, quick: bool, seed: int) -> dict[str, Tensor]:
-    """The prompts that break naive inverters."""
-    full = min(32 if quick else model.n_positions, model.n_positions)
-    parts = islice(prompts(model.tokenizer, "prose", 16, seed=seed), -(-full // 16))
-    text = torch.cat(list(parts)).to(model.device)
-    return {
-        "full context": text[:full],
-        "repeated token": text[:1].repeat(8 if quick else 32),
-        "single token": text[:1],  # without a prefix, so without a cache
-        # Not every tokenizer has one.
-        "end-of-text token": text.new_tensor([model.tokenizer.eos_token_id or 0]),
-    }
-
-
-def attempt(model: LanguageModel, ids: Tensor, layer: int) -> dict:
-    """Invert the states of known ids, and say what came of it."""
-    states = model.states(ids, layer)
-    started = time.perf_counter()
-    try:
-        outcome = invert(states, model, layer)
-    except NotVerified as error:  # a refusal is an outcome, not a failure
-        outcome = error
-    seconds = time.perf_counter() - started
-    # A refusal carries what was recovered before it.
-    recovery = outcome if isinstance(outcome, Recovery) else outcome.recovered
-    row = {"layer": layer, "length": len(ids)} | judged(ids, outcome)
-    return row | {"tested": recovery.tested.tolist(), "seconds": round(seconds, 4)}
 
 
 def judged(ids: Int[Tensor, " pos"], outcome: Outcome) -> dict:

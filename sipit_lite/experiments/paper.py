@@ -135,20 +135,15 @@ def read_runs(place: str | Path) -> list[Run]:
 
     Raises ``RunsError`` where there is no file, or one that holds something else.
     """
-    place = Path(place)
     runs = []
-    for file in sorted(place.glob("*.json")) if place.is_dir() else [place]:
+    for file in sorted(Path(place).glob("*.json")) or [Path(place)]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except OSError:
-            break  # refused below, as an empty folder is
-        except ValueError as error:
-            raise RunsError(f"got {str(file)!r}, which is not JSON ({error})") from None
+        except (OSError, ValueError) as error:
+            wanted = "JSON, or a folder of it, that sipit-lite reproduce wrote"
+            raise RunsError(f"got {str(file)!r}; expected {wanted} ({error})") from None
         # A file holds one run or a list of them.
         runs += content if isinstance(content, list) else [content]
-    if not runs:
-        wanted = "a file, or a folder with files, that sipit-lite reproduce wrote"
-        raise RunsError(f"got {str(place)!r}; expected {wanted}")
     for run in runs:
         # A bench is JSON as well, so is any other file.
         known = isinstance(run, dict) and run.get("experiment") in SHOWN

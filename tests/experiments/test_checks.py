@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sipit_lite import LanguageModel, cli
+from sipit_lite import LanguageModel, cli, invert_many
 from sipit_lite.cli import main
 from sipit_lite.experiments import checks as bench
 from sipit_lite.experiments.checks import Check, verdicts
@@ -36,7 +36,7 @@ def test_quick_run_keeps_the_contract(
     if name == "real":
         for check in run["checks"][:2]:  # the passes are those of a busy machine
             assert check["ok"], check
-    if name in ("exactness", "safety"):
+    if name == "safety":
         assert all(check["ok"] for check in run["checks"]), run["checks"]
 
 
@@ -58,20 +58,13 @@ def test_counts_are_printed_below_the_table(
 
 @pytest.mark.parametrize(("length", "layer", "refused"), [(2, 1, None), (3, 2, True)])
 def test_silent_errors_are_counted(
-    pocket: LanguageModel,
-    monkeypatch: pytest.MonkeyPatch,
-    length: int,
-    layer: int,
-    refused: bool | None,
+    pocket: LanguageModel, length: int, layer: int, refused: bool | None
 ) -> None:
     """A wrong prompt without a refusal is a silent error; a refusal is not."""
     ids = torch.tensor([5, 6, 7], device=pocket.device)
-    honest = bench.invert
     # A prompt that is too short, or states of another layer.
-    monkeypatch.setattr(
-        bench, "invert", lambda states, model, _: honest(states[:length], model, layer)
-    )
-    run = bench.attempt(pocket, ids, 1)
+    [outcome] = invert_many([pocket.states(ids, 1)[:length]], pocket, layer)
+    run = bench.judged(ids, outcome)
     assert not run["exact"] and run["silent error"] == (refused is None)
     assert run["refused"] == ("NotVerified" if refused else None)
 

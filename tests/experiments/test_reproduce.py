@@ -323,12 +323,12 @@ def test_files_of_runs(tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(json.dumps({"bench": "scan"}))
     (tmp_path / "text.json").write_text("no")
     for name, message in (
-        ("none", "expected a file, or a folder"),
+        ("none", "expected JSON, or a folder"),
         ("bench.json", "with .*'scan'.* expected runs of"),
     ):
         with pytest.raises(RunsError, match=message):
             read_runs(tmp_path / name)
-    with pytest.raises(RunsError, match="which is not JSON"):
+    with pytest.raises(RunsError, match=r"text\.json.; expected JSON"):
         read_runs(tmp_path / "text.json")
 
 
