@@ -23,7 +23,7 @@ from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Batches, Gradient, State
 
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the prior, to choose from
-BATCHES = (16, 112, 256, 256, 512, 1024)  # candidates of each order
+BATCHES = (16, 16, 32, 64, 128, 256, 512, 1024)  # candidates of each order
 STEPS = 8  # of a gradient, where there is no lens
 DAMPED = 1e-3  # relative to the mean square of a coordinate
 SEARCH = 2  # passes that a token costs which the draft has wrong, roughly
