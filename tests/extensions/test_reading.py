@@ -104,7 +104,7 @@ def test_every_token_is_proposed_once(pocket: LanguageModel, lens: Lens) -> None
         first = lens.nearness(states[5:6])[0].topk(16).indices
         assert set(first.tolist()) == set(batches[0].tolist())
         width = 3 if kind == "prose" else 1
-        assert 112 <= len(batches[1]) <= 112 * width
+        assert reading.BATCHES[1] <= len(batches[1]) <= reading.BATCHES[1] * width
 
 
 def test_a_prior_of_no_use_costs_nothing(
