@@ -91,11 +91,14 @@ def test_a_lens_is_fitted_where_searches_would_cost_more(
     assert isinstance(offered(again, 2, 1, fits=True), Unfitted)
 
 
-def test_a_long_search_goes_on_with_a_lens(model: LanguageModel) -> None:
+def test_a_long_search_goes_on_with_a_lens(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As soon as one prompt has cost as many tests as the fit reads tokens."""
+    monkeypatch.setattr(fitted, "TOKENS", 500)
     drafter = Unfitted(model, LAYER, True)
-    assert drafter.after(1999) is drafter
-    assert isinstance(drafter.after(2001), Lens)
+    assert drafter.after(499) is drafter
+    assert isinstance(drafter.after(501), Lens)
     assert Unfitted(model, LAYER, False).after(10**9).fits is False
     ids = sample(model, "random")
     model.measured.clear()
