@@ -150,7 +150,7 @@ def test_search_answers(book: str, visit: Visitor) -> None:
         ).wait_for()
         assert (
             any(
-                "one_step_map" in link
+                "from_scratch" in link
                 for link in results.evaluate_all("a => a.map(x => x.href)")
             )
             is expected
