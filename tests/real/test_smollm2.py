@@ -3,7 +3,9 @@
 All by ``make real-test``, in a few minutes on two cores.
 """
 
+import json
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from sipit_lite.io.loading import REAL, _place
 from sipit_lite.io.text import distinct, prompts
 
 LENGTH = 12
+BOOK = Path(__file__).parents[2] / "book"
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +111,20 @@ def test_what_no_prompt_has_is_refused(model: sl.LanguageModel) -> None:
         sl.invert(states, model, 1, lens=False)
     with pytest.raises(sl.StatesError, match="smollm2 has shape"):
         sl.invert(states[:, 1:], model, 1)
+
+
+@pytest.mark.parametrize("page", ["positions", "since_the_paper"])
+def test_a_page_measures_what_it_stores(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cell for every model repeats the column of SmolLM2, up to rounding."""
+    spec = spec_from_file_location("every_model", BOOK / "every_model.py")
+    every_model = module_from_spec(spec)
+    spec.loader.exec_module(every_model)
+    monkeypatch.setenv("SIPIT_LITE_MODEL", REAL)
+    monkeypatch.chdir(tmp_path)
+    exec(dict(every_model.cells())[page], {"__name__": page})
+    runs = Path("runs") / f"{page}.json"
+    measured = json.loads(runs.read_text(encoding="utf-8"))[REAL]
+    stored = json.loads((BOOK / runs).read_text(encoding="utf-8"))[REAL]
+    assert measured == pytest.approx(stored, rel=0.1, abs=1e-6)
