@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sipit_lite.acceptance import Observation
 from sipit_lite.io.capture import tapped
 from sipit_lite.model import LanguageModel
+from sipit_lite.onestep import OneStepMap
 from sipit_lite.policies import Policy, Published, Random, State
 
 CANDIDATES = 64  # substitutions that the greedy search considers for each position
@@ -53,17 +54,10 @@ def brute_force(
 
 
 @dataclass(frozen=True, eq=False)
-class FullPasses:
+class FullPasses(OneStepMap):
     """A one-step map that reads the whole prefix anew for each single candidate."""
 
-    model: LanguageModel
-    layer: int
     prefix: list[int]
-
-    @property
-    def position(self) -> int:
-        """That of the candidate."""
-        return len(self.prefix)
 
     def embedding(self, e: Float[Tensor, "1 d_model"]) -> Float[Tensor, "1 d_model"]:
         """The state of one candidate, given by its embedding; differentiable."""
@@ -87,7 +81,7 @@ def _sequential(
     tested = []
     for t, target in enumerate(observed.states):
         tested.append(0)  # candidates at this position
-        step = FullPasses(model, layer, prefix)
+        step = FullPasses(model, layer, t, model.decoder, (), prefix)
         for token in policy.proposals(step, target, generator):
             tested[-1] += 1
             with torch.no_grad():

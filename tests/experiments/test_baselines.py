@@ -28,7 +28,7 @@ def test_published_proposes_what_our_gradient_policy_proposes(
     model = family[1]
     target = model.states(prompt[:5], 2)[-1]
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    passes = FullPasses(model, 2, prompt[:4].tolist())
+    passes = FullPasses(model, 2, 4, model.decoder, (), prompt[:4].tolist())
     theirs = Published().proposals(passes, target, generators[0])
     step = OneStepMap.after(model, 2, prompt[:4])
     ours = Published().proposals(step, target, generators[1])
@@ -41,7 +41,7 @@ def test_every_token_is_proposed_once() -> None:
     model = LanguageModel(randomised(configuration("GPT2", vocabulary=60, width=32)))
     target = torch.zeros(model.d_model)
     generator = torch.Generator().manual_seed(0)
-    step = FullPasses(model, 1, [])
+    step = FullPasses(model, 1, 0, model.decoder, (), [])
     tokens = torch.cat([*Published().proposals(step, target, generator)]).tolist()
     assert sorted(tokens) == list(range(model.vocab_size))
 
