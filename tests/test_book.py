@@ -1,6 +1,7 @@
 """The contract of the book: executed notebooks, pages that need nothing else."""
 
 import re
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -384,7 +385,7 @@ def test_status_page_quotes_the_chapters() -> None:
         re.MULTILINE,
     )
     assert {name: (read, run) for name, read, run in rows} == {
-        path.stem: needs(path) for path in NOTEBOOKS
+        name: needs(BOOK / f"{name}.ipynb") for name in CORE + DEEPER
     }
 
 
@@ -393,9 +394,24 @@ def test_readme_and_introduction_name_the_chapters() -> None:
     linked = re.findall(r"\]\(book/(\w+)\.ipynb\)", prose(ROOT / "README.md"))
     named = re.findall(r"\{doc\}`(?:[^`<]*<)?(\w+)>?`", prose(INTRODUCTION))
     for mentioned in (linked, named):
-        assert {path.stem for path in NOTEBOOKS} - {"intro"} <= set(mentioned)
+        assert {*CORE, *DEEPER} <= set(mentioned)
         in_order = list(dict.fromkeys(n for n in mentioned if n in CORE))
         assert in_order == CORE
+
+
+def test_picture_of_the_readme_is_that_of_the_first_page() -> None:
+    """It was made by the cell that stands there, and is small."""
+    outputs = [
+        out.data["image/png"]
+        for cell in code_cells(nbformat.read(INTRODUCTION, as_version=4))
+        for out in cell.outputs
+        if "image/png" in out.get("data", {})
+    ]
+    [picture] = map(b64decode, outputs)
+    name = "book/_static/prompt_comes_back.png"
+    assert (ROOT / name).read_bytes() == picture and len(picture) <= 150_000
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"]({name})" in readme and len(readme.splitlines()) <= 120
 
 
 PLAN = prose(BOOK / "instructors.md")

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(asked: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """The command of the README, on these models."""
+    """The command of book/package.md, on these models."""
     command = [
         sys.executable,
         "-m",

@@ -19,6 +19,7 @@ from test_book import MAX_LINES
 ROOT = Path(__file__).parent.parent
 POCKET = ROOT / "sipit_lite" / "pocket_gpt2"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+USAGE = (ROOT / "book" / "package.md").read_text(encoding="utf-8")
 
 
 def pins() -> dict[str, str]:
@@ -95,9 +96,9 @@ def test_card_figures_are_those_of_the_weights() -> None:
 
 
 def test_readme_is_true() -> None:
-    """Its commands exist."""
+    """Its commands exist, and those of the page that goes on from it."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"make (\.?\w+)", README):
+    for target in re.findall(r"make (\.?\w+)", README + USAGE):
         assert re.search(rf"^{re.escape(target)}:", makefile, re.M), target
 
 

@@ -1,4 +1,4 @@
-"""What the README's section on security promises, sentence by sentence."""
+"""What the section on security of book/package.md promises, sentence by sentence."""
 
 import ast
 import socket

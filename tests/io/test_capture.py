@@ -200,10 +200,11 @@ def test_neither_text_nor_ids(pocket: LanguageModel, tmp_path: Path) -> None:
     assert b"Nobody" not in (tmp_path / "s.safetensors").read_bytes()
 
 
-def test_the_layout_is_the_one_in_the_readme(tmp_path: Path) -> None:
+def test_the_layout_is_the_one_in_the_book(tmp_path: Path) -> None:
     """Every tensor and entry of the metadata has its line, and the other way round."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^\| ((?:tensor|metadata) [^|]*) \|", readme, re.MULTILINE)
+    page = Path(__file__).parents[2] / "book" / "package.md"
+    text = page.read_text(encoding="utf-8")
+    lines = re.findall(r"^\| ((?:tensor|metadata) [^|]*) \|", text, re.MULTILINE)
     told = {name for line in lines for name in re.findall(r"`([^`]*)`", line)}
     write_states(
         tmp_path / "s.safetensors",
@@ -216,7 +217,7 @@ def test_the_layout_is_the_one_in_the_readme(tmp_path: Path) -> None:
         assert told == {name.replace("2", "ℓ") for name in stored.keys()} | set(
             stored.metadata()
         )
-        assert f"`{stored.metadata()['format']}`" in readme
+        assert f"`{stored.metadata()['format']}`" in text
 
 
 def test_what_a_running_model_does_wrong(

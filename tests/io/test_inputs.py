@@ -225,7 +225,7 @@ def test_a_tokenizer_that_appends_a_token(pocket: LanguageModel) -> None:
 
 
 def test_rows_of_a_padded_batch(pocket: LanguageModel) -> None:
-    """The rows of the mask, as the README says; positions count from 0 in each."""
+    """The rows of the mask, as book/package.md says; positions count from 0 in each."""
     texts = ["hidden states", "give back the prompt"]
     rows = [pocket.encode(text) for text in texts]
     length = max(map(len, rows))

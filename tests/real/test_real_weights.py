@@ -1,6 +1,6 @@
 """Real weights through the whole path: states, cached steps, inversion, closest pairs.
 
-Not part of the suite, which needs no download: README says the command.
+Not part of the suite, which needs no download: book/package.md says the command.
 ``SIPIT_LITE_REAL_DTYPE`` is the format of the weights, float32 unless it says another.
 """
 
