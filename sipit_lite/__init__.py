@@ -18,6 +18,7 @@ ROOMS = {
     "extensions.lens": ("Lens", "LensError"),
     "extensions.laststate": ("LastStateError", "NotRecovered", "invert_last"),
     "extensions.newton": ("Newton",),
+    "extensions.leaked": ("Leaked",),
     "experiments.margins": ("Margins", "continuations", "margins"),
 }
 __all__ = [name for names in ROOMS.values() for name in names]

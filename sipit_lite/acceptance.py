@@ -305,7 +305,8 @@ def suspected(states: States, model: LanguageModel, layer: int) -> str:
         # Numbers that fit into fewer bits may have been computed in them.
         if model.dtype.itemsize > dtype.itemsize and (states.to(dtype) == states).all():
             hint += f"{dtype} numbers, {model.dtype} here: load(name, dtype={dtype})? "
-    return f"{hint}noisy states need epsilon; or another model, or another layer?"
+    others = "noisy states need epsilon, centred ones Leaked(model, 'centred')"
+    return f"{hint}{others}; or another model, or another layer?"
 
 
 def widen(

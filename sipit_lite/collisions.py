@@ -78,13 +78,10 @@ def closest_pairs(
 ) -> CollisionReport:
     """Find the k closest pairs of rows: those of all pairs compared in float64.
 
-    Parameters
-    ----------
-    states : (N, d_model), float16, bfloat16, float32 or float64, on any device
-    prompts : one for each row; a row whose prompt occurred before is left out and
-        counted, while equal states of different prompts are collisions
-    nearest : whether the nearest neighbour of every row is wanted too
-    within : pairs and neighbours farther than this need not be found: far quicker
+    ``states`` are (N, d_model), float16, bfloat16, float32 or float64. Of ``prompts``,
+    one a row, those that occurred before are left out and counted; equal states of
+    different ones are collisions. ``nearest`` wants the nearest neighbour of every row
+    too; what is farther than ``within`` need not be found: far quicker.
 
     Raises ``StatesError`` for rows that are not finite (it says which), another format,
     shape or number of prompts, or a k that is not between 1 and the number of pairs.

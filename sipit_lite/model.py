@@ -109,11 +109,9 @@ class LanguageModel:
 
     Parameters
     ----------
-    hf_model
-        Any causal model of ``transformers`` in memory, its head or LoRA and all; else
-        ``ModelError``, as where its blocks and final norm cannot be told apart.
-    tokenizer, name
-        Its tokenizer (without one, prompts are ids), and what messages call it.
+    hf_model: any causal model of ``transformers`` in memory, its head or LoRA and all;
+        else ``ModelError``, as where its blocks and final norm cannot be told apart
+    tokenizer, name: without one prompts are ids; what messages call it
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2)))
@@ -127,8 +125,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name or decoder.config._name_or_path or type(decoder).__name__
         self.begin, self._end = edge_tokens(tokenizer)
-        # What was measured of it once, by what and layer: measured["noise", 3].
-        self.measured: dict[tuple, Any] = {}
+        self.measured: dict[tuple, Any] = {}  # once, by what and layer: ("noise", 3)
         table = decoder.get_input_embeddings()
         self.hf_model = hf_model  # with the head; None where blocks were left out
         # Token ids, shape (|V|,), and what they give the first block, shape (|V|, d).

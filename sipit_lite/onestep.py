@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from sipit_lite.model import (
@@ -43,7 +43,7 @@ class OneStepMap:
     model: LanguageModel
     layer: int
     position: int
-    cut: nn.Module
+    cut: object  # called like a decoder
     past: tuple[tuple[Tensor, Tensor], ...]  # (1, heads, pos, d_head), block by block
 
     @classmethod
@@ -99,7 +99,7 @@ class OneStepMap:
                     size //= 2
 
     @plain_settings()
-    def embedding(self, e: Rows) -> Rows:
+    def embedding(self, e: Float[Tensor, "rows inputs"]) -> Rows:
         """F(e): the next token's embedding replaced by each row; differentiable."""
         if self.position >= self.model.n_positions:
             reads = f"{self.model.name} reads {self.model.n_positions}"

@@ -113,7 +113,7 @@ class Published(Gradient):
 
 
 def clipped_gradient(
-    step: OneStepMap, e: State, observed: State, *, mean: bool = False
+    step: OneStepMap, e: State, observed: Tensor, *, mean: bool = False
 ) -> State:
     """∇_e ½‖F(e) − ĥ_t‖², or that of the mean squared error, its norm clipped at 1."""
     with torch.enable_grad():

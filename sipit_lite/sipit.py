@@ -47,35 +47,25 @@ def invert(
 
     Parameters
     ----------
-    states
-        Shape (T, d_model), any floating-point format; after the norm if layer = L + 1.
-    policy, lens, seed
-        The order of candidates: ``"auto"`` drafts with ``lens`` and searches by the
-        lens's own policy for what it misses. Without one it is ``Gradient()``, or where
-        tokens are many what ``extensions.fitted`` offers; ``False`` lets it fit none.
-    epsilon
-        Bound on noise ‖ĥ_t − h_t‖₂ that was added on purpose, one number or one a
-        position; without it ε_t is the measured noise floor alone.
-    half_width
-        How far rounding may have moved the numbers of each position, where it is not
-        that of their format: half the scale, for what was stored as 8-bit integers.
-    passes
-        For 16 bits: how many positions each pass computed; one pass by default.
-    prefix
-        Token ids known to stand before ``states``; recovered with them, 0 tested.
-    certify
-        Test all tokens and measure the margin of the accepted one. All are tested
-        anyway with ``epsilon``, in 16 bits, and for states stored more coarsely.
-    on_fail
-        ``"nearest"`` takes the nearest token where none or several verify, marks it as
-        not ``verified``, and goes on.
+    states: (T, d_model) in any floating-point format; for layer L + 1 after the norm
+    policy, lens, seed: the order of candidates: ``"auto"`` drafts with ``lens`` and
+        searches by the lens's own policy for what it misses. Without one it is
+        ``Gradient()``, or where tokens are many what ``extensions.fitted`` offers;
+        ``False`` lets it fit none
+    epsilon: bound on noise ‖ĥ_t − h_t‖₂ that was added on purpose, one number or one a
+        position; without it ε_t is the measured noise floor alone
+    half_width: how far rounding may have moved the numbers of each position, where it
+        is not that of their format: half the scale, of what was 8-bit integers
+    passes: for 16 bits, how many positions each pass computed; one pass by default
+    prefix: token ids known to stand before ``states``; recovered with them, 0 tested
+    certify: test all tokens and measure the margin of the accepted one; all are tested
+        anyway with ``epsilon``, in 16 bits, and for states stored more coarsely
+    on_fail: ``"nearest"`` takes the nearest token where none or several verify, marks
+        it as not ``verified``, and goes on
 
-    Raises
-    ------
-    StatesError, ModelError, LensError
-        For states that no prompt has, a layer outside 0..L, another model's lens.
-    NotVerified, Ambiguous, Interrupted
-        Where none or several tokens verify; on Ctrl-C. With the verified prefix.
+    Raises ``StatesError``, ``ModelError``, ``LensError`` for states that no prompt has,
+    a layer outside 0..L + 1, another model's lens; ``NotVerified``, ``Ambiguous``,
+    ``Interrupted``, with the verified prefix, where no or several tokens verify.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -92,10 +82,11 @@ def invert(
 
 
 def invert_many(
-    states: Sequence,
+    states: Sequence | Tensor,
     model: LanguageModel,
     layer: int,
     *,
+    mask: Tensor | None = None,
     epsilon: float | Sequence | None = None,
     half_width: Sequence[Tensor | None] | None = None,
     passes: Sequence[Sequence[int] | None] | None = None,
@@ -104,10 +95,13 @@ def invert_many(
 ) -> list[Outcome]:
     """Recover many prompts of any lengths: one outcome a prompt, in their order.
 
-    Takes what ``invert`` takes, ``half_width`` and ``passes`` with one entry a prompt.
-    The outcome of a prompt that cannot be recovered is the error that ``invert`` would
-    raise. Raises ``ModelError``, ``LensError``, ``Interrupted`` with all outcomes.
+    Takes what ``invert`` takes, ``half_width`` and ``passes`` with one entry a prompt,
+    and a padded batch (prompts, pos, d_model) with its attention ``mask``. The outcome
+    of a prompt that cannot be recovered is the error that ``invert`` raises. Raises
+    ``ModelError``, ``LensError``, ``StatesError`` for a mask that does not fit, and
+    ``Interrupted`` with all outcomes.
     """
+    states = states if mask is None else _unpadded(states, mask)
     prompts: list[_Prompt] = []
     try:
         with plain_settings():
@@ -128,6 +122,16 @@ def invert_many(
         stopped = [prompt for prompt in prompts if not prompt.done] or prompts[:1]
         best = [prompt.recovered() for prompt in stopped] or [_blank(torch.zeros(0))]
         raise Interrupted(best[0], outcomes) from None
+
+
+def _unpadded(states: object, mask: object) -> list[Tensor]:
+    """The rows of each prompt of a padded batch."""
+    shapes = [tuple(getattr(x, "shape", ())) for x in (states, mask)]
+    if len(shapes[1]) != 2 or shapes[0][:-1] != shapes[1]:
+        got = f"got states of shape {shapes[0]} with a mask of shape {shapes[1]}"
+        raise StatesError(f"{got}; expected (prompts, pos, d) and (prompts, pos)")
+    batch = torch.as_tensor(states)
+    return [x[m] for x, m in zip(batch, torch.as_tensor(mask).bool(), strict=True)]
 
 
 @dataclass

@@ -26,8 +26,8 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1115,
-    "extensions": 1510,
-    "experiments": 2900,
+    "extensions": 1610,
+    "experiments": 2800,
     "teaching": 1000,
     "cli": 430,
     "all": 8600,

@@ -10,9 +10,10 @@ from math import inf
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sipit_lite.acceptance import Observation
+from sipit_lite.extensions.laststate import LastMap
 from sipit_lite.io.capture import tapped
 from sipit_lite.model import LanguageModel
 from sipit_lite.onestep import OneStepMap
@@ -131,7 +132,7 @@ def hard_prompts(
     """
     observed = Observation.of(states if length is None else states[None], model, layer)
     started = time.perf_counter()
-    cut = model.cut(layer)
+    last = LastMap(model, layer)
     table = model.embeddings
     generator = torch.Generator().manual_seed(seed)
     best = torch.randint(
@@ -153,7 +154,7 @@ def hard_prompts(
         if length is None:
             missing = _full_pass(model, hard, layer) - observed.states
         else:
-            missing = _last_states(cut, hard[None]) - observed.states
+            missing = last.embeddings(hard[None]) - observed.states
         error = missing.square().sum()
         if error.item() < least:
             best = ids
@@ -185,7 +186,7 @@ def greedy_coordinate(
     """
     observed = Observation.of(state[None], model, layer)
     started = time.perf_counter()
-    cut = model.cut(layer)
+    last = LastMap(model, layer)
     table = model.embeddings
     generator = torch.Generator().manual_seed(seed)
     options = min(CANDIDATES, len(table))
@@ -195,7 +196,7 @@ def greedy_coordinate(
     tested = 0
     while time.perf_counter() - started <= limit:
         rows = table[ids].detach().clone().requires_grad_()
-        error = (_last_states(cut, rows[None]) - observed.states).square().sum()
+        error = (last.embeddings(rows[None]) - observed.states).square().sum()
         gradient = torch.autograd.grad(error / 2, rows)[0]
         now = float(error.detach().sqrt())
         if now < least:
@@ -209,9 +210,7 @@ def greedy_coordinate(
         which = torch.randint(options, (BATCH,), generator=generator)
         prompts = ids.repeat(BATCH, 1)
         prompts[torch.arange(BATCH), where] = promising[where, which]
-        with torch.no_grad():
-            states = _last_states(cut, table[prompts])
-        distance, winner = observed.distance(0, states).min(0)
+        distance, winner = observed.distance(0, last.tokens(prompts)).min(0)
         tested += BATCH
         if float(distance) < now:  # greedy
             ids = prompts[int(winner)]
@@ -221,8 +220,3 @@ def greedy_coordinate(
     finished = least <= float(observed.radius)
     seconds = time.perf_counter() - started
     return Attempt(best, torch.tensor([tested]), finished, seconds)
-
-
-def _last_states(cut: nn.Module, rows: Float[Tensor, "prompt pos d_model"]) -> Tensor:
-    """The last state of each prompt, given by its embeddings."""
-    return cut(inputs_embeds=rows, use_cache=False).last_hidden_state[:, -1]

@@ -4,11 +4,10 @@ import io
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from jaxtyping import Int
@@ -18,7 +17,6 @@ from rich.text import Text
 from torch import Tensor
 from tqdm import tqdm
 
-from sipit_lite.io.text import prompts
 from sipit_lite.model import LanguageModel
 from sipit_lite.recovery import Outcome, Recovery
 
@@ -98,18 +96,6 @@ def verdicts(checks: Iterable[Check]) -> str:
 def progress_bar(items: Iterable, name: str, progress: bool) -> Iterable:
     """The items, with a bar on a terminal where ``progress`` is wanted."""
     return tqdm(items, name, disable=None if progress else True)
-
-
-def held_out(
-    model: LanguageModel, counts: dict[str, int], longest: int, seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Held-out prompts of each kind, of lengths spread evenly from 1 to ``longest``."""
-    for kind, count in counts.items():
-        lengths = np.linspace(1, longest, count).round().astype(int).tolist()
-        for i, length in enumerate(lengths):
-            # Another seed, else the shorter prompts would begin the longer ones.
-            ids = next(prompts(model.tokenizer, kind, length, seed=seed + i))
-            yield kind, ids.to(model.device)
 
 
 def judged(ids: Int[Tensor, " pos"], outcome: Outcome) -> dict:

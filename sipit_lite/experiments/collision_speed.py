@@ -72,18 +72,11 @@ def compare(x: Float[Tensor, "n d_model"], layer: int, repeats: int) -> dict:
     product = clock(lambda: minima.append(gemm_minimum(x)), x.device)
     report = closest_pairs(x, 1)
     truth = gemm_minimum(x.double())
-    return {
-        "layer": layer,
-        "pairs": report.compared,
-        "minimum": report.minimum,
-        "seconds": median_seconds(x, repeats),
-        "gemm": product,
-        "cdist": cdist_seconds(x),
-        "error": abs(report.minimum - truth),
-        "gemm error": abs(minima[0] - truth),
-        "bounded": report.bounded,
-        "recomputed": report.recomputed,
-    }
+    row = {"layer": layer, "pairs": report.compared, "minimum": report.minimum}
+    row |= {"seconds": median_seconds(x, repeats), "gemm": product}
+    row |= {"cdist": cdist_seconds(x), "error": abs(report.minimum - truth)}
+    row |= {"gemm error": abs(minima[0] - truth), "bounded": report.bounded}
+    return row | {"recomputed": report.recomputed}
 
 
 def gemm_minimum(x: Float[Tensor, "n d_model"], block: int = BLOCK) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from statistics import median
 
 import numpy as np
@@ -16,7 +16,7 @@ from sipit_lite.extensions.lens import Lens
 from sipit_lite.extensions.reading import final_states, log_law, unembedding
 from sipit_lite.io.text import KINDS, prompts
 from sipit_lite.model import LanguageModel
-from sipit_lite.sipit import invert, invert_many
+from sipit_lite.sipit import invert_many
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,15 @@ def exactness(
     """``auto`` on held-out prompts of all kinds and lengths, spread over the layers."""
     each = -(-size.exact // (len(KINDS) * len(lenses)))
     longest = min(256 if size.exact > 100 else 16, model.n_positions)
-    counts = dict.fromkeys(KINDS, each)
+    lengths = np.linspace(1, longest, each).round().astype(int).tolist()
     runs = []
     for layer, lens in progress_bar(lenses.items(), "exactness", progress):
-        options = list(checks.held_out(model, counts, longest, seed + 1000 * layer))
+        options = []
+        for kind, (i, length) in product(KINDS, enumerate(lengths)):
+            # Another seed, else the shorter prompts would begin the longer ones.
+            start = seed + 1000 * layer + i
+            ids = next(prompts(model.tokenizer, kind, length, seed=start))
+            options.append((kind, ids.to(model.device)))
         states = [model.states(ids, layer) for _, ids in options]
         outcomes = invert_many(states, model, layer, lens=lens)
         for (kind, ids), outcome in zip(options, outcomes, strict=True):
@@ -172,14 +177,10 @@ def together(
     """Seconds for each prompt, one at a time and all at once."""
     layer = lens.layer
     states = [model.states(ids, layer) for ids in options]
-    runs = {
-        "one at a time": lambda: [invert(x, model, layer, lens=lens) for x in states],
-        "all at once": lambda: invert_many(states, model, layer, lens=lens),
-    }
-    row = {}
-    for name, run in runs.items():
-        row[f"{name}, seconds"] = _repeated(run, model, 3) / len(options)
-    alone, batched = row.values()
+    work = partial(invert_many, model=model, layer=layer, lens=lens)
+    alone = _repeated(lambda: [work([x]) for x in states], model, 3) / len(options)
+    batched = _repeated(partial(work, states), model, 3) / len(options)
+    row = {"one at a time, seconds": alone, "all at once, seconds": batched}
     return row | {"speed-up": alone / batched}
 
 

@@ -101,15 +101,12 @@ def summary(runs: list[dict]) -> dict:
     local = [run for run in missed if run["right length"]]
     row = {"length": runs[0]["length"], "prompts": len(runs)}
     row |= {"exact": exact, "low": low, "high": high}
-    return row | {
-        "false successes": sum(run["false success"] for run in runs),
-        "collisions": sum(run["collision"] for run in runs),
-        "other length": len(missed) - len(local),
-        "local minimum": len(local),
-        "wrong prior": sum(run["likelier"] for run in local),
-        "seconds": statistics.median(run["seconds"] for run in runs),
-        "runs": runs,
-    }
+    row["false successes"] = sum(run["false success"] for run in runs)
+    row["collisions"] = sum(run["collision"] for run in runs)
+    row |= {"other length": len(missed) - len(local), "local minimum": len(local)}
+    row["wrong prior"] = sum(run["likelier"] for run in local)
+    row["seconds"] = statistics.median(run["seconds"] for run in runs)
+    return row | {"runs": runs}
 
 
 def one(
@@ -133,15 +130,12 @@ def one(
     law = Law.of(ends.model, ends)
     # A wrong prompt that is likelier than the true one would blame the prior.
     likelihood = log_probability(law, recovered.tokens.to(ids))
-    return {
-        "length": len(ids),
-        "exact": error is None and same,
-        "false success": error is None and not same,
-        "collision": isinstance(error, Collision),
-        "right length": len(recovered.tokens) == len(ids),
-        "likelier": likelihood > log_probability(law, ids),
-        "seconds": round(spent, 3),
-    }
+    row = {"length": len(ids), "exact": error is None and same}
+    row |= {"false success": error is None and not same}
+    row |= {"collision": isinstance(error, Collision)}
+    row |= {"right length": len(recovered.tokens) == len(ids)}
+    row |= {"likelier": likelihood > log_probability(law, ids)}
+    return row | {"seconds": round(spent, 3)}
 
 
 def log_probability(law: Law, ids: Tokens) -> float:

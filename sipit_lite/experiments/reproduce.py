@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import StatisticsError, correlation, mean, stdev
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from sipit_lite.experiments.margins import continuations
 from sipit_lite.experiments.paper import DEPTHS
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.corpora import from_source
-from sipit_lite.io.files import replacing
+from sipit_lite.io.files import check_path, replacing
 from sipit_lite.io.loading import OURS, shortened
 from sipit_lite.io.shards import last_states
 from sipit_lite.io.text import different, distinct, windows
@@ -37,11 +36,8 @@ Groups = dict[Any, Prompts]
 SUFFIX = " the quick brown fox jumps over the lazy"
 PREFIX = 12  # random tokens before it
 LAST = ("last",)  # where the paper has the last layer alone
-BASELINES = {
-    "hard prompts": baselines.hard_prompts,
-    "brute force": baselines.brute_force,
-    "published": baselines.published,
-}
+BASELINES = {"hard prompts": baselines.hard_prompts}
+BASELINES |= {"brute force": baselines.brute_force, "published": baselines.published}
 WAYS = (*BASELINES, "here")
 
 
@@ -315,13 +311,8 @@ def result_path(
     """The file of a run; ``PlanError``, before the run, where it cannot be written."""
     name = f"{Path(model.name).name}-{experiment}-{weights}.json"
     path = Path(folder, name.replace(", ", "-").replace(" ", "-"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=path.parent).close()  # so a file can be written there
-    except OSError as error:
-        got = f"got the folder {folder!r}"
-        raise PlanError(f"{got}, which cannot be made or written ({error})") from None
-    if path.exists() and not (force and path.is_file()):
+    check_path(path, PlanError, folders=True)
+    if path.exists() and not force:
         raise PlanError(f"got {str(path)!r}, an earlier run; --force replaces it")
     return path
 

@@ -57,16 +57,11 @@ def survey(
         row, report = survey_layer(x.to(model.device), seed=seed)
         closest = closest_texts(model, distinct, report) if layer in read else []
         rows.append({"layer": layer, **row, "closest": short(closest)})
-    return {
-        "model": model.name,
-        "prompts": len(prompts),
-        "distinct": len(distinct),
-        "duplicates": len(prompts) - len(distinct),
-        "lengths": sorted({len(ids) for ids in distinct}),
-        "pairs": len(distinct) * (len(distinct) - 1) // 2,
-        "quantiles": list(QUANTILES),
-        "layers": rows,
-    }
+    n = len(distinct)
+    summary = {"model": model.name, "prompts": len(prompts), "distinct": n}
+    summary |= {"duplicates": len(prompts) - n}
+    summary |= {"lengths": sorted(set(map(len, distinct))), "pairs": n * (n - 1) // 2}
+    return summary | {"quantiles": list(QUANTILES), "layers": rows}
 
 
 def closest_texts(
@@ -93,15 +88,10 @@ def survey_layer(
     k = min(CLOSEST, len(x) * (len(x) - 1) // 2)
     report = closest_pairs(x, k, nearest=True)
     shares = torch.tensor(QUANTILES, dtype=torch.float64)
-    row = {
-        "pairs": report.compared,
-        "recomputed": report.recomputed,
-        "minimum": report.minimum,
-        "collisions": report.collisions,
-        "practical": report.practical,
-        "nearest": report.nearest.cpu().quantile(shares).tolist(),
-        "seconds": report.seconds,
-    }
+    row = {"pairs": report.compared, "recomputed": report.recomputed}
+    row |= {name: getattr(report, name) for name in ("minimum", *COUNTED[1:])}
+    row["nearest"] = report.nearest.cpu().quantile(shares).tolist()
+    row["seconds"] = report.seconds
     return short(row | null_models(x, seed=seed)), report
 
 
@@ -127,14 +117,11 @@ def null_models(x: Float[Tensor, "n d_model"], *, seed: int = 0) -> dict[str, An
     drawn = x[order[:GAUSSIAN_ROWS]]
     minimum = nulls.gaussian_minimum(drawn, seed)
     observed = closest_pairs(drawn, 1).minimum
-    return {
-        "radius": radius,
-        "dimension": dimension,
-        "dimension rows": len(sample),
-        "birthday": nulls.birthday_minimum(len(x), dimension, radius),
-        "needed": nulls.birthday_count(COLLISION, dimension, radius),
-        "gaussian": {"rows": len(drawn), "minimum": minimum, "observed": observed},
-    }
+    row = {"radius": radius, "dimension": dimension, "dimension rows": len(sample)}
+    row["birthday"] = nulls.birthday_minimum(len(x), dimension, radius)
+    row["needed"] = nulls.birthday_count(COLLISION, dimension, radius)
+    gaussian = {"rows": len(drawn), "minimum": minimum, "observed": observed}
+    return row | {"gaussian": gaussian}
 
 
 def survey_lengths(

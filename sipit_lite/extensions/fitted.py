@@ -29,14 +29,15 @@ def offered(
     model: LanguageModel, layer: int, positions: int, *, fits: bool
 ) -> Drafter | None:
     """A drafter for so many positions, or None where the gradient is good enough."""
-    large = model.vocab_size > TOKENS and layer > 0
+    depth = layer + getattr(model, "cached", False)  # blocks that run
+    large = model.vocab_size > TOKENS and depth > 0
     bound = positions * model.vocab_size + model.measured.get(("bound", layer), 0)
     if large:  # a token may cost as much as the fit, so calls add up
         model.measured["bound", layer] = bound
     # The fingerprint reads all weights: only where some lens is there at all.
     kept = large and any(FOLDER.glob(f"*-{layer}.safetensors"))
     wanted = bound > BOUND or (kept and place(model, layer).exists())
-    lens = lens_of(model, layer) if fits and layer > 0 and wanted else None
+    lens = lens_of(model, layer) if fits and depth > 0 and wanted else None
     return lens or (Unfitted(model, layer, fits) if large else None)
 
 
@@ -93,7 +94,8 @@ class Unfitted:
 
     def embeddings(self, states: Tensor) -> Tensor:
         """Nothing is known before the first test: zero."""
-        return torch.zeros_like(states, dtype=torch.float32)
+        zero = torch.zeros_like(self.model.embeddings[0], dtype=torch.float32)
+        return zero.expand(*states.shape[:-1], -1)
 
     def nearness(self, states: Tensor, expected: Tensor) -> Tensor:
         """−½ ‖E_v − ``expected``‖² over the mean square of a coordinate of E."""

@@ -91,14 +91,10 @@ def invert_last(
     ends: a regression for this model and layer; by default it is fitted, once
     seconds: wall-clock time after which to give up
 
-    Returns
-    -------
-    Recovery: NaN at all positions but the last; ``runner_up`` closest of ``rivals``
-
-    Raises
-    ------
-    StatesError, ModelError, LastStateError: for a bad state, layer, length or budget
-    NotRecovered, Collision, Interrupted: none agrees, several, Ctrl-C: with the closest
+    Of the ``Recovery`` all positions but the last are NaN; ``runner_up`` is the closest
+    of ``rivals``. Raises ``StatesError``, ``ModelError``, ``LastStateError`` for a bad
+    state, layer, length or budget; ``NotRecovered``, ``Collision``, ``Interrupted``,
+    with the closest prompt, where none agrees or several, or on Ctrl-C.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")

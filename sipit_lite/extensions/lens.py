@@ -188,9 +188,10 @@ class Lens(Regression):
             tensors = {name: stored[name] for name in _TENSORS}
             layer = int(metadata["layer"])
             model.check_layer(layer)
-            d = model.d_model
+            width = model.d_model
+            d = model.embeddings.shape[1]
             inputs = len(tensors["slope"])  # a state, its normal form, the features
-            shapes = [(d, inputs - 2 * d), (inputs, d), (d,), (d, d)]
+            shapes = [(width, inputs - 2 * width), (inputs, d), (d,), (d, d)]
             forms = [(x.dtype, *x.shape) for x in tensors.values()]
             if forms != [(torch.float32, *shape) for shape in shapes]:
                 raise LensError(f"{_TENSORS}: {forms}, expected {shapes} in float32")

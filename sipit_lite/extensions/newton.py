@@ -12,7 +12,7 @@ from sipit_lite.model import ModelError, SipItError, advised, plain_settings
 from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Batches, Policy, State, check_settings, nearest
 
-Jacobian = Float[Tensor, "d_model d_model"]
+Jacobian = Float[Tensor, "d_model inputs"]
 
 TRIALS = 4  # dampings tried with one Jacobian
 SMALLEST_DAMPING = 1e-4
@@ -58,7 +58,7 @@ class Newton:
             yield batch
         yield from nearest(table, e, untried, len(table)).split(ROWS)
 
-    def path(self, step: OneStepMap, e: State, observed: State) -> Iterator[State]:
+    def path(self, step: OneStepMap, e: State, observed: Tensor) -> Iterator[State]:
         """Yield the iterates for ever, the start first; residuals never grow."""
         damping = self.damping
         residual = observed - step.embedding(e[None])[0].detach()
@@ -79,18 +79,18 @@ class Newton:
 
 
 @plain_settings()
-def jacobian(step: OneStepMap, e: State) -> Jacobian:
+def jacobian(step: OneStepMap, e: Float[Tensor, " inputs"]) -> Jacobian:
     """∂F/∂e at an embedding, row i of number i; ``ModelError`` where it has no room."""
-    size = f"a Jacobian of {len(e)} rows after {step.position} tokens"
+    size = f"a Jacobian of {step.model.d_model} rows after {step.position} tokens"
     with torch.enable_grad(), advised(size, step.model.dtype, ModelError):
         # A clone: gradients through a view would drag the whole table along.
         e = e.detach().clone().requires_grad_()
         state = step.embedding(e[None])[0]
-        directions = torch.eye(len(e)).to(state)
+        directions = torch.eye(len(state)).to(state)
         return torch.autograd.grad(state, e, directions, is_grads_batched=True)[0]
 
 
-def damped_step(jacobian: Jacobian, residual: State, damping: float) -> State:
+def damped_step(jacobian: Jacobian, residual: State, damping: float) -> Tensor:
     """δ with (JᵀJ + λ·diag(JᵀJ)) δ = Jᵀr (Levenberg, Marquardt); zero where J is."""
     # Solved in float64: the condition number of JᵀJ is that of J squared.
     normal = (jacobian.T @ jacobian).double()

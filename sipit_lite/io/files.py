@@ -38,9 +38,11 @@ def replacing(
         raise kind(refusal) from error
 
 
-def check_path(path: str | Path, kind: type[Exception]) -> None:
+def check_path(
+    path: str | Path, kind: type[Exception], *, folders: bool = False
+) -> None:
     """Raise ``kind`` where ``replacing`` could not write; nothing is changed there."""
-    with suppress(LookupError), replacing(path, kind, folders=False):
+    with suppress(LookupError), replacing(path, kind, folders=folders):
         raise LookupError  # leaves without the rename
 
 

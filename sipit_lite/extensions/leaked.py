@@ -1,0 +1,114 @@
+"""What leaks of a layer in the place of its states: keys, values, states less a mean.
+
+The map s ↦ H^(ℓ)(s) ends in what leaked; noise floor, search and verification stay as
+they are. That no prompts share it is proved of states alone (Theorem 2.2): tokens that
+do are refused as ambiguous.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from sipit_lite.model import LanguageModel, ModelError, StatesError, plain_settings
+
+
+class Leaked(LanguageModel):
+    """A model whose states are what leaked of them, for ``invert`` and ``Lens.fit``.
+
+    ``"keys"`` and ``"values"`` of layer ℓ, from 0 to L − 1, are what a cache keeps as
+    ``past_key_values.layers[ℓ]``, all heads in one row; keys depend on the position.
+    ``"centred"`` states have no mean over their d_model numbers, as in TransformerLens.
+    Raises ``ModelError`` for anything else, or layers that do not cache alike.
+
+    >>> from sipit_lite import invert, load
+    >>> model = load(device="cpu")
+    >>> cache = model.decoder(model.encode("hidden states")[None]).past_key_values
+    >>> values = Leaked(model, "values")
+    >>> invert(values.rows(cache, 3), values, 3).text
+    'hidden states'
+    """
+
+    @plain_settings()
+    def __init__(self, model: LanguageModel, what: str) -> None:
+        vars(self).update(vars(model))
+        self.whole = model
+        self.what = what
+        self.name = f"{model.name}, {what}"
+        self.measured = {}  # what leaks has noise of its own
+        self.hf_model = None  # no block goes on from it
+        self.cached = what != "centred"
+        if not self.cached:
+            return
+        one = {"inputs_embeds": model.embeddings[:1][None], "use_cache": True}
+        with torch.no_grad():
+            cache = model.cut(model.n_layers)(**one).past_key_values
+        stored = [getattr(x, str(what), None) for x in getattr(cache, "layers", ())]
+        shapes = {tuple(getattr(x, "shape", ())) for x in stored}
+        if what not in ("keys", "values") or [*map(len, shapes)] != [4]:
+            got = f"got {what!r} of {model.name}, with caches of shapes {shapes}"
+            expected = "'keys' or 'values', alike in all layers, or 'centred'"
+            raise ModelError(f"{got}; expected {expected}")
+        [(_, self.heads, _, self.width)] = shapes
+        self.d_model = self.heads * self.width
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the model, and what leaks of it."""
+        return f"{self.what}-{self.whole.fingerprint}"
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """No blocks whose outputs one could take for these: ``ModelError``."""
+        raise ModelError(f"got {self.name}; expected the model itself for this")
+
+    def check_layer(self, layer: int) -> None:
+        """Raise ``ModelError`` unless 0 ≤ layer ≤ L + 1, or for a cache < L."""
+        super().check_layer(layer)
+        if self.cached and layer >= self.n_layers:
+            last = self.n_layers - 1
+            raise ModelError(f"got layer {layer}; {self.name} have layers 0 to {last}")
+
+    def cut(self, layer: int) -> Any:
+        """What gives, in the place of the states of a layer, what leaked of them."""
+        self.check_layer(layer)
+        # The block that reads a layer caches it.
+        return partial(self._read, self.whole.cut(layer + self.cached), layer)
+
+    def _read(self, cut: nn.Module, layer: int, **inputs: Any) -> SimpleNamespace:
+        cache = inputs.get("past_key_values", DynamicCache())
+        if self.cached:
+            inputs |= {"past_key_values": cache, "use_cache": True}
+        h = cut(**inputs).last_hidden_state
+        leaked = h - h.mean(-1, keepdim=True)
+        if self.cached:
+            leaked = getattr(cache.layers[layer], self.what)[:, :, -h.shape[1] :]
+            leaked = leaked.transpose(1, 2).flatten(2)
+        return SimpleNamespace(last_hidden_state=leaked)
+
+    def rows(self, cache: Any, layer: int) -> Float[Tensor, "*prompts pos d_model"]:
+        """What ``invert`` takes of a layer of ``past_key_values``, a row a position.
+
+        Or of the tensor in it, (prompts, heads, pos, width). Raises ``StatesError`` for
+        a cache of another shape, or not of all positions, ``ModelError`` for a layer.
+        """
+        self.check_layer(layer)
+        if not self.cached:
+            return cache
+        stored = dict(enumerate(getattr(cache, "layers", ()))).get(layer)
+        x = getattr(stored, self.what, cache)
+        shape = tuple(getattr(x, "shape", ()))
+        if not isinstance(x, Tensor) or shape[-3::2] != (self.heads, self.width):
+            got = f"got {self.what} of shape {shape}"
+            expected = f"past_key_values or (prompts, {self.heads}, pos, {self.width})"
+            raise StatesError(f"{got}; expected {expected}")
+        # A static cache has room behind; a sliding window has lost what came first.
+        seen = shape[-2] if stored is None else int(stored.get_seq_length())
+        if seen > shape[-2]:
+            got = f"got the last {shape[-2]} of {seen} positions; expected all"
+            raise StatesError(f"{got}: past_key_values=DynamicCache() keeps them")
+        return x[..., :seen, :].transpose(-3, -2).flatten(-2)

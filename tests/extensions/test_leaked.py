@@ -1,0 +1,247 @@
+"""Keys, values and centred streams give the prompt back as states do, or one line."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedModel, StaticCache
+
+from sipit_lite import (
+    Ambiguous,
+    LanguageModel,
+    Leaked,
+    Lens,
+    LensError,
+    ModelError,
+    Newton,
+    NotVerified,
+    SipItError,
+    StatesError,
+    invert,
+    invert_many,
+    last_states,
+)
+from sipit_lite.experiments.families import small
+from sipit_lite.experiments.perturb import twins
+from sipit_lite.extensions import fitted
+from sipit_lite.io.text import prompts
+from sipit_lite.model import plain_settings
+
+Family = tuple[PreTrainedModel, LanguageModel]
+TEXT = "Nobody should read this."
+
+
+@plain_settings()
+@torch.no_grad()
+def cache_of(hf: PreTrainedModel, ids: Tensor, cache: object = None) -> object:
+    """What transformers caches of a prompt, of all positions by default."""
+    cache = DynamicCache() if cache is None else cache
+    inputs = {"input_ids": ids.reshape(-1, ids.shape[-1]), "use_cache": True}
+    return hf(**inputs, past_key_values=cache).past_key_values
+
+
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_caches_of_every_family(family: Family, prompt: Tensor, what: str) -> None:
+    """Of every layer, from what transformers itself keeps: shared heads and rotations."""
+    hf, model = family
+    leaked = Leaked(model, what)
+    cache = cache_of(hf, prompt)
+    for layer in range(model.n_layers):
+        rows = leaked.rows(cache, layer)
+        assert rows.shape == (1, len(prompt), leaked.d_model)
+        recovered = invert(rows, leaked, layer)
+        assert torch.equal(recovered.tokens, prompt.cpu()) and recovered.verified.all()
+        # The tensor by itself, and of one prompt, is the same.
+        alone = leaked.rows(getattr(cache.layers[layer], what)[0], layer)
+        assert torch.equal(alone, rows[0])
+
+
+def test_centred_states_of_every_family(family: Family, prompt: Tensor) -> None:
+    """At every layer, also after the norm; as they are, no prompt has them."""
+    model = family[1]
+    leaked = Leaked(model, "centred")
+    for layer in range(model.n_layers + 2):
+        states = model.states(prompt, layer)
+        rows = leaked.rows(states - states.mean(1, keepdim=True), layer)
+        assert torch.equal(invert(rows, leaked, layer).tokens, prompt.cpu())
+
+
+def processed(model: LanguageModel) -> GPT2LMHeadModel:
+    """GPT-2 as TransformerLens processes it: all that writes to the stream is centred."""
+    decoder = copy.deepcopy(model.decoder)
+    writing = [decoder.wte.weight, decoder.wpe.weight]
+    for block in decoder.h:
+        for part in (block.attn.c_proj, block.mlp.c_proj):
+            writing += [part.weight, part.bias[None]]
+    with torch.no_grad():
+        for weight in writing:
+            weight -= weight.mean(-1, keepdim=True)
+    return decoder
+
+
+def test_the_stream_of_transformer_lens(pocket: LanguageModel) -> None:
+    """Computed by weights that were centred, not by ours; named where it is not said."""
+    decoder = processed(pocket)
+    ids = pocket.encode(TEXT)
+    with torch.no_grad():
+        states = decoder(input_ids=ids[None], output_hidden_states=True).hidden_states
+    leaked = Leaked(pocket, "centred")
+    for layer in (0, 1, 3, 5):
+        assert states[layer].mean(-1).abs().max() < 1e-4
+        assert invert(states[layer], leaked, layer).text == TEXT
+    with pytest.raises(NotVerified, match=r"centred ones Leaked\(model, 'centred'\)"):
+        invert(states[3], pocket, 3)
+
+
+def test_a_padded_batch_with_its_mask(pocket: LanguageModel) -> None:
+    """Of caches and of states, padded on either side; another mask is refused."""
+    texts = ["hidden states", "give back the prompt"]
+    rows = [pocket.encode(text) for text in texts]
+    length = max(map(len, rows))
+    leaked = Leaked(pocket, "values")
+    for side in ("left", "right"):
+        ids = torch.zeros(2, length, dtype=torch.int64, device=pocket.device)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            place = slice(len(row)) if side == "right" else slice(-len(row), None)
+            ids[i, place] = row
+            mask[i, place] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        with torch.no_grad():
+            output = pocket.decoder(**inputs, use_cache=True, output_hidden_states=True)
+        values = leaked.rows(output.past_key_values, 3)
+        pairs = ((output.hidden_states[3], pocket), (values, leaked))
+        for batch, model in pairs:
+            outcomes = invert_many(batch, model, 3, mask=mask)
+            assert [outcome.text for outcome in outcomes] == texts
+    for wrong in (mask[0], mask[:1], mask[:, 1:], mask[..., None], mask[:0]):
+        got = r"got states of shape \(2, \d+, 256\) with a mask of shape \("
+        with pytest.raises(StatesError, match=got) as refusal:
+            invert_many(output.hidden_states[3], pocket, 3, mask=wrong)
+        assert "expected (prompts, pos, d) and (prompts, pos)" in str(refusal.value)
+    blank = torch.zeros_like(mask)
+    [outcome, _] = invert_many(output.hidden_states[3], pocket, 3, mask=blank)
+    assert isinstance(outcome, StatesError)
+
+
+def test_static_caches_and_sliding_windows(family: Family, prompt: Tensor) -> None:
+    """Room behind is left out; where positions were dropped, that is said."""
+    hf, model = family
+    leaked = Leaked(model, "keys")
+    static = cache_of(hf, prompt, StaticCache(config=hf.config, max_cache_len=32))
+    usual = cache_of(hf, prompt, DynamicCache(config=hf.config))
+    whole = cache_of(hf, prompt)
+    for layer in range(model.n_layers):
+        # GPT-Neo attends to the room in a static cache.
+        for cache in (static, usual)[hf.config.model_type == "gpt_neo" :]:
+            if getattr(cache.layers[layer], "is_sliding", False):
+                dropped = r"got the last \d+ of 13 positions; expected all: past_key"
+                with pytest.raises(StatesError, match=dropped):
+                    leaked.rows(cache, layer)
+                continue
+            rows = leaked.rows(cache, layer)
+            torch.testing.assert_close(rows, leaked.rows(whole, layer))
+
+
+def test_a_known_prefix_and_a_policy(pocket: LanguageModel) -> None:
+    """All options of ``invert`` go on as they do for states."""
+    ids = pocket.encode(TEXT)
+    leaked = Leaked(pocket, "keys")
+    rows = leaked.rows(cache_of(pocket.decoder, ids), 2)[0]
+    assert invert(rows[3:], leaked, 2, prefix=ids[:3]).text == TEXT
+    for policy in (Newton(), "auto"):
+        assert invert(rows, leaked, 2, policy=policy).text == TEXT
+    noise = 1e-3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    assert invert(rows + noise.to(rows), leaked, 2, epsilon=0.1).text == TEXT
+    certified = invert(rows[:2], leaked, 2, certify=True)
+    assert certified.certified and (certified.tested == pocket.vocab_size).all()
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama"])
+def test_sixteen_bits(name: str) -> None:
+    """A cache in half precision comes out bit for bit, like states."""
+    half = LanguageModel(small(name, device="cpu").decoder.to(torch.bfloat16))
+    ids = torch.tensor([5, 71, 300, 5, 12, 64, 499])
+    for what in ("keys", "values"):
+        leaked = Leaked(half, what)
+        rows = leaked.rows(cache_of(half.decoder, ids), 2)
+        assert torch.equal(invert(rows, leaked, 2).tokens, ids)
+
+
+def test_a_lens_of_what_leaked(pocket: LanguageModel, tmp_path: object) -> None:
+    """It drafts; and is that of no other part, also where the numbers are as many."""
+    values = Leaked(pocket, "values")
+    text = list(prompts(pocket.tokenizer, "prose", 32))
+    lens = Lens.fit(values, 1, prompts=text, features=0)
+    lens.save(tmp_path / "lens")
+    kept = Lens.load(tmp_path / "lens", Leaked(pocket, "values"))
+    rows = values.rows(cache_of(pocket.decoder, pocket.encode(TEXT)), 1)
+    recovered = invert(rows, values, 1, lens=kept)
+    assert recovered.text == TEXT and recovered.tested.double().mean() < 8
+    for other in (Leaked(pocket, "keys"), pocket):
+        with pytest.raises(LensError, match="other weights"):
+            Lens.load(tmp_path / "lens", other)
+
+
+def test_narrow_caches_of_many_tokens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object, family: Family, prompt: Tensor
+) -> None:
+    """Fewer numbers than an embedding has: what learns from the search, and a lens."""
+    monkeypatch.setattr(fitted, "FOLDER", tmp_path)
+    monkeypatch.setattr(fitted, "TOKENS", 50)
+    monkeypatch.setattr(fitted, "FEATURES", 0)
+    # Without a tokenizer: a lens of random tokens.
+    leaked = Leaked(LanguageModel(family[1].decoder), "values")
+    for layer in (0, 2):
+        rows = leaked.rows(cache_of(family[0], prompt), layer)
+        for bound, lens in ((2**23, False), (0, None), (0, None)):
+            monkeypatch.setattr(fitted, "BOUND", bound)
+            recovered = invert(rows, leaked, layer, lens=lens)
+            assert torch.equal(recovered.tokens, prompt.cpu())
+
+
+def test_tokens_that_share_a_cache_are_refused(pocket: LanguageModel) -> None:
+    """Twins by their embeddings, and those that the values alone do not tell apart."""
+    ids = pocket.encode(TEXT)
+    same = twins(pocket, int(ids[2]), 7)
+    merging = copy.deepcopy(pocket.decoder)
+    with torch.no_grad():
+        merging.h[3].attn.c_attn.weight[:, 512:] = 0
+        merging.h[3].attn.c_attn.bias[512:] = 1
+    for model, layer in ((same, 2), (LanguageModel(merging, pocket.tokenizer), 3)):
+        leaked = Leaked(model, "values")
+        with pytest.raises(Ambiguous, match="tokens verify, among them"):
+            invert(leaked.rows(cache_of(model.decoder, ids), layer), leaked, layer)
+
+
+def test_what_is_refused(pocket: LanguageModel) -> None:
+    """Each in one line, with what came, what was expected, and a way out."""
+    values = Leaked(pocket, "values")
+    cache = cache_of(pocket.decoder, pocket.encode(TEXT))
+    x = cache.layers[2].values
+    expected = r"expected past_key_values or \(prompts, 4, pos, 64\)"
+    cut = DynamicCache()
+    wrong = (x.transpose(1, 2), x[..., 1:], x[0, 0], [x, x], (), None, "x", cut)
+    for thing in (*wrong, x.cpu().numpy()):
+        with pytest.raises(StatesError, match=f"got values of shape .*; {expected}"):
+            values.rows(thing, 2)
+    for layer in (-1, 6, 7, 8, True):
+        for ask in (lambda n: values.rows(cache, n), lambda n: invert(x, values, n)):
+            with pytest.raises(ModelError, match="got layer") as refusal:
+                ask(layer)
+            assert "\n" not in str(refusal.value)
+    with pytest.raises(ModelError, match=r"pocket-gpt2, values have layers 0 to 5"):
+        values.states(TEXT, 6)
+    for what in ("both", "key", ""):
+        with pytest.raises(ModelError, match="expected 'keys' or 'values', alike in"):
+            Leaked(pocket, what)
+    with pytest.raises(ModelError, match="expected the model itself"):
+        last_states(values, [pocket.encode(TEXT)], [2])
+    with pytest.raises(StatesError, match="got states of shape"):
+        invert(x, values, 2)  # heads are not yet in one row
+    with pytest.raises(NotVerified):
+        invert(values.rows(cache, 3), values, 2)
+    with pytest.raises(SipItError):
+        invert(values.rows(cache, 3), pocket, 3)
