@@ -461,7 +461,8 @@ def needs(path: Path) -> tuple[str, str]:
 # Chapters that measure something on a model: one cell each repeats it on any other.
 EXPERIMENTAL = {
     "sipit_in_ten_minutes", "detector", "hundred_thousand", "from_scratch", "fast",
-    "noise", "privacy", "positions", "families", "detector_closer", "one_step_map",
+    "noise", "privacy", "positions", "families", "detector_closer", "chance",
+    "one_step_map",
     "gradient_policy", "stress_tests", "real_models", "since_the_paper", "limits",
     "last_state",
 }  # fmt: skip
