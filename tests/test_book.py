@@ -482,7 +482,7 @@ def test_experiments_have_one_cell_for_every_model(name: str) -> None:
     """Exactly one where the page is an experiment, and never two."""
     cells = code_cells(nbformat.read(BOOK / f"{name}.ipynb", as_version=4))
     count = sum("every-model" in tags(cell) for cell in cells)
-    assert count == 1 or count == 0 and name not in EXPERIMENTAL - UNFINISHED
+    assert count == 1 or (count == 0 and name not in EXPERIMENTAL - UNFINISHED)
 
 
 def test_core_path_is_short() -> None:
