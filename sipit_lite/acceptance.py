@@ -1,4 +1,4 @@
-"""When is a token accepted? The rule of the local verifier, all of it (chapters 9, 12).
+"""When is a token accepted? The rule of the local verifier, all of it (chapters 8, 9).
 
 1. Its state lies within the radius ε_t of the observed one. No magic ε: the radius is
    the float noise of this model at this layer and position, measured, plus noise that

@@ -28,7 +28,7 @@ Rows = Float[Tensor, "rows d_model"]
 
 @dataclass(frozen=True, eq=False)
 class OneStepMap:
-    """F(v; π, t) = h_t(π ⊕ v) at one layer, for a fixed prefix π (paper §3, chapter 9).
+    """F(v; π, t) = h_t(π ⊕ v) at one layer, for a fixed prefix π (paper §3, chapter 8).
 
     ``position`` counts the tokens of the prefix, ``past`` holds its keys and values.
     Methods raise ``ModelError`` where the prefix fills the context, or a pass memory.

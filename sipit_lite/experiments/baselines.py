@@ -1,4 +1,4 @@
-"""What SipIt is compared against, as published (paper §3 and appendix; chapters 11–13).
+"""What SipIt is compared against, as published (paper §3 and appendix; chapters 8, 9).
 
 As in the official code, every look at a candidate reads the full prefix through the
 full model, final norm and logits included.

@@ -2,7 +2,7 @@
 
 A client runs the first blocks, changes the states, and sends them to a server. The
 attacker sees these, and knows the model and the defence, all but the noise itself
-(Kerckhoffs): it does to all candidates what a known function does (chapter 15).
+(Kerckhoffs): it does to all candidates what a known function does (chapter 11).
 """
 
 import json
@@ -337,7 +337,7 @@ def openings(model: LanguageModel, length: int, seed: int = 0) -> Iterator[Ids]:
 def study(
     model: LanguageModel, count: int = 12, length: int = 12, layer: int | None = None
 ) -> dict:
-    """Every defence at every strength, on ``count`` openings of passages (chapter 15).
+    """Every defence at every strength, on ``count`` openings of passages (chapter 11).
 
     A row has the counts of ``Score``, the mean extra loss and its standard error.
     """

@@ -40,7 +40,7 @@ QUICK = Size(4, 1, 3, 1, 0.1, (2, 4), 2, 4000, 0)
 def inversion(
     model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
 ) -> tuple[list[Check], dict]:
-    """Exactness at all layers; speed, growth and batches (chapters 11 to 13)."""
+    """Exactness at all layers; speed, growth and batches (chapter 9)."""
     size = QUICK if quick else Size()
     last = model.n_layers
     timed = sorted({1, last // 2, last})

@@ -1,4 +1,4 @@
-"""What the paper reports, as data, beside runs of ``reproduce`` (chapter 14)."""
+"""What the paper reports, as data, beside runs of ``reproduce`` (``real_models``)."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The experiments of the paper on any model, as JSON (chapter 14)."""
+"""The experiments of the paper on any model, as JSON (``real_models``)."""
 
 import json
 import math
@@ -149,7 +149,7 @@ def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
 def shape(model: LanguageModel, plan: Plan) -> list[Row]:
     """Margin, anisotropy and dimension of random continuations by layer, correlated.
 
-    The definitions are those of chapter 8, and need not be the paper's.
+    The definitions are those of ``stress_tests``, and need not be the paper's.
     """
     prompts = different(texts(model, plan.prompts, plan))
     layers = list(plan.layers) or range(1, model.n_layers + 1)

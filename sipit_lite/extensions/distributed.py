@@ -89,7 +89,7 @@ def closest_pairs(
     """The k closest pairs of all ranks at one layer: numbers i < j, sorted distances.
 
     ``rows`` numbers this rank's prompts. Every two blocks meet on one rank of a ring,
-    in ``collisions.closest_pairs``, which certifies and refuses as alone (chapter 18).
+    in ``collisions.closest_pairs``, which certifies and refuses as alone (``scale``).
     """
     rank, count = _place()
     sizes = _gathered(len(rows))

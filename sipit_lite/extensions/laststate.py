@@ -1,4 +1,4 @@
-"""The prompt from one vector: the state of its last token at one layer (chapter 17).
+"""The prompt from one vector: the state of its last token at one layer (``last_state``).
 
 The paper leaves an algorithm open. This one sharpens a belief, a probability for every
 token at every position: draw prompts from it, linearise the model at one of them,
@@ -81,7 +81,7 @@ def invert_last(
     seed: int = 0,
     progress: bool = False,
 ) -> Recovery:
-    """Recover the exact prompt from its last-token state alone, or refuse (chapter 17).
+    """Recover the exact prompt from its last-token state alone, or refuse (``last_state``).
 
     Parameters
     ----------
@@ -366,11 +366,11 @@ def sharpened(
 
     The model is c + Σ J_t (e_t − m_t), right on average on the ``drawn`` prompts. A
     token at t is scored by a normal density with covariance S = R + Σ J_u C_u J_uᵀ over
-    other positions u: R is that of its error, C_u that of an embedding (chapter 17).
+    other positions u: R is that of its error, C_u that of an embedding (``last_state``).
     """
     table = last.model.embeddings
     mean, spread = belief.moments(table)
-    # Not at the means, where a linear model is worse than a constant (chapter 17).
+    # Not at the means, where a linear model is worse than a constant (``last_state``).
     slopes = last.jacobians(table[drawn[1]], belief.block)
     away = table[drawn[:, belief.block]] - mean
     error = states - torch.einsum("nij,snj->si", slopes, away)
@@ -544,7 +544,7 @@ def rivals(model: LanguageModel, ids: Tokens, longest: int | None) -> list[Tenso
     near = ids.repeat(len(ids), count, 1)
     positions = torch.arange(len(ids))
     near[positions, :, positions] = apart.topk(count, largest=False).indices
-    # Models of relative positions cannot always count repeated tokens (chapter 5).
+    # Models of relative positions cannot always count repeated tokens (``positions``).
     resized = (ids[1:], torch.cat([ids[:1], ids]))
     fitting = [rows[None] for rows in resized if 1 <= len(rows) <= (longest or 0)]
     return [near.flatten(0, 1), *fitting]

@@ -1,6 +1,6 @@
 """The lens: a regression from hidden states back to embeddings; drafts without search.
 
-Ridge regression (chapter 12) predicts a token's embedding from its state; tokens are
+Ridge regression (chapter 9) predicts a token's embedding from its state; tokens are
 ranked by the Mahalanobis distance of what each leaves. Drafts are verified elsewhere.
 """
 

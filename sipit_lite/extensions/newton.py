@@ -1,4 +1,4 @@
-"""Newton's method on the one-step map: few Jacobians suffice (chapter 12)."""
+"""Newton's method on the one-step map: few Jacobians suffice (``newton``)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 A theorem about real numbers says nothing about floats, of which there are finitely
 many. Here they are counted exactly (pigeonholes), prompts are listed exhaustively, and
-states are computed by several routes (chapter 16).
+states are computed by several routes (``limits``).
 """
 
 import copy
