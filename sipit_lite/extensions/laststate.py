@@ -1,4 +1,4 @@
-"""The prompt from one vector: the state of its last token at one layer (``last_state``).
+"""The prompt from one vector: the state of its last token at a layer (``last_state``).
 
 The paper leaves an algorithm open. This one sharpens a belief, a probability for every
 token at every position: draw prompts from it, linearise the model at one of them,
@@ -81,7 +81,7 @@ def invert_last(
     seed: int = 0,
     progress: bool = False,
 ) -> Recovery:
-    """Recover the exact prompt from its last-token state alone, or refuse (``last_state``).
+    """Recover the exact prompt from its last-token state alone, or refuse.
 
     Parameters
     ----------
@@ -366,7 +366,7 @@ def sharpened(
 
     The model is c + Σ J_t (e_t − m_t), right on average on the ``drawn`` prompts. A
     token at t is scored by a normal density with covariance S = R + Σ J_u C_u J_uᵀ over
-    other positions u: R is that of its error, C_u that of an embedding (``last_state``).
+    other positions u: R is that of its error, C_u that of an embedding.
     """
     table = last.model.embeddings
     mean, spread = belief.moments(table)
