@@ -461,7 +461,7 @@ EXPERIMENTAL = {
     "noise", "privacy", "positions", "families", "detector_closer", "chance",
     "one_step_map",
     "gradient_policy", "stress_tests", "real_models", "since_the_paper", "limits",
-    "floats",
+    "floats", "all_at_once",
     "last_state", "scale",
 }  # fmt: skip
 
