@@ -36,7 +36,7 @@ class Leaked(LanguageModel):
     @plain_settings()
     def __init__(self, model: LanguageModel, what: str) -> None:
         vars(self).update(vars(model))
-        self.whole = model
+        self.base = model
         self.what = what
         self.name = f"{model.name}, {what}"
         self.measured = {}  # what leaks has noise of its own
@@ -59,7 +59,7 @@ class Leaked(LanguageModel):
     @property
     def fingerprint(self) -> str:
         """That of the model, and what leaks of it."""
-        return f"{self.what}-{self.whole.fingerprint}"
+        return f"{self.what}-{self.base.fingerprint}"
 
     @property
     def parts(self) -> tuple[str, str]:
@@ -77,7 +77,7 @@ class Leaked(LanguageModel):
         """What gives, in the place of the states of a layer, what leaked of them."""
         self.check_layer(layer)
         # The block that reads a layer caches it.
-        return partial(self._read, self.whole.cut(layer + self.cached), layer)
+        return partial(self._read, self.base.cut(layer + self.cached), layer)
 
     def _read(self, cut: nn.Module, layer: int, **inputs: Any) -> SimpleNamespace:
         cache = inputs.get("past_key_values", DynamicCache())

@@ -25,9 +25,9 @@ BOOK = Path(__file__).parents[2] / "book"
 def model() -> sl.LanguageModel:
     """The model with its head, as transformers reads it."""
     folder, gguf = _place(REAL)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
     tokenizer = sl.load(REAL, layers=1).tokenizer
-    return sl.LanguageModel(whole.eval().requires_grad_(False), tokenizer, name=REAL)
+    return sl.LanguageModel(hf.eval().requires_grad_(False), tokenizer, name=REAL)
 
 
 @pytest.fixture(autouse=True)
