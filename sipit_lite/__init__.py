@@ -19,7 +19,7 @@ ROOMS = {
     "extensions.laststate": ("LastStateError", "NotRecovered", "invert_last"),
     "extensions.newton": ("Newton",),
     "extensions.leaked": ("Leaked",),
-    "experiments.margins": ("Margins", "continuations", "margins"),
+    "experiments.reproduce": ("continuations",),
 }
 __all__ = [name for names in ROOMS.values() for name in names]
 

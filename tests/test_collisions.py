@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles import margins
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sipit_lite import (
     LanguageModel,
-    ModelError,
     NotVerified,
     OneStepMap,
     StatesError,
@@ -20,7 +20,6 @@ from sipit_lite import (
     collisions,
     continuations,
     invert,
-    margins,
 )
 from sipit_lite.collisions import CollisionReport, float32_slack
 from sipit_lite.io.text import prompts
@@ -417,14 +416,6 @@ def test_half_the_margin_is_the_edge(pocket: LanguageModel) -> None:
     assert torch.equal(recovery.tokens, ids.cpu())
     with pytest.raises(NotVerified):
         invert(moved[0.51], pocket, layer, epsilon=epsilon)
-
-
-def test_margins_refuse_bad_input(pocket: LanguageModel) -> None:
-    """A layer that the model has not, and ids that are no prompt."""
-    with pytest.raises(ModelError, match="got layer 8"):
-        margins(pocket, torch.tensor([1]), 8)
-    with pytest.raises(ModelError):
-        margins(pocket, torch.tensor([5000]), 1)
 
 
 @pytest.mark.parametrize("kind", CLOUDS)

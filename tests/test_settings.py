@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 import sipit_lite as sl
+from sipit_lite import continuations
 from sipit_lite.extensions.laststate import Ends
 from sipit_lite.extensions.newton import jacobian
 
@@ -97,8 +98,7 @@ def calls(folder: Path) -> dict[str, Callable[[], object]]:
         "shards": lambda: sl.last_states(new(), [IDS], [1], folder=folder / "f"),
         "file": lambda: stored(folder),
         "eight bits": lambda: stored(folder, torch.int8),
-        "continuations": lambda: list(sl.continuations(new(), [IDS], 2)),
-        "margins": lambda: sl.margins(new(), IDS, 2),
+        "continuations": lambda: list(continuations(new(), [IDS], 2)),
         "closest_pairs": lambda: sl.closest_pairs(ROWS, 5, nearest=True),
         "follow": lambda: sl.OneStepMap.after(new(), 2, IDS).follow(IDS)[0],
         "tokens": lambda: sl.OneStepMap.after(new(), 2, IDS).tokens(IDS),

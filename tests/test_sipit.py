@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import margins
 from torch import Tensor
 from transformers import GPT2Config, GPT2Model, PreTrainedModel
 
@@ -32,7 +33,6 @@ from sipit_lite import (
     invert,
     invert_many,
     load,
-    margins,
 )
 from sipit_lite.acceptance import repeated
 from sipit_lite.experiments.perturb import twins

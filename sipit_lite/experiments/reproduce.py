@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import StatisticsError, correlation, mean, stdev
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sipit_lite.acceptance import noise_floor, related
-from sipit_lite.collisions import closest_pairs
+from sipit_lite.collisions import CollisionReport, closest_pairs
 from sipit_lite.experiments import baselines, checks, null_models, survey
-from sipit_lite.experiments.margins import continuations
 from sipit_lite.experiments.paper import DEPTHS
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.corpora import from_source
@@ -94,6 +94,26 @@ def lengths(model: LanguageModel, plan: Plan) -> list[Row]:
         # Keys are strings, as in JSON.
         rows += [row | {"layer": ell} | measured[str(ell)] for ell in layers]
     return rows
+
+
+def continuations(
+    model: LanguageModel, prompts: Sequence[Tensor], layer: int, progress: bool = False
+) -> Iterator[CollisionReport]:
+    """For each prompt, the closest of its |V| one-token continuations (Fig. 4).
+
+    Yields a report a prompt, whose rows are tokens: its ``minimum`` is the margin
+    Δ_{π,t}. Raises ``ModelError`` for a bad layer or prompt.
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> report = next(continuations(model, [model.encode("hidden")], 1))
+    >>> report.compared == 4096 * 4095 // 2
+    True
+    """
+    for prompt in tqdm(prompts, "continuations", disable=None if progress else True):
+        step = OneStepMap.after(model, layer, prompt)
+        # All pairs of tokens, since any two may be the closest.
+        yield closest_pairs(step.tokens(model.vocabulary), 1)
 
 
 def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
