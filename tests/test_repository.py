@@ -107,10 +107,14 @@ def test_readme_is_true() -> None:
     [
         "sipit_lite/pocket_gpt2/model.safetensors",
         "sipit_lite/pocket_gpt2/held_out.json",
+        *(
+            path.relative_to(ROOT).as_posix()
+            for path in sorted((ROOT / "sipit_lite/teaching/widgets").iterdir())
+        ),
     ],
 )
-def test_wheel_carries_the_model(name: str, wheel: Path) -> None:
-    """The model and its prompts travel with the package."""
+def test_wheel_carries_the_data(name: str, wheel: Path) -> None:
+    """The model, its prompts and the scripts of the widgets travel with the package."""
     assert name in zipfile.ZipFile(wheel).namelist()
 
 

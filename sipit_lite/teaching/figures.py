@@ -1,7 +1,9 @@
-"""What two chapters or the command line draw: arrays in, matplotlib axes out."""
+"""What two chapters or the command line draw, and the pages' moving figures."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -81,3 +83,27 @@ def player(draw: Callable[[int, Axes], object], frames: int) -> str:
     for icon, sign in ICONS.items():
         page = page.replace(f'<i class="fa fa-{icon}"></i>', sign)
     return page
+
+
+def widget(name: str, data: object) -> str:
+    """HTML of a figure that a reader moves: ``data``, and a script that paints them.
+
+    A cell shows a picture first, which stays on paper and where no script runs, then
+    ``HTML(widget(...))``. Numbers of ``data`` are rounded, since nbval compares them.
+
+    >>> page = widget("inverter", {"token": "</script>"})
+    >>> page.count("</script>")  # the ends of the data and of the script
+    2
+    """
+    folder = Path(__file__).parent / "widgets"
+    names = ("frame.css", f"{name}.css", "frame.js", f"{name}.js")
+    parts = [folder.joinpath(part).read_text("utf-8") for part in names]
+    stored = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    # A token may look like the end of a script, or like a comment.
+    stored = stored.replace("<", r"\u003c")
+    return (
+        f'<figure class="widget" data-name="{name}">'
+        f"<style>\n{parts[0]}{parts[1]}</style>"
+        f'<script type="application/json">{stored}</script>'
+        f"<script>(() => {{\n{parts[2]}\n{parts[3]}}})();</script></figure>"
+    )

@@ -13,19 +13,10 @@ Number = int | float | sp.Expr  # exact, where it is not a float
 def taylor(f: sp.Expr, x: sp.Symbol, order: int) -> list[sp.Expr]:
     """Exact coefficients c_0, …, c_order of the Taylor series of f at x = 0.
 
-    Returns
-    -------
-    list of sp.Expr, ``order + 1`` of them
-        Of the series alone: it need not converge to f. That of exp(−1/x²) is zero.
+    Of the series alone: it need not converge to f. That of exp(−1/x²) is zero. Raises
+    ``SipItError`` where the order is negative, or the expansions from the right and
+    from the left differ or are no power series.
 
-    Raises
-    ------
-    SipItError
-        The order is negative, or the expansions from the right and from the left
-        differ or are no power series.
-
-    Examples
-    --------
     >>> x = sp.Symbol("x")
     >>> taylor(sp.tanh(x), x, 3)
     [0, 1, 0, -1/3]

@@ -41,26 +41,13 @@ class RotaryHead:
 def rotary_witness(s: Sequence[int], t: Sequence[int], rate: float = 1.0) -> RotaryHead:
     """The head in the proof of the theorem on relative positions, for two prompts.
 
-    Parameters
-    ----------
-    rate
-        Angle per position in the plane of the head; every rotary model with default
-        rates has a plane of rate 1.
+    ``rate`` is the angle per position in the plane of the head; every rotary model with
+    default rates has a plane of rate 1. The shares of the two prompts differ as real
+    numbers; as floats both may round to 1 where the prompts are longer than a few
+    tokens. Raises ``SipItError`` where a prompt is empty, the two are equal, or both
+    repeat one token, which no head tells apart; or where the plane turns by full
+    circles between two copies that matter.
 
-    Returns
-    -------
-    RotaryHead
-        Its shares of the two prompts differ as real numbers; as floats both may round
-        to 1 where the prompts are longer than a few tokens.
-
-    Raises
-    ------
-    SipItError
-        A prompt is empty, the two are equal, or both repeat one token, which no head
-        tells apart; or the plane turns by full circles between two copies that matter.
-
-    Examples
-    --------
     >>> s, t = [0, 1], [0, 0, 1]
     >>> head = rotary_witness(s, t)
     >>> head.token, head.offset, [round(head.share(prompt), 2) for prompt in (s, t)]
