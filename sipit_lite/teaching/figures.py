@@ -11,9 +11,9 @@ from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-ACCEPTED = "tab:blue"
-RUNNER_UP = "tab:orange"
-RADIUS = "tab:gray"
+ACCEPTED = "C0"
+RUNNER_UP = "C1"
+RADIUS = "0.45"
 # Signs in place of the icons of matplotlib's player, whose font is on the network.
 ICONS = {
     "minus": "\u2212", "plus": "+", "play": "\u25b6", "pause": "\u2016",
@@ -25,7 +25,7 @@ ICONS = {
 def legend_above(ax: Axes, columns: int = 3) -> None:
     """Put the legend above the axes: curves fill them, so no place inside is free."""
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
-    ax.legend(**place, ncols=columns, fontsize="small")
+    ax.legend(**place, ncols=columns)
 
 
 def distances(
