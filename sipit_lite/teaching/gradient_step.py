@@ -13,13 +13,8 @@ def gradient_step(
 ) -> sp.Matrix:
     """The map φ(θ) = θ − η∇L(θ) as a column of expressions (Theorem 2.3).
 
-    Raises
-    ------
-    SipItError
-        There are no parameters, or one is listed twice.
+    Raises ``SipItError`` without parameters, or if one is listed twice.
 
-    Examples
-    --------
     >>> x = sp.Symbol("x")
     >>> gradient_step(x**4 / 4, [x], sp.Rational(1, 3))
     Matrix([[-x**3/3 + x]])
@@ -76,13 +71,8 @@ def step_determinant(hessian: sp.Matrix, eta: Number, decay: Number = 0) -> sp.E
 
     The step is φ(θ) = θ − η∇L(θ) − ηλθ; the result is exact.
 
-    Raises
-    ------
-    SipItError
-        The Hessian H is not symmetric.
+    Raises ``SipItError`` if the Hessian H is not symmetric.
 
-    Examples
-    --------
     >>> step_determinant(sp.Matrix([[0, -1], [-1, 0]]), sp.Symbol("eta"))
     -(eta - 1)*(eta + 1)
     """

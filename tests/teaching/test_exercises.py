@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sipit_lite.teaching.exercises import attempt
 
 
