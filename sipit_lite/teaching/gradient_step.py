@@ -31,20 +31,10 @@ def witness_hessian(target: Sequence[Number], d: int) -> sp.Matrix:
     """Hessian of the cross-entropy of the logits Uβ at U = 0, β = 0 (Theorem 2.3).
 
     By differentiation, so that the chapter can compare it with its formula
-    [[0, I_d⊗w], [I_d⊗wᵀ, 0]], where w = (1/n)1 − target.
+    [[0, I_d⊗w], [I_d⊗wᵀ, 0]], where w = (1/n)1 − target. Its rows and columns, (n + 1)d
+    each, are U, of shape (n, d) for n classes, column by column, and then β. Raises
+    ``SipItError`` for fewer than two classes, a width below 1, or another sum than 1.
 
-    Returns
-    -------
-    sp.Matrix, shape ((n + 1)d, (n + 1)d)
-        U, of shape (n, d) for n classes, column by column, and then β.
-
-    Raises
-    ------
-    SipItError
-        Fewer than two classes, a width below 1, or a target that does not sum to 1.
-
-    Examples
-    --------
     >>> witness_hessian([1, 0], 1)
     Matrix([
     [   0,   0, -1/2],

@@ -81,15 +81,10 @@ def zero_contours(
 
     Their corners lie on the lines of a grid of ``resolution`` points a side, by linear
     interpolation: off by about the square of the grid step where the gradient is not 0.
-    Zeros where f keeps its sign, as those of x² do, leave no contour.
+    Zeros where f keeps its sign, as those of x² do, leave no contour. Raises
+    ``SipItError`` as ``tube_area`` does, for a resolution below 2, or if f is zero on
+    all of the grid.
 
-    Raises
-    ------
-    SipItError
-        As ``tube_area``; the resolution is below 2, or f is zero on the whole grid.
-
-    Examples
-    --------
     >>> curves = zero_contours(lambda x, y: x**2 + y**2 - 1, [(-2, 2), (-2, 2)])
     >>> [len(curve) > 100 for curve in curves]
     [True]
