@@ -107,6 +107,7 @@ def test_readme_is_true() -> None:
     [
         "sipit_lite/pocket_gpt2/model.safetensors",
         "sipit_lite/pocket_gpt2/held_out.json",
+        "sipit_lite/teaching/book.mplstyle",
         *(
             path.relative_to(ROOT).as_posix()
             for path in sorted((ROOT / "sipit_lite/teaching/widgets").iterdir())
