@@ -276,7 +276,7 @@ WITHOUT_STARTERS = {
     "sipit_in_ten_minutes", "analytic_functions", "detector", "from_scratch", "noise",
     "fast", "hundred_thousand", "transformer", "training", "privacy",
     "batches", "chance", "detector_closer", "drafts", "families", "floats",
-    "gradient_policy", "how_far", "last_state", "limits", "newton", "one_step_map",
+    "gradient_policy", "how_far", "last_state", "limits", "one_step_map",
     "positions", "real_models", "scale", "since_the_paper", "stress_tests",
     "training_proofs", "zero_sets",
 }  # fmt: skip
