@@ -1,6 +1,9 @@
 // What the widgets share. A page holds this file and a widget's own in one closure:
 // nothing is global, so that several widgets stand on one page. A widget calls
 //   start("name", "what a screen reader calls it", (root, data) => { ... });
+// Its cell shows the widget and then one picture of it, whose alternative text stands in
+// mystnb.image; a caption in mystnb.figure would stand below both. Names of classes that
+// Bootstrap has, as "row", are taken.
 
 /** Sets attributes, listeners where a value is a function, and children. */
 const fill = (node, attributes, children) => {

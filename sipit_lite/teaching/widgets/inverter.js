@@ -25,7 +25,7 @@ start("inverter", "The prompt comes back, one token after the other", (root, dat
     const line = make("i", { style: `--far: ${(100 * place(far)).toFixed(1)}%` });
     const right = make("span", { class: "no" }, `${far.toFixed(1)} `, make("span", { class: "token" }, shownToken(rival)));
     const word = make("span", { class: "yes token" }, shownToken(token));
-    return make("div", { class: "row" }, strip(levels), word, line, right);
+    return make("div", { class: "state" }, strip(levels), word, line, right);
   };
 
   const bar = ([token, distance], i, all) => {
@@ -38,7 +38,7 @@ start("inverter", "The prompt comes back, one token after the other", (root, dat
 
   const show = (count) => {
     rows.forEach((node, i) => {
-      node.classList.toggle("hidden", i >= count);
+      node.classList.toggle("unread", i >= count);
       node.classList.toggle("now", i === count - 1);
     });
     if (!count) {
@@ -86,7 +86,7 @@ start("inverter", "The prompt comes back, one token after the other", (root, dat
   const heads = ["stored", "came back", "", "runner-up"].map((text) => make("span", {}, text));
   root.append(
     controls(choice.node, play, read.node),
-    make("div", { class: "row head", "aria-hidden": "true" }, ...heads),
+    make("div", { class: "state head", "aria-hidden": "true" }, ...heads),
     table, said, nearest,
   );
 });

@@ -1,0 +1,200 @@
+"""Figures that a reader moves: from the disk, by the keyboard, fast, right, on paper.
+
+A widget is a row of ``WIDGETS``: its page, and what reads the values that it shows and
+works the same out from its data, independently of its script.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import pytest
+from conftest import BUILD, Visit, Visitor
+from playwright.sync_api import Locator
+from test_pages import DISK, console_errors, requests_outside, sideways_scroll
+
+KILOBYTES = 300  # of a widget's HTML, at most
+PAINT = 1000  # milliseconds until it is painted, at most
+OWN = 8  # milliseconds of a frame that a move may take, on a busy machine too
+FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')"
+# Moves the range one step a frame and back, as a hand would, and times each frame.
+DRAG = """async (range) => {
+    const times = [], frame = () => new Promise(requestAnimationFrame);
+    let last = await frame(), up = true;
+    for (let i = 0; i < 60; i++) {
+        const before = range.value;
+        up ? range.stepUp() : range.stepDown();
+        if (range.value === before) up = !up;
+        range.dispatchEvent(new Event('input', {bubbles: true}));
+        const now = await frame();
+        times.push(now - last);
+        last = now;
+    }
+    return times;
+}"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a widget shows, and what it should show, in the same words or numbers."""
+
+    seen: list
+    expected: list
+
+
+def inverter(figure: Locator, data: dict) -> Shown:
+    """Tokens that came back, their runners-up, and the nearest of the last one."""
+    prompt = data["prompts"][figure.locator("select").evaluate("e => e.selectedIndex")]
+    count = int(figure.locator("input[type=range]").input_value())
+    rows = figure.locator(".state:not(.head):not(.unread)").all_text_contents()
+    bars = figure.locator(".bar").all_text_contents()
+
+    def named(token: str) -> str:
+        return token.replace(" ", "␣").replace("\n", "⏎")
+
+    wanted = []
+    for (token, _), (rival, far), *_ in prompt["near"][:count]:
+        wanted.append(f"{named(token)}{far:.1f} {named(rival)}")
+    nearest = prompt["near"][count - 1] if count else []
+    lengths = [f"{named(token)}{far:.1f}" for token, far in nearest]
+    if count:
+        lengths[0] = f"{named(nearest[0][0])}< {data['bound']}"
+    return Shown([rows, bars], [wanted, lengths])
+
+
+Reader = Callable[[Locator, dict], Shown]
+WIDGETS: dict[str, tuple[str, Reader]] = {
+    "inverter": ("intro.html", inverter),
+}
+
+
+def opened(name: str, visit: Visitor) -> tuple[Visit, Locator, dict]:
+    """The page of a widget, the widget, and its data."""
+    found = visit(DISK, WIDGETS[name][0])
+    figure = found.page.locator(f'figure.widget[data-name="{name}"]').first
+    stored = figure.locator('script[type="application/json"]').text_content()
+    return found, figure, json.loads(stored)
+
+
+def picture(figure: Locator) -> Locator:
+    """What stands for it where no script runs: the picture of the same cell."""
+    return figure.locator("xpath=ancestor::div[contains(@class, 'cell_output')]//img")
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_widget_is_small(name: str) -> None:
+    """It travels inside the page, and the page stays small."""
+    page = (BUILD / "html" / WIDGETS[name][0]).read_text(encoding="utf-8")
+    found = re.findall(
+        rf'<figure class="widget" data-name="{name}">.*?</figure>', page, re.DOTALL
+    )
+    assert found
+    assert all(len(each.encode()) < 1000 * KILOBYTES for each in found)
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_widget_paints_at_once(name: str, visit: Visitor, tmp_path: Path) -> None:
+    """Alone on a page; what a page of the book needs besides is not its."""
+    _, figure, _ = opened(name, visit)
+    alone = figure.evaluate("e => { e.querySelector('[role=group]').remove();"
+                            "e.classList.remove('live'); return e.outerHTML }")  # fmt: skip
+    head = "<!doctype html><meta charset=utf-8><title>widget</title>"
+    (tmp_path / "alone.html").write_text(head + alone, encoding="utf-8")
+    found = visit(tmp_path.as_uri(), "alone.html")
+    found.page.locator("figure.widget.live").wait_for()
+    found.page.wait_for_function(f"() => {FIRST_PAINT}.length")
+    assert found.page.evaluate(f"{FIRST_PAINT}[0].startTime") < PAINT
+    assert found.errors + found.outside == []
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_widget_takes_the_place_of_its_picture(name: str, visit: Visitor) -> None:
+    """The picture goes once it is painted; it fits a phone, and asks for nothing."""
+    found, figure, _ = opened(name, visit)
+    assert figure.locator("[role=group]").is_visible()
+    assert picture(figure).count() == 1 and not picture(figure).is_visible()
+    assert (
+        sideways_scroll(found) + console_errors(found) + requests_outside(found) == []
+    )
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_widget_moves_by_keyboard(name: str, visit: Visitor) -> None:
+    """Every control has a label; the arrows move each, and the values are right."""
+    found, figure, data = opened(name, visit)
+    reader = WIDGETS[name][1]
+    for control in figure.locator("input, select").all():
+        assert control.evaluate("e => e.labels[0].textContent.trim()")
+        for key in ("ArrowLeft", "ArrowLeft", "ArrowDown", "ArrowRight", "End", "Home"):
+            control.focus()
+            assert control.evaluate("e => getComputedStyle(e).outlineStyle") != "none"
+            found.page.keyboard.press(key)
+            # Two frames: the move waits for the first.
+            found.page.evaluate("() => new Promise(d => requestAnimationFrame("
+                                "() => requestAnimationFrame(d)))")  # fmt: skip
+            shown = reader(figure, data)
+            assert shown.seen == shown.expected, (control, key)
+    assert figure.locator("[aria-live=polite]").first.text_content()
+    assert console_errors(found) == []
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_widget_changes_what_it_shows(name: str, visit: Visitor) -> None:
+    """A move of each range changes the values; else the test above holds nothing."""
+    found, figure, data = opened(name, visit)
+    reader = WIDGETS[name][1]
+    for control in figure.locator("input[type=range]").all():
+        seen = []
+        for key in ("Home", "End"):
+            control.focus()
+            found.page.keyboard.press(key)
+            found.page.wait_for_timeout(100)
+            seen.append(reader(figure, data).seen)
+        assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_widget_keeps_up_with_the_hand(name: str, visit: Visitor) -> None:
+    """Sixty frames a second, or its own part of a frame is short."""
+    found, figure, _ = opened(name, visit)
+    found.page.wait_for_timeout(500)  # formulas are being set
+    devtools = found.page.context.new_cdp_session(found.page)
+    devtools.send("Performance.enable")
+
+    def spent() -> float:
+        """Seconds of script, style and layout so far."""
+        metrics = devtools.send("Performance.getMetrics")["metrics"]
+        parts = ("ScriptDuration", "RecalcStyleDuration", "LayoutDuration")
+        return sum(each["value"] for each in metrics if each["name"] in parts)
+
+    for control in figure.locator("input[type=range]").all():
+        before = spent()
+        frames = control.evaluate(DRAG)
+        own = 1000 * (spent() - before) / len(frames)
+        print(f"{name}: median frame {median(frames):.1f} ms, of it {own:.1f} its own")
+        assert median(frames) <= 17 or own < OWN
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_widget_is_a_picture_on_paper(name: str, visit: Visitor) -> None:
+    """Its picture, with a text that says what is on it, and no control."""
+    found, figure, _ = opened(name, visit)
+    found.page.emulate_media(media="print")
+    assert not figure.is_visible()
+    still = picture(figure)
+    assert still.is_visible() and len(still.get_attribute("alt")) > 40
+
+
+def test_widgets_stand_side_by_side(visit: Visitor) -> None:
+    """The book as one page has them all, each with its own data and values."""
+    found = visit((BUILD / "singlehtml").as_uri(), "intro.html")
+    for name, (_, reader) in WIDGETS.items():
+        figures = found.page.locator(f'figure.widget.live[data-name="{name}"]')
+        assert figures.count() == 1
+        stored = figures.locator('script[type="application/json"]').text_content()
+        shown = reader(figures, json.loads(stored))
+        assert shown.seen == shown.expected
+    assert console_errors(found) == []
