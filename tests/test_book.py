@@ -275,7 +275,7 @@ LENIENT = (too_many_words, wide_lines, printed_verdicts)
 WITHOUT_STARTERS = {
     "from_scratch", "noise",
     "fast", "hundred_thousand", "transformer", "training", "privacy",
-    "chance", "detector_closer", "floats",
+    "chance", "floats",
     "gradient_policy", "how_far", "last_state", "limits", "one_step_map",
     "real_models", "scale", "since_the_paper", "stress_tests",
     "training_proofs", "zero_sets",
