@@ -273,7 +273,7 @@ UNFINISHED: set[str] = set()
 LENIENT = (too_many_words, wide_lines, printed_verdicts)
 # Pages whose exercises have no starter cell yet: this becomes empty.
 WITHOUT_STARTERS = {
-    "from_scratch", "noise",
+    "noise",
     "fast", "hundred_thousand", "transformer", "training", "privacy",
     "chance", "floats",
     "gradient_policy", "how_far", "last_state", "limits", "one_step_map",
