@@ -17,7 +17,7 @@ else
 IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile tests/site
 endif
 
-.PHONY: demo test quick lint unit notebooks book pages site lab runs real real-test clean .venv
+.PHONY: demo test quick lint unit notebooks book pages site lab runs real real-test assignments assignments-test clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
@@ -71,6 +71,15 @@ real: .venv
 # The tests on its weights; all others are in `test`.
 real-test: real
 	SIPIT_LITE_REAL=smollm2 $(PYTEST) -o addopts= --durations=5 tests/real/test_smollm2.py
+
+# The three graded assignments, in _build/assignments: notebooks, solutions, tests.
+assignments: .venv
+	$(BIN)/python book/assignments/generate.py _build/assignments
+
+# The same graded by otter-grader, which comes with pandas and is needed for this alone.
+assignments-test: .venv
+	$(BIN)/python -m pip install --quiet --constraint requirements.txt "otter-grader>=7,<8"
+	$(PYTEST) -o addopts= tests/test_assignments.py
 
 clean:
 	rm -rf _build build *.egg-info .pytest_cache .ruff_cache .hypothesis sipit-lite-demo.png

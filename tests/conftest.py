@@ -1,5 +1,9 @@
 """Fixtures: the bundled model, and small random models of the architectures of the paper."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -53,3 +57,22 @@ def prompt(family: tuple[PreTrainedModel, LanguageModel]) -> torch.Tensor:
     return torch.randint(VOCAB, (13,), generator=torch.Generator().manual_seed(1)).to(
         family[1].device
     )
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the working tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(Path(__file__).parent.parent),
+    ]
+    subprocess.run(command, check=True)
+    return next(folder.glob("*.whl"))

@@ -119,25 +119,6 @@ def test_wheel_carries_the_data(name: str, wheel: Path) -> None:
     assert name in zipfile.ZipFile(wheel).namelist()
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the working tree."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(folder),
-        str(ROOT),
-    ]
-    subprocess.run(command, check=True)
-    return next(folder.glob("*.whl"))
-
-
 def test_wheel_runs_the_demo(wheel: Path, tmp_path: Path) -> None:
     """Away from the repository, with the packages of this environment."""
     site = tmp_path / "site"

@@ -10,6 +10,17 @@ Figures = dict[str, float | int | str]
 BUNDLED = "pocket-gpt2"  # runs on every page, so it is never stored
 
 
+def beside(name: str | Path) -> Path:
+    """A file or folder that a page reads: beside it, or else what the package carries.
+
+    >>> beside("runs/a_page.json").exists()
+    False
+    """
+    # On Colab a page runs alone; the wheel holds the book's stored numbers.
+    path = Path(name)
+    return path if path.exists() else Path(__file__).parents[1] / "book" / path
+
+
 def compare(
     page: str,
     headline: Callable[[LanguageModel], Figures],
@@ -28,7 +39,8 @@ def compare(
     """
     name = Path(model.name).name
     path = Path(folder) / f"{page}.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    older = beside(path)
+    stored = json.loads(older.read_text(encoding="utf-8")) if older.exists() else {}
     runs = {name: headline(model)}
     if name != BUNDLED:
         stored |= runs
