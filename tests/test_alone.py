@@ -59,7 +59,8 @@ def files(tree: ast.Module) -> tuple[set[str], set[str]]:
         if isinstance(node, ast.Constant) and data.fullmatch(str(value)):
             named.add(value)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "beside":
-            carried |= {argument.value for argument in node.args}
+            first = node.args[0]  # noise has a function of that name of its own
+            carried |= {first.value} if isinstance(first, ast.Constant) else set()
     return named, carried
 
 

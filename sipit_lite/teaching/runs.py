@@ -11,12 +11,7 @@ BUNDLED = "pocket-gpt2"  # runs on every page, so it is never stored
 
 
 def beside(name: str | Path) -> Path:
-    """A file or folder that a page reads: beside it, or else what the package carries.
-
-    >>> beside("runs/a_page.json").exists()
-    False
-    """
-    # On Colab a page runs alone; the wheel holds the book's stored numbers.
+    """What a page reads: beside it, or where it runs alone, from the package."""
     path = Path(name)
     return path if path.exists() else Path(__file__).parents[1] / "book" / path
 
