@@ -277,7 +277,7 @@ WITHOUT_STARTERS = {
     "fast", "hundred_thousand", "transformer", "training", "privacy",
     "chance", "floats",
     "gradient_policy", "how_far", "last_state", "limits", "one_step_map",
-    "real_models", "scale", "stress_tests",
+    "scale", "stress_tests",
     "training_proofs", "zero_sets",
 }  # fmt: skip
 
