@@ -4,17 +4,25 @@ A widget is a row of ``WIDGETS``: its page, and what reads the values that it sh
 works the same out from its data, independently of its script.
 """
 
+import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
+import sympy as sp
 from conftest import BUILD, Visit, Visitor
 from playwright.sync_api import Locator
 from test_pages import DISK, console_errors, requests_outside, sideways_scroll
+
+from sipit_lite.teaching.toy_transformer import toy_state, toy_symbols
 
 KILOBYTES = 300  # of a widget's HTML, at most
 PAINT = 1000  # milliseconds until it is painted, at most
@@ -65,9 +73,96 @@ def inverter(figure: Locator, data: dict) -> Shown:
     return Shown([rows, bars], [wanted, lengths])
 
 
+def chosen(figure: Locator) -> list[int]:
+    """The number of the choice in each of its menus."""
+    return figure.locator("select").evaluate_all("all => all.map(e => e.selectedIndex)")
+
+
+def snap(figure: Locator, data: dict) -> Shown:
+    """Distances of the pushed state, from the places of the points in the plane."""
+    where, how, within = chosen(figure)
+    place = data["places"][where]
+    margin = place["margin"]
+    s = margin * 10 ** float(figure.locator("input[type=range]").input_value())
+    radius = (place["floor"], place["least"] / 2, margin / 2)[within]
+    rivals = []
+    lost = [math.inf]
+    for token, along, away, _ in place["pushes"][how]["rivals"]:
+        side = math.sqrt(max(0, away**2 - along**2))
+        rivals.append((math.hypot(s - along, side), token))
+        if along > 0:
+            # Where the line of the push meets the border midway.
+            lost.append((along + side**2 / along) / 2)
+    nearest = min(rivals)
+    fit = [token for far, token in [(s, place["token"]), *rivals] if far <= radius]
+    numbers = [s, nearest[0], margin / 2, radius, min(lost)]
+    said = figure.locator(".report").text_content()
+    seen = [
+        float(
+            figure.locator(f"dd[data-key={key}]").text_content().replace("never", "inf")
+        )
+        for key in ("truth", "rival", "half", "radius", "lost")
+    ]
+    verdict = ("refuses", "accepts", "refuses")[min(2, len(fit))]
+    right = s <= nearest[0]
+    return Shown(
+        [seen, verdict in said, "the true one" in said, "several" in said],
+        [pytest.approx(numbers, rel=0.006), True, right, len(fit) > 1],
+    )
+
+
+@cache
+def formulas(epsilon: float) -> dict:
+    """The states of prompts of two tokens, by sympy."""
+    theta = toy_symbols(vocab=2, positions=2, d=2, inner=1)
+    letters = [letter for matrix in theta.values() for letter in matrix]
+    modules = [{"erf": np.vectorize(math.erf)}, "numpy"]
+    pairs = product(range(2), repeat=2)
+    return {
+        ids: sp.lambdify(
+            letters, list(toy_state(ids, theta, epsilon)), modules, cse=True
+        )
+        for ids in pairs
+    }
+
+
+def zero(figure: Locator, data: dict) -> Shown:
+    """Shares of boxes with corners of both signs, from the formulas of sympy."""
+    prompts, letter = chosen(figure)
+    ranges = figure.locator("input[type=range]").all()
+    theta = copy.deepcopy(data["theta"])
+    named = data["letters"][letter]
+    theta[named["name"]][named["index"]] = float(ranges[0].input_value())
+    _, _, *numbers = [number for array in theta.values() for number in array]
+    sides = [np.linspace(low, high, 65) for low, high in data["box"]]
+    u, v = np.meshgrid(*sides)
+    states = formulas(data["epsilon"])
+    s, t = (
+        states[tuple(ids)](u, v, *numbers) for ids in data["pairs"][prompts]["rows"]
+    )
+    expected = [[], [], []]
+    for n in (4, 8, 16, 32, 64):
+        hit = []
+        for one, other in zip(s, t, strict=True):
+            sign = (one - other > 0)[:: 64 // n, :: 64 // n]
+            corners = [sign[i : n + i, j : n + j] for i in (0, 1) for j in (0, 1)]
+            hit.append(np.any(corners, 0) & ~np.all(corners, 0))
+        for row, boxes in zip(expected, (*hit, hit[0] & hit[1]), strict=True):
+            row.append(f"{100 * boxes.mean():.2f}%")
+    rows = figure.locator("tr[data-key]").all()
+    seen = [row.locator("td").all_text_contents() for row in rows]
+    # The report speaks of the grid that is painted.
+    n = 4 * 2 ** int(ranges[1].input_value())
+    said = figure.locator(".report").text_content()
+    painted = int(said.removeprefix("Of ").split()[0])
+    return Shown([*seen, painted], [*expected, n])
+
+
 Reader = Callable[[Locator, dict], Shown]
 WIDGETS: dict[str, tuple[str, Reader]] = {
     "inverter": ("intro.html", inverter),
+    "snap": ("noise.html", snap),
+    "zero": ("transformer.html", zero),
 }
 
 

@@ -1,7 +1,7 @@
 // Two prompts' states agree where two curves meet. The transformer has width 2 and one
 // block; its formula is written out, since a box has thousands of corners.
 start("zero", "Where two prompts of a small transformer collide", (root, data) => {
-  const finest = 128; // boxes a side; a coarser grid has a part of its corners
+  const finest = 64; // boxes a side; a coarser grid has a part of its corners
   const theta = structuredClone(data.theta);
   const [embedding, position] = [theta["wte.weight"], theta["wpe.weight"]];
   const [first, second] = ["h.0.ln_1", "h.0.ln_2"].map((name) => [...theta[`${name}.weight`], ...theta[`${name}.bias`]]);
@@ -22,10 +22,14 @@ start("zero", "Where two prompts of a small transformer collide", (root, data) =
 
   /** The last-token state of the rows (a, b), (c, d), added to `at` times `sign`. */
   const state = (a, b, c, d, at, sign) => {
-    const [n, m] = [centre(a, b), centre(c, d)];
-    const [n0, n1] = [n * first[0] + first[2], -n * first[1] + first[3]];
-    const [m0, m1] = [m * first[0] + first[2], -m * first[1] + first[3]];
-    const [q0, q1] = [head(m0, m1, 0), head(m0, m1, 1)];
+    const n = centre(a, b);
+    const m = centre(c, d);
+    const n0 = n * first[0] + first[2];
+    const n1 = -n * first[1] + first[3];
+    const m0 = m * first[0] + first[2];
+    const m1 = -m * first[1] + first[3];
+    const q0 = head(m0, m1, 0);
+    const q1 = head(m0, m1, 1);
     const one = (q0 * head(n0, n1, 2) + q1 * head(n0, n1, 3)) / Math.SQRT2;
     const two = (q0 * head(m0, m1, 2) + q1 * head(m0, m1, 3)) / Math.SQRT2;
     const weight = 1 / (1 + Math.exp(two - one));
@@ -46,12 +50,17 @@ start("zero", "Where two prompts of a small transformer collide", (root, data) =
     const values = [0, 1].map(() => new Float64Array((finest + 1) ** 2));
     const [p, q, r, s] = position;
     const at = [0, 0];
+    const rows = [0, 0, embedding[2], embedding[3]];
     for (let j = 0, corner = 0; j <= finest; j++) {
       for (let i = 0; i <= finest; i++, corner++) {
-        const rows = [left + ((right - left) * i) / finest, low + ((high - low) * j) / finest, embedding[2], embedding[3]];
+        rows[0] = left + ((right - left) * i) / finest;
+        rows[1] = low + ((high - low) * j) / finest;
         at[0] = at[1] = 0;
-        pair.forEach(([x, y], k) =>
-          state(rows[2 * x] + p, rows[2 * x + 1] + q, rows[2 * y] + r, rows[2 * y + 1] + s, at, k ? -1 : 1));
+        for (let k = 0; k < 2; k++) {
+          const x = 2 * pair[k][0];
+          const y = 2 * pair[k][1];
+          state(rows[x] + p, rows[x + 1] + q, rows[y] + r, rows[y + 1] + s, at, 1 - 2 * k);
+        }
         values[0][corner] = at[0];
         values[1][corner] = at[1];
       }
@@ -63,7 +72,8 @@ start("zero", "Where two prompts of a small transformer collide", (root, data) =
   const boxes = (values, n) => {
     const step = finest / n;
     const hit = new Uint8Array(n * n);
-    values.forEach((f, k) => {
+    for (let k = 0; k < 2; k++) {
+      const f = values[k];
       for (let j = 0; j < n; j++) {
         for (let i = 0; i < n; i++) {
           const corner = j * step * (finest + 1) + i * step;
@@ -72,11 +82,11 @@ start("zero", "Where two prompts of a small transformer collide", (root, data) =
           if (sum % 4) hit[j * n + i] |= k + 1;
         }
       }
-    });
+    }
     return hit;
   };
 
-  const levels = [8, 16, 32, 64, 128];
+  const levels = [4, 8, 16, 32, 64];
   const canvas = make("canvas", { role: "img", "aria-label": "Boxes that the two curves cross" });
   const cells = [0, 1, 2].map(() => levels.map(() => make("td")));
   const said = report();
@@ -100,40 +110,38 @@ start("zero", "Where two prompts of a small transformer collide", (root, data) =
     });
   };
 
-  let values;
+  let hits;
   const show = () => {
     const n = levels[grid.value()];
-    paint(boxes(values, n), n);
-    levels.forEach((m, column) => {
-      const hit = boxes(values, m);
-      const count = [0, 0, 0];
-      for (const kind of hit) {
-        if (kind & 1) count[0]++;
-        if (kind & 2) count[1]++;
-        if (kind === 3) count[2]++;
-      }
-      count.forEach((each, k) => (cells[k][column].textContent = `${((100 * each) / (m * m)).toFixed(2)}%`));
-    });
+    paint(hits[grid.value()], n);
     const [one, , both] = cells.map((row) => row[grid.value()].textContent);
     said.textContent = `Of ${n} × ${n} boxes, ${one} touch the first curve, and ${both} may hold a collision.`;
   };
   const again = () => {
-    const { name, index } = data.letters[letter.value()];
-    theta[name][index] = value.value();
-    values = evaluate(data.pairs[prompts.value()].rows);
+    theta[moved.name][moved.index] = value.value();
+    const values = evaluate(data.pairs[prompts.value()].rows);
+    hits = levels.map((n) => boxes(values, n));
+    hits.forEach((hit, column) => {
+      const count = [0, 0, 0, 0];
+      for (const kind of hit) count[kind]++;
+      const shares = [count[1] + count[3], count[2] + count[3], count[3]];
+      shares.forEach((each, k) => (cells[k][column].textContent = `${((100 * each) / hit.length).toFixed(2)}%`));
+    });
     show();
   };
-  const grid = slider("Boxes a side", { min: 0, max: 4, value: 1, shown: (k) => levels[k] }, () => values && show());
+  const grid = slider("Boxes a side", { min: 0, max: 4, value: 2, shown: (k) => levels[k] }, () => hits && show());
   const value = slider("Its value", { min: -4, max: 4, step: 0.05, value: 0, shown: (v) => v.toFixed(2) }, () => again());
   const prompts = select("Prompts", data.pairs.map((pair) => pair.text), () => again());
+  let moved = data.letters[0];
   const letter = select("Letter", data.letters.map((each) => each.text), () => {
-    // Back to the letter's own value; the last one keeps what the reader gave it.
-    const { name, index } = data.letters[letter.value()];
-    value.set(theta[name][index]);
+    // One letter moves at a time: the last one goes back.
+    theta[moved.name][moved.index] = data.theta[moved.name][moved.index];
+    moved = data.letters[letter.value()];
+    value.set(theta[moved.name][moved.index]);
   });
   const axes = make("p", { class: "axes" }, "Right: the first entry of the embedding of a, from −3 to 3. Up: its second.");
   root.append(controls(prompts.node, letter.node, value.node, grid.node), canvas, axes, table, said);
-  value.set(theta[data.letters[0].name][data.letters[0].index]);
-  grid.set(1);
+  value.set(theta[moved.name][moved.index]);
+  grid.set(2);
   new ResizeObserver(soon(show)).observe(canvas);
 });
