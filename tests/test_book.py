@@ -275,7 +275,7 @@ LENIENT = (too_many_words, wide_lines, printed_verdicts)
 WITHOUT_STARTERS = {
     "noise",
     "fast", "hundred_thousand", "training", "privacy",
-    "chance", "floats",
+    "floats",
     "gradient_policy", "how_far", "last_state", "limits", "one_step_map",
     "scale", "stress_tests",
     "training_proofs", "zero_sets",
