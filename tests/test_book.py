@@ -278,7 +278,7 @@ WITHOUT_STARTERS = {
     "floats",
     "gradient_policy", "how_far", "last_state", "limits", "one_step_map",
     "scale", "stress_tests",
-    "training_proofs", "zero_sets",
+    "zero_sets",
 }  # fmt: skip
 
 
