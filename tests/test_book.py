@@ -1,6 +1,7 @@
 """The contract of the book: executed notebooks, pages that need nothing else."""
 
 import ast
+import json
 import re
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from sphinx.errors import ExtensionError
+
+from sipit_lite.teaching.figures import widget
 
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
@@ -256,10 +259,32 @@ def exercises_without_check(notebook: NotebookNode) -> list[str]:
     return found
 
 
+WIDGET = re.compile(
+    r'<figure class="widget" data-name="(\w+)">'
+    r'.*<script type="application/json">(.*?)</script>.*',
+    re.DOTALL,
+)
+
+
+def stale_widgets(notebook: NotebookNode) -> list[str]:
+    """A page holds the scripts of its widgets, and they are those of the package."""
+    shown = [
+        out.data["text/html"]
+        for cell in code_cells(notebook)
+        for out in cell.outputs
+        if WIDGET.match(out.get("data", {}).get("text/html", ""))
+    ]
+    return [
+        f"the widget {WIDGET.match(page)[1]!r} has another script: run its cell again"
+        for page in shown
+        if widget(WIDGET.match(page)[1], json.loads(WIDGET.match(page)[2])) != page
+    ]
+
+
 CHECKS: list[Check] = [
     not_run_in_order, stderr_outputs, unannounced_errors, no_assert, long_cells,
     unknown_tags, figures_without_alt, too_many_words, wide_lines, printed_verdicts,
-    exercises_without_check,
+    exercises_without_check, stale_widgets,
 ]  # fmt: skip
 
 
@@ -363,6 +388,12 @@ def forget_alt(claim: NotebookNode, figure: NotebookNode) -> None:
     figure.metadata = NotebookNode()
 
 
+def keep_an_old_script(claim: NotebookNode, figure: NotebookNode) -> None:
+    """The script of a widget was mended, and its page not run again."""
+    page = widget("inverter", {"levels": 9}).replace("nearest", "farthest")
+    figure.outputs = [new_output("display_data", data={"text/html": page})]
+
+
 def leave_alt_blank(claim: NotebookNode, figure: NotebookNode) -> None:
     """A figure has an alternative text that says nothing."""
     figure.metadata.mystnb.image.alt = " "
@@ -395,6 +426,7 @@ def test_contract_accepts_a_sound_notebook() -> None:
         (forget_alt, figures_without_alt),
         (leave_alt_blank, figures_without_alt),
         (put_alt_with_the_caption, figures_without_alt),
+        (keep_an_old_script, stale_widgets),
     ],
     ids=lambda function: function.__name__,
 )

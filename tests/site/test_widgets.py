@@ -158,11 +158,57 @@ def zero(figure: Locator, data: dict) -> Shown:
     return Shown([*seen, painted], [*expected, n])
 
 
+def search(figure: Locator, data: dict) -> Shown:
+    """The first eight by the sum of lens and weighted prior, and the true token's place."""
+    at = figure.locator("select").evaluate("e => e.selectedIndex")
+    each = data["positions"][at]
+    weight, steps = (
+        int(moved.input_value()) for moved in figure.locator("input[type=range]").all()
+    )
+    both = zip(each["lens"], each["prior"], strict=True)
+    scores = [lens + weight * prior for lens, prior in both]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    odds = [math.exp((s - max(scores)) / max(weight, 1)) for s in scores]
+    drawn = (1 - each["rest"][weight]) / sum(odds)
+    lines = []
+    for i in order[:8]:
+        places = each["lens_place"][i], each["prior_place"][i]
+        lines.append((each["token"][i], *places, each["proxy_place"][i][steps]))
+    true = order.index(each["true"]) + 1 + each["ahead"][weight]
+    cells = [
+        line.locator("span").all_text_contents()
+        for line in figure.locator(".line:not(.head)").all()
+    ]
+    seen = [
+        (token.replace("␣", " ").replace("⏎", "\n"), *map(int, places))
+        for token, _, *places in cells
+    ]
+    said = figure.locator("[aria-live]").text_content()
+    place = re.search(r"at place (\d+)\. The", said)
+    # The line touches the token on top: no point lies beyond it.
+    corners = [figure.locator(".edge").get_attribute(n) for n in ("x1", "x2")]
+    x = float(figure.locator("circle.top").get_attribute("cx"))
+    y = float(figure.locator("circle.top").get_attribute("cy"))
+    low, high = map(float, corners)
+    height = float(figure.locator(".edge").get_attribute("y1"))
+    on_line = high + (low - high) * y / height
+    shares = [odds[i] * drawn for i in order[:8]]
+    off = [
+        abs(float(line[1].rstrip("%")) / 100 - share) < 0.0051
+        for line, share in zip(cells, shares, strict=True)
+    ]
+    return Shown(
+        [seen, int(place[1]) if place else 1, abs(on_line - x) < 0.2, off],
+        [lines, true, True, [True] * 8],
+    )
+
+
 Reader = Callable[[Locator, dict], Shown]
 WIDGETS: dict[str, tuple[str, Reader]] = {
     "inverter": ("intro.html", inverter),
     "snap": ("noise.html", snap),
     "zero": ("transformer.html", zero),
+    "search": ("fast.html", search),
 }
 
 

@@ -19,6 +19,18 @@ start("search", "Lens and prior meet on a token", (root, data) => {
   });
   const said = report();
 
+  // Columns become tokens.
+  const positions = data.positions.map((position) => ({
+    ...position,
+    tokens: position.token.map((token, i) => ({
+      token,
+      lens: position.lens[i],
+      prior: position.prior[i],
+      places: [position.lens_place[i], position.prior_place[i]],
+      proxy: position.proxy_place[i],
+    })),
+  }));
+
   // Room around the points, and what turns scores into coordinates.
   const scale = (values, from, to) => {
     const low = Math.min(...values);
@@ -28,19 +40,17 @@ start("search", "Lens and prior meet on a token", (root, data) => {
   };
 
   const place = (i) => {
-    const position = data.positions[i];
+    const position = positions[i];
     const x = scale(position.tokens.map((each) => each.lens), 0, width);
     const y = scale(position.tokens.map((each) => each.prior), height, 0);
     const points = position.tokens.map((each) =>
       draw("circle", { cx: x(each.lens), cy: y(each.prior), r: 3.5 }, draw("title", {}, shownToken(each.token))));
     points[position.true].setAttribute("class", "true");
-    // Scores at the corners of the plane, for the line through it.
-    const ends = [y(0), y(1)];
-    const slopeY = ends[1] - ends[0];
-    const priorAt = (pixel) => (pixel - ends[0]) / slopeY;
+    // The prior at a height of the plane, for the line through it.
+    const priorAt = (pixel) => (pixel - y(0)) / (y(1) - y(0));
     scene = { position, x, y, points, top: -1, priorAt };
     plane.replaceChildren(beyond, edge, ...points, ...names);
-    move(weight.value());
+    move();
   };
 
   const name = (node, each, { x, y }) => {
@@ -52,9 +62,11 @@ start("search", "Lens and prior meet on a token", (root, data) => {
     node.setAttribute("text-anchor", right ? "end" : "start");
   };
 
-  const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+  const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`;
 
-  const move = (w) => {
+  const move = () => {
+    const w = weight.value();
+    const k = steps.value();
     const { position, x, points, priorAt } = scene;
     const { tokens, rest, ahead } = position;
     const scores = tokens.map((each) => each.lens + w * each.prior);
@@ -77,11 +89,11 @@ start("search", "Lens and prior meet on a token", (root, data) => {
     name(names[1], tokens[position.true], scene);
     names[0].style.display = scene.top === position.true ? "none" : "";
 
-    lines.forEach(({ node, cells, bar }, k) => {
-      const i = order[k];
-      node.className = `line ${i === position.true ? "yes" : k ? "" : "no"}`;
-      const { token, lens_place, prior_place, proxy_place } = tokens[i];
-      const texts = [shownToken(token), percent(shares[i]), lens_place, prior_place, proxy_place];
+    lines.forEach(({ node, cells, bar }, row) => {
+      const i = order[row];
+      node.className = `line ${i === position.true ? "yes" : row ? "" : "no"}`;
+      const { token, places, proxy } = tokens[i];
+      const texts = [shownToken(token), percent(shares[i]), ...places, proxy[k]];
       texts.forEach((text, c) => (cells[c].textContent = text));
       bar.style.transform = `scaleX(${shares[i].toFixed(4)})`;
     });
@@ -91,19 +103,22 @@ start("search", "Lens and prior meet on a token", (root, data) => {
     const verdict = at === 1 ? "the true token" : `the true one, “${shownToken(truth.token)}”, is at place ${at}`;
     const others = data.vocabulary - tokens.length;
     said.textContent = `Weight ${w}: “${shownToken(top.token)}” is on top, ${verdict}. ` +
-      `The ${others} tokens that are not drawn hold ${percent(rest[w])} together.`;
+      `The ${others} tokens that are not drawn hold ${percent(rest[w])} together. ` +
+      `After ${k} steps the proxy has the true token at place ${truth.proxy[k]}.`;
   };
 
-  const weight = slider("Weight of the prior", { min: 0, max: data.positions[0].rest.length - 1, value: 0 }, (w) => move(w));
-  const choice = select("Text", data.positions.map((each) => `…${each.before} ▢`), place);
+  const weight = slider("Weight of the prior", { min: 0, max: positions[0].rest.length - 1, value: 0 }, () => move());
+  const steps = slider("Steps of the proxy", { min: 0, max: positions[0].proxy_place[0].length - 1, value: 0 }, () => move());
+  const choice = select("Text", positions.map((each) => `…${each.before} ▢`), place);
   const heads = ["token", "share", "lens", "prior", "proxy"].map((text) => make("span", {}, text));
   root.append(
-    controls(choice.node, weight.node),
+    controls(choice.node, weight.node, steps.node),
     make("div", { class: "halves" },
       picture,
       make("div", { class: "lines" }, make("div", { class: "line head" }, ...heads), ...lines.map((line) => line.node))),
     said,
   );
   place(0);
+  steps.set(0);
   weight.set(0);
 });
