@@ -300,7 +300,6 @@ LENIENT = (too_many_words, wide_lines, printed_verdicts)
 WITHOUT_STARTERS = {
     "noise",
     "fast", "hundred_thousand", "training", "privacy",
-    "floats",
     "gradient_policy", "how_far", "last_state", "limits", "one_step_map",
     "scale", "stress_tests",
     "zero_sets",
