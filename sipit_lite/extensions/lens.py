@@ -36,6 +36,8 @@ RIDGE = 1e-5  # relative to the sum of squares of each regressor
 HELD = 2**24  # numbers held at once while tokens are ranked: 64 MiB
 OTHERS = 32  # prompts to calibrate on
 FLOOR = 1e-6  # smallest variance of a residual, relative to that of the goals
+FEW = 160  # coordinates of a whitened embedding, those of the largest weight first
+RIVALS = 64  # tokens a state that they may leave, scored on all coordinates
 FIRST = (16, 112)  # candidates in the first batches: few misses rank further down
 
 Rows = Float[Tensor, "*rows d_model"]
@@ -129,7 +131,7 @@ class Lens(Regression):
         self, states: States, correction: Tensor | float = 0.0
     ) -> Float[Tensor, "rows vocab"]:
         """−½ ‖(E_v − ê) ``whiten``‖² of each v; ``correction`` is added to ê."""
-        table, squares = self._whitened
+        table, squares, _ = self._whitened
         expected = (self.predict(states) + correction) @ self.whiten
         return torch.addmm(-squares / 2, expected, table.T)
 
@@ -139,8 +141,28 @@ class Lens(Regression):
         # One state by all tokens is a row of the vocabulary's size.
         flat = states.reshape(-1, states.shape[-1])
         batches = flat.split(max(1, HELD // self.model.vocab_size))
-        tokens = torch.cat([self.nearness(rows).argmax(-1) for rows in batches])
+        tokens = torch.cat([self._nearest(rows) for rows in batches])
         return tokens.reshape(states.shape[:-1])
+
+    def _nearest(self, states: Rows) -> Int[Tensor, " rows"]:
+        """The token of largest ``nearness``, from few coordinates where these decide.
+
+        What the others add to a distance is never negative, which bounds every score.
+        """
+        table, squares, first = self._whitened
+        expected = self.predict(states) @ self.whiten
+        bound = torch.addmm(-first / 2, expected[:, :FEW], table[:, :FEW].T)
+        bound += expected[:, FEW:].square().sum(1, keepdim=True) / 2
+        draft = bound.argmax(1)
+        reached = (expected * table[draft]).sum(1) - squares[draft] / 2
+        row, token = (bound >= reached[:, None]).nonzero(as_tuple=True)
+        if len(token) > RIVALS * len(states):
+            return self.nearness(states).argmax(1)
+        score = (expected[row] * table[token]).sum(1) - squares[token] / 2
+        best = reached.scatter_reduce(0, row, score, "amax")
+        ahead = score == best[row]
+        draft[row[ahead]] = token[ahead]
+        return draft
 
     def proposals(
         self, step: OneStepMap, observed: State, generator: torch.Generator
@@ -153,7 +175,8 @@ class Lens(Regression):
 
     def read(self, prompts: Sequence[Tensor]) -> list[tuple[Tensor, Reading]]:
         """A draft of each prompt, and a search for what it has wrong."""
-        readings = [Reading(self, states) for states in prompts]
+        alone = len(prompts) == 1
+        readings = [Reading(self, states, keeps=alone) for states in prompts]
         # What the lens drafts alone is one product for all prompts.
         alone = [reading.states for reading in readings if reading.alone]
         rows = self.draft(torch.cat([torch.zeros_like(prompts[0][:0]), *alone]))
@@ -208,10 +231,11 @@ class Lens(Regression):
         return cls(**tensors, model=model, layer=layer, **learned)
 
     @cached_property
-    def _whitened(self) -> tuple[Tensor, Tensor]:
-        """The whitened table of embeddings, and the squared norms of its rows."""
+    def _whitened(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Whitened embeddings; squared norms of all their coordinates, and of few."""
         table = self.model.embeddings.float() @ self.whiten
-        return table, table.square().sum(1)
+        squares = table.square()
+        return table, squares.sum(1), squares[:, :FEW].sum(1)
 
 
 def training_prompts(model: LanguageModel, seed: int = 0) -> Iterator[Tokens]:

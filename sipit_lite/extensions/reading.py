@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sipit_lite.model import LanguageModel, plain_settings
-from sipit_lite.onestep import ROWS, OneStepMap
+from sipit_lite.onestep import OneStepMap
 from sipit_lite.policies import Batches, Gradient, State
 
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the prior, to choose from
@@ -42,8 +42,10 @@ class Reading:
 
     lens: Any
     states: States
+    keeps: bool = False  # what was drafted from, for the search: 2 · pos · |V| numbers
 
     def __post_init__(self) -> None:
+        self.opening: tuple[Tensor, Tensor] | None = None
         self.tested: list[tuple[Tensor, Tensor]] = []  # states, what the lens leaves
         self.sums: tuple[Tensor, ...] = ()  # of positions before this one
         self.tests = 0
@@ -57,13 +59,25 @@ class Reading:
 
     def posterior(self) -> Int[Tensor, " pos"]:
         """The likeliest token of each state, by lens and prior."""
-        lens = self.lens
         tokens = []
-        for first in range(0, len(self.states), ROWS):
-            rows = slice(first, first + ROWS)
-            score = lens.nearness(self.states[rows]) + lens.weight * self.law(rows)
+        for first in range(0, len(self.states), JUDGED):
+            rows = slice(first, first + JUDGED)
+            score = self.near(rows) + self.lens.weight * self.law(rows)
             tokens.append(score.argmax(1))
+        if not self.keeps:
+            self.opening = None
         return torch.cat(tokens)
+
+    def near(self, rows: slice) -> Float[Tensor, "rows vocab"]:
+        """How near the lens takes each token to be at these positions."""
+        kept = self.opening and rows.stop <= JUDGED
+        return self.opening[0][rows] if kept else self.lens.nearness(self.states[rows])
+
+    def law(self, rows: slice) -> Float[Tensor, "rows vocab"]:
+        """Log-probability of each token at these positions."""
+        if self.before is not None and self.opening and rows.stop <= JUDGED:
+            return self.opening[1][rows]
+        return log_law(self.lens.model, self.before[rows])
 
     @cached_property
     def before(self) -> States | None:
@@ -79,14 +93,13 @@ class Reading:
         before = torch.cat([torch.zeros_like(final[:1]), final[:-1]])
         if not self.lens.fitted:
             return before  # nothing is read that could be judged
-        judged = slice(1, JUDGED)
-        draft = self.lens.draft(self.states[judged])
-        expected = log_law(model, before[judged]).gather(1, draft[:, None]).mean()
-        return before if expected > -math.log(model.vocab_size) else None
-
-    def law(self, rows: slice) -> Float[Tensor, "rows vocab"]:
-        """Log-probability of each token at these positions."""
-        return log_law(self.lens.model, self.before[rows])
+        near = self.lens.nearness(self.states[:JUDGED])
+        law = log_law(model, before[:JUDGED])
+        expected = law.gather(1, near.argmax(1, keepdim=True))[1:].mean()
+        if not expected > -math.log(model.vocab_size):
+            return None
+        self.opening = near, law
+        return before
 
     def proposals(
         self, step: OneStepMap, observed: State, generator: torch.Generator
@@ -108,7 +121,7 @@ class Reading:
                 self.tested = []
                 self.sums = ()
             if lens.fitted:
-                orders.append(lens.nearness(observed[None])[0])
+                orders.append(self.near(slice(t, t + 1))[0])
             if i > 1 and self.tested:  # what fewer pairs say is noise
                 orders.append(self.taught(observed))
             # The prior costs a pass, once: not for what the lens all but knows.
@@ -215,11 +228,13 @@ def calibrated(lens: Any, prompts: Iterable[Tensor]) -> tuple[float, float]:
     for ids in prompts:
         ids = ids.to(lens.model.device)
         reading = Reading(lens, lens.model.states(ids, lens.layer))
-        near = lens.nearness(reading.states)[1:]
+        unread = reading.before is None
+        rows = slice(1, len(ids))
+        near = reading.near(rows)
         right.append(near.argmax(1) == ids[1:])
-        if reading.before is None:
+        if unread:
             continue
-        law = reading.law(slice(1, None))
+        law = reading.law(rows)
         for weight in WEIGHTS:
             score = near + weight * law
             ahead = score > score.gather(1, ids[1:, None])
