@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,65 +55,9 @@ class Reported:
     weights: str = "full"  # or int8, fp4
 
 
-# The smallest distance at the first, middle and last layer.
-BY_DEPTH = [
-    ("Table 1", "layers", LLAMA, 0.001, 0.129, 0.620),
-    ("Table 1", "layers", MISTRAL, 0.002, 0.187, 1.274),
-    ("Table 1", "layers", PHI, 0.014, 1.336, 9.020),
-    ("Table 1", "layers", TINY, 0.029, 1.434, 2.793),
-    ("E.3", "same-answer", MISTRAL, 0.012, 0.265, 3.494),
-    ("E.3", "same-answer", LLAMA, 0.046, 0.733, 6.227),
-    ("E.3", "same-answer", PHI, 0.087, 2.302, 18.913),
-]
-# The same at the last layer, for weights in FP4, in int8 and in full.
-BY_WEIGHTS = [
-    (LLAMA, 2.281, 6.597, 1.274),
-    (MISTRAL, 1.748, 2.692, 1.136),
-    (PHI, 18.368, 20.956, 8.780),
-]
-# Seconds and their spread, weights, share of exact prompts, explored vocabulary in %.
-TIMED = [
-    ("Table 4", "inversion", MISTRAL, "published", 111.78, 46.50, "fp4", 1.0, 0.19),
-    ("Table 4", "inversion", LLAMA, "published", 549.48, 265.75, "fp4", 1.0, 0.21),
-    ("Table 5", "compared", GPT2, "hard prompts", 6132.59, 104.61, "full", 0.0, None),
-    ("Table 5", "compared", GPT2, "brute force", 3889.61, 691.17, "full", 1.0, None),
-    ("Table 5", "compared", GPT2, "published", 28.01, 35.87, "full", 1.0, None),
-    ("Table 6", "inversion", MISTRAL, "published", 72.99, 37.57, "full", None, 0.21),
-    ("Table 6", "inversion", LLAMA, "published", 345.35, 181.30, "full", None, 0.22),
-    ("Table 7", "splits", GPT2, "train, published", 146.48, 91.52, "full", 1.0, None),
-    ("Table 7", "splits", GPT2, "test, published", 128.62, 83.40, "full", 1.0, None),
-    ("Table 7", "splits", GPT2, "random, published", 106.87, 39.10, "full", 1.0, None),
-]
-SHAPES = [
-    ("first", "margin", 1.85),
-    ("last", "margin", 4.64),
-    ("last", "anisotropy", 0.288),
-    ("first", "dimension", 20.8),
-    ("last", "dimension", 16.4),
-    ("correlation", "margin and anisotropy", 0.72),
-    ("correlation", "margin and dimension", -0.60),
-]
-
-
-def _paper() -> Iterator[Reported]:
-    """All numbers, table by table."""
-    for *which, first, middle, last in BY_DEPTH:
-        for depth, value in zip(DEPTHS, (first, middle, last), strict=True):
-            yield Reported(*which, depth, "minimum", value)
-    for model, *minima in BY_WEIGHTS:
-        which = ("Table 2", "layers", model, "last", "minimum")
-        for weights, value in zip(("fp4", "int8", "full"), minima, strict=True):
-            yield Reported(*which, value, weights=weights)
-    for *which, seconds, spread, weights, exact, explored in TIMED:
-        yield Reported(*which, "seconds", seconds, spread, weights)
-        for quantity, value in (("exact", exact), ("explored, %", explored)):
-            if value is not None:
-                yield Reported(*which, quantity, value, weights=weights)
-    for shape in SHAPES:
-        yield Reported("Table 11", "shape", GPT2, *shape)
-
-
-PAPER = tuple(_paper())
+# Tables 1, 2, 4 to 7 and 11, and E.3: a line a number.
+_STORED = Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
+PAPER = tuple(Reported(**row) for row in json.loads(_STORED))
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,22 @@ Start one a core or GPU with ``torchrun``, each loads the model, and call these 
 ``ranks()``. A rank that dies ends the run; shards in ``folder`` are used again.
 """
 
-import json
 import math
 import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-import typer
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from sipit_lite import collisions
 from sipit_lite.io import shards
-from sipit_lite.io.corpora import from_source
-from sipit_lite.io.loading import load
 from sipit_lite.io.text import different
 from sipit_lite.model import LanguageModel, SipItError, StatesError
 
-PROGRAM = "sipit_lite.extensions.distributed"
 MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 Block = tuple[Int[Tensor, " rows"], Float[Tensor, "rows d_model"]]  # one rank's
 
@@ -92,7 +84,7 @@ def closest_pairs(
     in ``collisions.closest_pairs``, which certifies and refuses as alone (``scale``).
     """
     rank, count = _place()
-    sizes = _gathered(len(rows))
+    sizes = gathered(len(rows))
     pairs = math.comb(sum(sizes), 2)
     if not 1 <= k <= pairs:
         raise StatesError(f"got k={k} and {sum(sizes)} rows; expected 1 to {pairs}")
@@ -106,7 +98,7 @@ def closest_pairs(
             both = map(torch.cat, zip((rows, states), visiting, strict=True))
             distances |= _compared(*both, k)
     # Each rank sends the k closest of its own, so the k closest of all are here.
-    for others in _gathered(distances):
+    for others in gathered(distances):
         distances |= others
     # Equal distances in the order of their numbers: the same on every rank.
     best = sorted(zip(distances.values(), distances, strict=True))[:k]
@@ -130,7 +122,7 @@ def _place() -> tuple[int, int]:
     return 0, 1
 
 
-def _gathered(value: object) -> list:
+def gathered(value: object) -> list:
     """The value of every rank, in their order, on every rank."""
     values = [value] * _place()[1]
     if dist.is_initialized():
@@ -151,52 +143,3 @@ def _passed_on(block: Block, size: int) -> Block:
     for move in dist.batch_isend_irecv(moves):
         move.wait()
     return received[0].to(block[0].device), received[1].to(block[1].device)
-
-
-def compare(
-    prompts: Annotated[int, typer.Option("-n", "--prompts", min=2)] = 2000,
-    length: Annotated[int, typer.Option(min=1, help="tokens of a prompt")] = 24,
-    layers: Annotated[list[int] | None, typer.Option(help="once for each")] = None,
-    source: Literal["bundled", "installed", "corpora"] = "bundled",
-    folder: Annotated[str | None, typer.Option(help="keeps the states")] = None,
-    model: str | None = None,
-) -> None:
-    """States of many prompts and their closest pairs, one line of JSON from rank 0."""
-    with ranks() as (rank, count):
-        loaded = load(model, layers=max(layers) if layers else None)
-        layers = layers or [loaded.n_layers]
-        # Corpora are streamed once, so one rank draws for all; time starts after that.
-        ids = []
-        if rank == 0:
-            ids = from_source(loaded.tokenizer, prompts, length, source=source)
-        ids = _gathered(ids)[0]
-        started = time.perf_counter()
-        rows, states = last_states(loaded, ids, layers, folder)
-        seconds = max(_gathered(time.perf_counter() - started))
-        closest = []
-        for layer, x in zip(layers, states, strict=True):
-            [pair], [distance] = closest_pairs(rows, x, 1)
-            row = {"layer": layer, "pair": pair.tolist(), "minimum": float(distance)}
-            closest.append(row)
-        line = {"ranks": count, "prompts": len(ids), "seconds": seconds}
-        if rank == 0:
-            print(json.dumps(line | {"layers": closest}))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``compare`` as a program: 2, and one line, for anything that cannot be done."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command()(compare)
-    try:
-        # Typer's errors take several lines; outside standalone mode they are raised.
-        return app(arguments, f"torchrun -m {PROGRAM}", standalone_mode=False) or 0
-    except typer.TyperException as error:
-        message = error.format_message()
-    except (SipItError, OSError, RuntimeError) as error:
-        message = str(error) or type(error).__name__
-    print("distributed:", " ".join(message.split()), file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sipit_lite import collisions, load
+from sipit_lite.experiments import ranks as program
 from sipit_lite.extensions import distributed
 from sipit_lite.io import corpora, shards
 from sipit_lite.io.text import bundled, distinct
@@ -47,7 +48,7 @@ def states_equal_one_process(rank: int, count: int, folder: Path) -> None:
     torch.testing.assert_close(
         states, shards.last_states(model, prompts, [1, 6])[:, rows]
     )
-    assert sorted(chain(*distributed._gathered(rows.tolist()))) == list(range(40))
+    assert sorted(chain(*distributed.gathered(rows.tolist()))) == list(range(40))
 
 
 def traffic_is_as_calculated(rank: int, count: int, folder: Path) -> None:
@@ -83,19 +84,19 @@ def corpora_are_streamed_once(rank: int, count: int, folder: Path) -> None:
     shards.last_states = noted
     # Joined already.
     distributed.ranks = lambda: nullcontext((rank, count))
-    distributed.compare(9, 7, [1], "corpora")
+    program.compare(9, 7, [1], "corpora")
     shards.last_states = honest
     tokenizer = load(device="cpu").tokenizer
     wanted = [ids.tolist() for ids in corpora.sampled(tokenizer, 9, 7, streams)]
-    assert sorted(chain(*distributed._gathered(used))) == sorted(wanted)
-    assert distributed._gathered(opened) == [[0]] + [[]] * (count - 1)
+    assert sorted(chain(*distributed.gathered(used))) == sorted(wanted)
+    assert distributed.gathered(opened) == [[0]] + [[]] * (count - 1)
 
 
 def dies_once(rank: int, count: int, folder: Path) -> None:
     """The last rank dies at its second shard, unless an earlier run has started."""
     shards.SHARD = 4
     again = (folder / "started").exists()
-    distributed._gathered(None)
+    distributed.gathered(None)
     (folder / "started").touch()
     honest = shards._shard
     done = []
@@ -110,4 +111,4 @@ def dies_once(rank: int, count: int, folder: Path) -> None:
     model = load(device="cpu")
     prompts = distinct(model.tokenizer, 30, 6)
     distributed.last_states(model, prompts, [2], folder=folder)
-    distributed._gathered(None)
+    distributed.gathered(None)

@@ -12,6 +12,7 @@ import pytest
 import rank_program
 import torch
 
+from sipit_lite.experiments import ranks as program
 from sipit_lite.extensions import distributed
 from sipit_lite.model import StatesError
 
@@ -28,7 +29,7 @@ def context() -> multiprocessing.context.BaseContext:
     """Processes forked from one that has imported everything, and computed nothing."""
     server = multiprocessing.get_context("forkserver")
     # The server does not know the path of the tests, so the program is not among these.
-    server.set_forkserver_preload(["sipit_lite", "sipit_lite.extensions.distributed"])
+    server.set_forkserver_preload(["sipit_lite", "sipit_lite.experiments.ranks"])
     return server
 
 
@@ -76,10 +77,10 @@ def test_the_command_gives_the_same_minimum(
 ) -> None:
     """Bit for bit, from one process and from two under ``torchrun``."""
     options = ["-n", "60", "--length", "8", "--layers", "1", "--layers", "6"]
-    assert distributed.main(options) == 0
+    assert program.main(options) == 0
     alone = json.loads(capsys.readouterr().out)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", distributed.PROGRAM, *options]
+    command += ["--nproc-per-node", "2", "-m", program.PROGRAM, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     two = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     assert two.returncode == 0, two.stderr
@@ -127,7 +128,7 @@ def test_refusals_are_one_line(
     monkeypatch.chdir(tmp_path)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert distributed.main(arguments) == 2
+    assert program.main(arguments) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("distributed: ") and words in line
 

@@ -107,6 +107,25 @@ def test_ranks_by_mahalanobis_distance(pocket: LanguageModel, lens: Lens) -> Non
     assert lens.draft(one).item() == expected[0]
 
 
+@pytest.mark.parametrize("rivals", [0, 64])
+def test_a_draft_is_the_nearest_of_all(
+    pocket: LanguageModel, lens: Lens, monkeypatch: pytest.MonkeyPatch, rivals: int
+) -> None:
+    """By few coordinates where they decide, and by all; against distances in float64."""
+    monkeypatch.setattr(lens_module, "RIVALS", rivals)
+    generator = torch.Generator().manual_seed(2)
+    strange = 30 * torch.randn(40, pocket.d_model, generator=generator)
+    states = torch.cat([pocket.states("read by few coordinates", 3).cpu(), strange])
+    whiten = lens.whiten.double().cpu()
+    expected = lens.embeddings(states.to(pocket.device)).double().cpu() @ whiten
+    table = pocket.embeddings.double().cpu() @ whiten
+    apart = torch.stack([(table - e).square().sum(1) for e in expected])
+    draft = lens.draft(states.to(pocket.device)).cpu()
+    chosen = apart.gather(1, draft[:, None])[:, 0]
+    # Rounding may choose between tokens that are all but equally near.
+    assert (chosen <= apart.min(1).values * (1 + 1e-4)).all()
+
+
 def test_layer_zero_is_read_exactly(pocket: LanguageModel) -> None:
     """Embedding plus position: the regression recovers the token at any position."""
     exact = Lens.fit(pocket, 0, prompts=text(pocket), tokens=8000, features=0)
