@@ -603,6 +603,39 @@ def test_redirect_is_written(tmp_path: Path) -> None:
         redirects.write_redirects(app, None)
 
 
+def test_pages_are_found(tmp_path: Path) -> None:
+    """Description and card in each head, and a map; the address from one setting."""
+    found = load_extension("found")
+    config = SimpleNamespace(
+        html_baseurl="",
+        html_theme_options={"repository_url": "https://example.org/owner/name"},
+        html_title="Book",
+        description="About the book.",
+    )
+    app = SimpleNamespace(
+        builder=SimpleNamespace(name="html"),
+        config=config,
+        env=SimpleNamespace(found_docs={"b", "a"}),
+        outdir=tmp_path,
+    )
+    found.set_address(app, config)
+    address = "https://owner.github.io/name/"
+    assert config.html_baseurl == address
+    context = {"title": "<span>1. </span>Less &lt; more"}
+    found.add_metatags(app, "a", "page.html", context, None)
+    head = context["metatags"]
+    assert '<meta name="description" content="About the book.">' in head
+    assert 'property="og:title" content="1. Less &lt; more"' in head
+    assert f'property="og:image" content="{address}{found.CARD}"' in head
+    found.write_sitemap(app, None)
+    text = (tmp_path / "sitemap.xml").read_text(encoding="utf-8")
+    assert re.findall("<loc>(.*)</loc>", text) == [f"{address}{n}.html" for n in "ab"]
+    # Width and height stand in bytes 16 to 24 of a PNG.
+    card = (BOOK / found.CARD).read_bytes()
+    size = [int.from_bytes(card[i : i + 4], "big") for i in (16, 20)]
+    assert size == [1200, 630] and len(card) <= 150_000
+
+
 def load_extension(name: str) -> ModuleType:
     """A module of ``book/_ext``."""
     spec = spec_from_file_location(name, BOOK / "_ext" / f"{name}.py")

@@ -162,6 +162,35 @@ def test_status_page_names_the_architectures() -> None:
     assert told == [(name, type(config).__name__) for name, config in FAMILIES.items()]
 
 
+def test_package_says_who_where_and_what() -> None:
+    """Complete metadata; its addresses are those of the book's configuration."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert PROJECT["authors"] == citation["authors"] == [{"name": config["author"]}]
+    assert PROJECT["keywords"] == citation["keywords"]
+    repository = config["repository"]["url"]
+    owner, name = repository.split("/")[-2:]
+    [paper] = citation["references"]
+    assert PROJECT["urls"] == {
+        "Book": f"https://{owner}.github.io/{name}/",
+        "Repository": repository,
+        "Issues": f"{repository}/issues",
+        "Paper": paper["url"],
+    }
+    pythons = {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)}
+    assert pythons <= set(PROJECT["classifiers"])
+    # The badge is a picture of the repository: no service is asked for it.
+    assert f"](book/_static/paper.svg)]({paper['url']})" in README
+    assert (ROOT / "book/_static/paper.svg").exists()
+
+
+def test_pins_install_on_any_patch_of_python() -> None:
+    """Python 3.11 is enough: later releases of soupsieve need 3.11.5."""
+    assert pins()["soupsieve"] == "2.10"
+    assert PROJECT["requires-python"] == ">=3.11"
+    assert "3.11.5" not in README + USAGE
+
+
 def test_citation_file() -> None:
     """CITATION.cff has version and licence of the package, and the paper's entry."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))

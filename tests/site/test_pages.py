@@ -162,6 +162,23 @@ def test_search_answers(book: str, visit: Visitor) -> None:
     assert console_errors(found) + requests_outside(found) == []
 
 
+def test_head_describes_the_page_for_search_and_previews() -> None:
+    """Each page differs; the card is there, and the map names all pages."""
+    described = {}
+    for name in PAGES:
+        head = (BUILD / "html" / name).read_text("utf-8").partition("</head>")[0]
+        described[name] = re.findall('<meta name="description" content="(.+)">', head)
+        if name not in ("search.html", "genindex.html"):
+            [address] = re.findall('property="og:url" content="(.+)"', head)
+            assert address.endswith(f"/{name}")
+            [card] = re.findall('property="og:image" content="(.+)"', head)
+            assert (BUILD / "html" / card[len(address) - len(name) :]).exists()
+    assert all(len(found) == 1 for found in described.values()), described
+    written = (BUILD / "html" / "sitemap.xml").read_text("utf-8")
+    listed = {url.rpartition("/")[2] for url in re.findall("<loc>(.*)</loc>", written)}
+    assert {"intro.html", "claim.html"} <= listed <= set(PAGES)
+
+
 def test_hidden_solution_opens_and_closes(book: str, visit: Visitor) -> None:
     """A solution is folded until its title is clicked."""
     found = visit(book, "claim.html")
