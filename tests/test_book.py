@@ -299,7 +299,7 @@ LENIENT = (too_many_words, wide_lines, printed_verdicts)
 # Pages whose exercises have no starter cell yet: this becomes empty.
 WITHOUT_STARTERS = {
     "fast", "hundred_thousand", "training", "privacy",
-    "gradient_policy", "how_far", "last_state", "limits", "one_step_map",
+    "gradient_policy", "last_state", "limits", "one_step_map",
     "scale", "stress_tests",
     "zero_sets",
 }  # fmt: skip
