@@ -3,9 +3,10 @@
 import ast
 import json
 import re
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
+from io import BytesIO
 from math import ceil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 from sphinx.errors import ExtensionError
 
 from sipit_lite.teaching.figures import widget
@@ -130,6 +132,47 @@ def figures_without_alt(notebook: NotebookNode) -> list[str]:
             cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
         ).strip()
     ]
+
+
+STYLE = 'plt.style.use("sipit_lite.teaching.book")'
+COLUMN = 950  # pixels: 5.6 inches at 160, and a rim
+
+
+def pictures(notebook: NotebookNode) -> Iterator[tuple[NotebookNode, Image.Image]]:
+    """The pictures of a page, each with its cell."""
+    for cell in code_cells(notebook):
+        for out in cell.outputs:
+            if "image/png" in out.get("data", {}):
+                data = b64decode(out.data["image/png"])
+                yield cell, Image.open(BytesIO(data)).convert("RGBA")
+
+
+def for_both(cell: NotebookNode) -> bool:
+    """Whether a picture is in colours for light and dark pages, as the book's first."""
+    image = cell.metadata.get("mystnb", {}).get("image", {})
+    return image.get("classes") == "dark-light"
+
+
+def opaque_figures(notebook: NotebookNode) -> list[str]:
+    """A page that is dark turns light into dark, and a white ground into a box."""
+    corners = [image.getpixel((0, 0))[3] for _, image in pictures(notebook)]
+    return [f"picture {i} has a ground" for i, alpha in enumerate(corners) if alpha]
+
+
+def wide_figures(notebook: NotebookNode) -> list[str]:
+    """A wider one has smaller letters on a phone."""
+    return [
+        f"{image.width} pixels wide, at most {COLUMN}: {cell.source[:80]!r}"
+        for cell, image in pictures(notebook)
+        if image.width > COLUMN and not for_both(cell)
+    ]
+
+
+def unstyled_figures(notebook: NotebookNode) -> list[str]:
+    """One line after the imports gives all figures one look."""
+    drawn = [cell for cell, _ in pictures(notebook) if not for_both(cell)]
+    styled = any(STYLE in cell.source for cell in code_cells(notebook))
+    return [] if styled or not drawn else [f"figures without {STYLE}"]
 
 
 MAX_WORDS = 2500  # of a page
@@ -283,8 +326,9 @@ def stale_widgets(notebook: NotebookNode) -> list[str]:
 
 CHECKS: list[Check] = [
     not_run_in_order, stderr_outputs, unannounced_errors, no_assert, long_cells,
-    unknown_tags, figures_without_alt, too_many_words, wide_lines, printed_verdicts,
-    exercises_without_check, stale_widgets,
+    unknown_tags, figures_without_alt, opaque_figures, wide_figures, unstyled_figures,
+    too_many_words, wide_lines, printed_verdicts, exercises_without_check,
+    stale_widgets,
 ]  # fmt: skip
 
 
@@ -296,6 +340,12 @@ def complaints(notebook: NotebookNode) -> list[str]:
 # Pages that are still to be shortened, and may break these rules until then.
 UNFINISHED: set[str] = set()
 LENIENT = (too_many_words, wide_lines, printed_verdicts)
+# Pages whose figures are still to be drawn in the style of the book.
+UNSTYLED = {
+    "claim", "floats", "gradient_policy", "last_state", "privacy", "scale",
+    "stress_tests",
+}  # fmt: skip
+FIGURES = (opaque_figures, wide_figures, unstyled_figures)
 # Pages whose exercises have no starter cell yet: this becomes empty.
 WITHOUT_STARTERS = {
     "fast", "hundred_thousand", "training", "privacy",
@@ -315,22 +365,30 @@ def test_notebook_is_a_real_reference(path: Path) -> None:
     """Every notebook keeps the whole contract."""
     notebook = nbformat.read(path, as_version=4)
     spared = LENIENT if path.stem in UNFINISHED else ()
+    spared += FIGURES if path.stem in UNSTYLED else ()
     if path.stem in WITHOUT_STARTERS:
         spared = (*spared, exercises_without_check)
     checks = [check for check in CHECKS if check not in spared]
     assert [complaint for check in checks for complaint in check(notebook)] == []
 
 
+def png(width: int, alpha: int) -> str:
+    """A small picture, as a notebook holds it."""
+    file = BytesIO()
+    Image.new("RGBA", (width, 1), (255, 255, 255, alpha)).save(file, "png")
+    return b64encode(file.getvalue()).decode()
+
+
 def sound_notebook() -> NotebookNode:
     """A small notebook that keeps the contract: a checked claim, and a figure."""
     claim = new_code_cell("assert 1 < 2\nprint('ok')", execution_count=1)
     claim.outputs = [new_output("stream", name="stdout", text="ok\n")]
-    figure = new_code_cell("plt.show()", execution_count=2)
+    figure = new_code_cell(f"{STYLE}\nplt.show()", execution_count=2)
     figure.metadata = NotebookNode(
         tags=["hide-input"],
         mystnb=NotebookNode(image=NotebookNode(alt="a rising line")),
     )
-    figure.outputs = [new_output("display_data", data={"image/png": "iVBORw0KGgo="})]
+    figure.outputs = [new_output("display_data", data={"image/png": png(COLUMN, 0)})]
     return new_notebook(cells=[new_markdown_cell("# Title"), claim, figure])
 
 
@@ -397,6 +455,21 @@ def leave_alt_blank(claim: NotebookNode, figure: NotebookNode) -> None:
     figure.metadata.mystnb.image.alt = " "
 
 
+def draw_on_white(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A figure has matplotlib's own ground."""
+    figure.outputs[0].data["image/png"] = png(9, 255)
+
+
+def draw_wide(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A figure is one pixel wider than the column."""
+    figure.outputs[0].data["image/png"] = png(COLUMN + 1, 0)
+
+
+def forget_the_style(claim: NotebookNode, figure: NotebookNode) -> None:
+    """A page draws in matplotlib's own colours."""
+    figure.source = "plt.show()"
+
+
 def put_alt_with_the_caption(claim: NotebookNode, figure: NotebookNode) -> None:
     """MyST-NB drops an alternative text that stands beside the caption."""
     figure.metadata = NotebookNode(
@@ -425,6 +498,9 @@ def test_contract_accepts_a_sound_notebook() -> None:
         (leave_alt_blank, figures_without_alt),
         (put_alt_with_the_caption, figures_without_alt),
         (keep_an_old_script, stale_widgets),
+        (draw_on_white, opaque_figures),
+        (draw_wide, wide_figures),
+        (forget_the_style, unstyled_figures),
     ],
     ids=lambda function: function.__name__,
 )
