@@ -350,7 +350,7 @@ FIGURES = (opaque_figures, wide_figures, unstyled_figures)
 WITHOUT_STARTERS = {
     "fast", "hundred_thousand", "training", "privacy",
     "gradient_policy", "last_state", "limits", "one_step_map",
-    "scale", "stress_tests",
+    "stress_tests",
     "zero_sets",
 }  # fmt: skip
 
