@@ -348,7 +348,7 @@ UNSTYLED = {
 FIGURES = (opaque_figures, wide_figures, unstyled_figures)
 # Pages whose exercises have no starter cell yet: this becomes empty.
 WITHOUT_STARTERS = {
-    "fast", "hundred_thousand", "training", "privacy",
+    "fast", "training", "privacy",
     "gradient_policy", "last_state", "limits", "one_step_map",
     "stress_tests",
     "zero_sets",
