@@ -81,7 +81,7 @@ def _share(user: object, enters: bool) -> None:
             USERS.pop(user, None)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_oom(error: BaseException) -> bool:
     """Whether an error says that no memory could be had, on CUDA or on the CPU."""
     exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return exhausted or "can't allocate memory" in str(error)
@@ -93,7 +93,7 @@ def advised(what: str, dtype: torch.dtype, kind: type[Exception]) -> Iterator[No
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_oom(error):
             raise
         ways = "expected fewer or shorter ones at a time, or a lower layer"
         if dtype.itemsize > 2:

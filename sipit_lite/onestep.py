@@ -11,13 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from sipit_lite.model import (
-    LanguageModel,
-    ModelError,
-    advised,
-    is_out_of_memory,
-    plain_settings,
-)
+from sipit_lite.model import LanguageModel, ModelError, advised, is_oom, plain_settings
 
 ROWS = 256  # candidates a pass: enough to keep the matrix products busy
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -93,7 +87,7 @@ class OneStepMap:
                     batches = [self.embedding(table[v]) for v in tokens.split(size)]
                     return torch.cat(batches)
                 except (RuntimeError, MemoryError) as error:
-                    if size == 1 or not is_out_of_memory(error):
+                    if size == 1 or not is_oom(error):
                         raise
                     # The device is fuller than it looked: smaller passes say the same.
                     size //= 2

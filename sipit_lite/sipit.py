@@ -63,9 +63,15 @@ def invert(
     on_fail: ``"nearest"`` takes the nearest token where none or several verify, marks
         it as not ``verified``, and goes on
 
-    Raises ``StatesError``, ``ModelError``, ``LensError`` for states that no prompt has,
-    a layer outside 0..L + 1, another model's lens; ``NotVerified``, ``Ambiguous``,
-    ``Interrupted``, with the verified prefix, where no or several tokens verify.
+    Returns
+    -------
+    The ``Recovery``: tokens, text, and how clearly each was told from the others
+
+    Raises
+    ------
+    StatesError, ModelError, LensError: no such states or layer, another model's lens
+    NotVerified, Ambiguous, Interrupted: with the verified prefix, where no token
+        verifies, or several, or on Ctrl-C
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from sipit_lite.model import (
     LanguageModel,
     ModelError,
-    is_out_of_memory,
+    is_oom,
     landmarks,
     plain_settings,
 )
@@ -119,7 +119,7 @@ def load(
     except ModelError:
         raise
     except Exception as error:  # whatever transformers raises becomes one line
-        if needed is not None and is_out_of_memory(error):
+        if needed is not None and is_oom(error):
             refusal = f"got {name!r}, out of memory: {needed.line}; {LESS}"
             raise ModelError(refusal) from error
         raise ModelError(_reason(name, error)) from error
