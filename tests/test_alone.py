@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
@@ -83,13 +84,17 @@ def test_what_a_notebook_lacks_is_seen() -> None:
     assert foreign_imports(ast.parse(stand_in)) == set()
 
 
-def test_install_cell_names_this_version() -> None:
-    """The first code cell of each page installs the package as it is here."""
+def test_first_cell_installs_this_version_and_offers_real_weights() -> None:
+    """It pins the package as it is here; without its mark a line names the model."""
     pin = f'"{PROJECT["name"]}=={PROJECT["version"]}"'
     for path in NOTEBOOKS:
         cells = nbformat.read(path, as_version=4).cells
-        first = next(cell for cell in cells if cell.cell_type == "code")
-        assert f"%pip install -q {pin}" in first.source, path.name
+        first = next(cell for cell in cells if cell.cell_type == "code").source
+        assert f"%pip install -q {pin}" in first, path.name
+        chosen = first.replace("# %env", "%env")
+        assert chosen != first, path.name
+        code = TransformerManager().transform_cell(chosen)
+        assert "run_line_magic('env', 'SIPIT_LITE_MODEL=gpt2')" in code, path.name
 
 
 def test_wheel_runs_a_page_alone(wheel: Path, tmp_path: Path) -> None:
