@@ -351,7 +351,6 @@ WITHOUT_STARTERS = {
     "fast", "training", "privacy",
     "gradient_policy", "last_state", "limits", "one_step_map",
     "stress_tests",
-    "zero_sets",
 }  # fmt: skip
 
 
