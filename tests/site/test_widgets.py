@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import sympy as sp
 from conftest import BUILD, Visit, Visitor
-from playwright.sync_api import Locator
+from playwright.sync_api import Browser, Locator
 from test_pages import DISK, console_errors, requests_outside, sideways_scroll
 
 from sipit_lite.teaching.toy_transformer import toy_state, toy_symbols
@@ -303,7 +303,8 @@ def test_widget_keeps_up_with_the_hand(name: str, visit: Visitor) -> None:
     found, figure, _ = opened(name, visit)
     found.page.wait_for_timeout(500)  # formulas are being set
     devtools = found.page.context.new_cdp_session(found.page)
-    devtools.send("Performance.enable")
+    # Of the processor, not of the clock: other processes do not count.
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
 
     def spent() -> float:
         """Seconds of script, style and layout so far."""
@@ -339,3 +340,38 @@ def test_widgets_stand_side_by_side(visit: Visitor) -> None:
         shown = reader(figures, json.loads(stored))
         assert shown.seen == shown.expected
     assert console_errors(found) == []
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_picture_stays_where_no_script_runs(name: str, browser: Browser) -> None:
+    """As in a notebook that is not trusted, or with scripts switched off."""
+    with browser.new_context(java_script_enabled=False) as context:
+        page = context.new_page()
+        page.goto(f"{DISK}/{WIDGETS[name][0]}")
+        figure = page.locator(f'figure.widget[data-name="{name}"]')
+        assert picture(figure).is_visible() and not figure.is_visible()
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_inverter_plays(motion: str, visit: Visitor) -> None:
+    """Token by token; at once for who wants no motion."""
+    found, figure, data = opened("inverter", visit)
+    found.page.emulate_media(reduced_motion=motion)
+    back = figure.locator("input[type=range]")
+    play = figure.get_by_role("button")
+    last = back.get_attribute("max")
+    assert back.input_value() == last
+    play.press("Enter")
+    seen = {back.input_value()}
+    if motion == "reduce":
+        assert seen == {last}
+        return
+    while len(seen) < 3:  # or the time of this test is up
+        found.page.wait_for_timeout(50)
+        seen.add(back.input_value())
+    play.press("Enter")
+    stopped = back.input_value()
+    found.page.wait_for_timeout(700)  # more than a token takes
+    assert back.input_value() == stopped != last
+    shown = inverter(figure, data)
+    assert shown.seen == shown.expected

@@ -62,6 +62,11 @@ start("search", "Lens and prior meet on a token", (root, data) => {
     node.setAttribute("text-anchor", right ? "end" : "start");
   };
 
+  // What stays as it is needs no layout.
+  const write = (node, text) => {
+    if (node.textContent !== text) node.textContent = text;
+  };
+
   const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`;
 
   const move = () => {
@@ -94,7 +99,7 @@ start("search", "Lens and prior meet on a token", (root, data) => {
       node.className = `line ${i === position.true ? "yes" : row ? "" : "no"}`;
       const { token, places, proxy } = tokens[i];
       const texts = [shownToken(token), percent(shares[i]), ...places, proxy[k]];
-      texts.forEach((text, c) => (cells[c].textContent = text));
+      texts.forEach((text, c) => write(cells[c], String(text)));
       bar.style.transform = `scaleX(${shares[i].toFixed(4)})`;
     });
     const truth = tokens[position.true];
