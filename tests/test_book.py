@@ -342,7 +342,7 @@ UNFINISHED: set[str] = set()
 LENIENT = (too_many_words, wide_lines, printed_verdicts)
 # Pages whose figures are still to be drawn in the style of the book.
 UNSTYLED = {
-    "claim", "floats", "last_state", "privacy", "scale",
+    "floats", "privacy", "scale",
     "stress_tests",
 }  # fmt: skip
 FIGURES = (opaque_figures, wide_figures, unstyled_figures)
