@@ -341,7 +341,7 @@ def complaints(notebook: NotebookNode) -> list[str]:
 UNFINISHED: set[str] = set()
 LENIENT = (too_many_words, wide_lines, printed_verdicts)
 # Pages whose figures are still to be drawn in the style of the book.
-UNSTYLED = {"floats", "stress_tests"}
+UNSTYLED: set[str] = set()
 FIGURES = (opaque_figures, wide_figures, unstyled_figures)
 # Pages whose exercises have no starter cell yet: this becomes empty.
 WITHOUT_STARTERS = {
