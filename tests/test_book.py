@@ -346,7 +346,7 @@ FIGURES = (opaque_figures, wide_figures, unstyled_figures)
 # Pages whose exercises have no starter cell yet: this becomes empty.
 WITHOUT_STARTERS = {
     "fast",
-    "gradient_policy", "last_state", "one_step_map",
+    "last_state", "one_step_map",
     "stress_tests",
 }  # fmt: skip
 
