@@ -17,7 +17,7 @@ else
 IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile tests/site
 endif
 
-.PHONY: demo test quick lint unit notebooks book pages site lab runs real real-test assignments assignments-test clean .venv
+.PHONY: demo test quick lint unit notebooks book pages site pdf lab runs real real-test assignments assignments-test clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
@@ -55,6 +55,10 @@ pages: .venv
 
 site: pages
 	@$(IN_A_BROWSER)
+
+# The printed book, by Chromium, as _build/book.pdf.
+pdf: pages
+	$(BIN)/python book/paper.py
 
 lab: .venv
 	$(BIN)/jupyter lab book

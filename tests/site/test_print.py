@@ -2,15 +2,19 @@
 
 import re
 from collections.abc import Callable, Iterator
-from io import BytesIO
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 from conftest import BUILD, Visit, Visitor, window
 from playwright.sync_api import Browser
-from pypdf import PdfReader
+from pypdf import PageObject, PdfReader
 from pypdf.generic import Destination
 
+SPEC = spec_from_file_location("paper", BUILD.parent / "book" / "paper.py")
+PRINT = module_from_spec(SPEC)
+SPEC.loader.exec_module(PRINT)
+MEGABYTES = 15  # of the printed book, at most
 PAPER = {"width": 794, "height": 1123}  # A4 in CSS pixels
 CHAPTERS = "article span[id^=document-] + section > :is(h2, h3)"
 FORMULAS = "article mjx-container:visible"
@@ -24,6 +28,9 @@ FOLDED = """all => all
     .filter(e => !e.checkVisibility({visibilityProperty: true, opacityProperty: true}))
     .map(e => e.textContent.slice(0, 60))"""
 CURVE = re.compile(rb" c\s")  # the operator of PDF for a piece of an outline
+SHARED = re.compile(rb"(/O\d+) Do\s")  # an outline that is drawn by its name
+PRESSED = "button, input, select, summary, .headerlink, figure.widget, .anim-controls"
+SCREEN = re.compile(r"(?:Show|Hide) code cell|Click to|Copy to clipboard|Launch")
 
 
 def formulas_missing(visit: Visit) -> list[str]:
@@ -71,12 +78,20 @@ def pictures_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
     )
 
 
+def curves_on(sheet: PageObject) -> int:
+    """Pieces of outlines that a page draws, by name or by itself."""
+    drawn = sheet.get_contents().get_data()
+    curves = len(CURVE.findall(drawn))
+    for name in SHARED.findall(drawn):
+        outline = sheet["/Resources"]["/XObject"][name.decode()]
+        curves += len(CURVE.findall(outline.get_data()))
+    return curves
+
+
 def formulas_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
     """Letters of formulas are outlines, many to a formula; text has none."""
     shown = visit.page.locator(FORMULAS).count()
-    curves = sum(
-        len(CURVE.findall(sheet.get_contents().get_data())) for sheet in paper.pages
-    )
+    curves = sum(map(curves_on, paper.pages))
     return (
         []
         if curves >= 50 * shown
@@ -111,28 +126,22 @@ def chapters_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
     return missing
 
 
-def printed(visit: Visit, path: Path) -> PdfReader:
-    """The page on paper, kept as a file."""
-    return PdfReader(
-        BytesIO(
-            visit.page.pdf(
-                path=path, tagged=True, outline=True, prefer_css_page_size=True
-            )
-        )
-    )
-
-
 @pytest.fixture(scope="module")
 def book(browser: Browser) -> Iterator[Visit]:
     """The long page, as it is before it goes to paper."""
     with window(browser) as opened:
         visit = opened((BUILD / "singlehtml").as_uri(), "intro.html")
         visit.page.set_viewport_size(PAPER)
-        visit.page.emulate_media(media="print")
-        visit.page.evaluate(
-            "dispatchEvent(new Event('beforeprint'))"
-        )  # solutions listen to it
+        PRINT.arrange(visit.page)
         yield visit
+
+
+@pytest.fixture(scope="module")
+def paper(book: Visit) -> PdfReader:
+    """The printed book."""
+    PRINT.printed(book.page, BUILD / "book.pdf")
+    PRINT.finish(BUILD / "book.pdf")
+    return PdfReader(BUILD / "book.pdf")
 
 
 @pytest.mark.parametrize(
@@ -151,12 +160,76 @@ def test_long_page_has_what_is_checked(book: Visit) -> None:
     assert book.errors + book.outside == []
 
 
-def test_printed_book_is_whole(book: Visit) -> None:
+def test_nothing_on_paper_needs_a_screen(book: Visit) -> None:
+    """Nothing to press, to drag or to copy, and no words about it."""
+    assert book.page.locator(f"article :is({PRESSED}):visible").count() == 0
+    assert SCREEN.findall(book.page.locator("article").inner_text()) == []
+
+
+def test_hints_and_solutions_stand_at_the_end(book: Visit) -> None:
+    """Every solution, after the last chapter, with a way back to its exercise."""
+    last = book.page.locator("article main > section").last
+    exercises = book.page.locator(".exercise").evaluate_all("all => all.map(e => e.id)")
+    titles = last.locator(".solution > .admonition-title a")
+    assert book.page.locator(".solution").count() == titles.count() >= 80
+    back = titles.evaluate_all("all => all.map(e => e.getAttribute('href').slice(1))")
+    assert set(back) <= set(exercises)
+    assert all(re.fullmatch(r"Exercise [\d.]+", t) for t in titles.all_text_contents())
+
+
+def test_printed_book_is_whole(book: Visit, paper: PdfReader) -> None:
     """The pictures, formulas and chapters of the long page are on paper."""
-    paper = printed(book, BUILD / "book.pdf")
     assert pictures_not_printed(book, paper) == []
     assert formulas_not_printed(book, paper) == []
     assert chapters_not_printed(book, paper) == []
+
+
+def test_printed_book_is_light(paper: PdfReader) -> None:
+    """It can be sent by mail."""
+    assert (BUILD / "book.pdf").stat().st_size <= MEGABYTES * 1e6
+
+
+def test_printed_book_has_a_title_page(paper: PdfReader) -> None:
+    """The title, and neither a running head nor a page number."""
+    words = squeezed(paper.pages[0].extract_text())
+    assert words.startswith(squeezed(PRINT.TITLE))
+    assert words.count(squeezed(PRINT.TITLE)) == 1
+    assert not words.endswith("1")
+
+
+def contents_of(paper: PdfReader) -> dict[str, int]:
+    """The number that the contents print beside each link, by the link's target."""
+    contents = {}
+    for sheet in paper.pages[1:12]:
+        numbers = {}
+
+        def note(text: str, _: object, at: list, font: dict | None, __: object) -> None:
+            if font and font.get("/BaseFont") == "/Helvetica" and text.strip():
+                numbers[at[5]] = int(text)  # noqa: B023
+
+        sheet.extract_text(visitor_text=note)
+        for annotation in sheet.get("/Annots", []) if numbers else []:
+            link = annotation.get_object()
+            _, low, _, high = map(float, link["/Rect"])
+            beside = [number for y, number in numbers.items() if low <= y <= high]
+            contents[link["/Dest"].removeprefix("/")] = beside[0]
+    return contents
+
+
+def test_contents_name_the_right_pages(book: Visit, paper: PdfReader) -> None:
+    """The title stands on the page of that number, under its running head."""
+    contents = contents_of(paper)
+    assert len(contents) >= 200
+    chapters = book.page.locator(".contents .chapter a")
+    links = chapters.evaluate_all("all => all.map(e => [e.hash.slice(1), e.innerText])")
+    assert len(links) >= 40
+    for target, title in [*links[::6], links[-1]]:
+        sheet = paper.pages[contents[target] - 1]
+        words = squeezed(sheet.extract_text())
+        # Once in the running head, and once as the heading.
+        assert words.startswith(squeezed(PRINT.TITLE + title))
+        assert words.count(squeezed(title)) >= 2
+        assert str(contents[target]) in words
 
 
 @pytest.mark.parametrize(
@@ -215,7 +288,8 @@ def test_what_is_not_printed_is_missed(
     style = f"<style>@media print {{ {selector} {{ display: none }} }}</style>"
     (tmp_path / "small.html").write_text(SMALL + style)
     found = visit(tmp_path.as_uri(), "small.html")
-    paper = printed(found, tmp_path / "small.pdf")
+    PRINT.printed(found.page, tmp_path / "small.pdf")
+    paper = PdfReader(tmp_path / "small.pdf")
     checks = (pictures_not_printed, formulas_not_printed, chapters_not_printed)
     assert [failed for failed in checks if failed(found, paper)] == (
         [check] if check else []
