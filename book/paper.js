@@ -25,6 +25,10 @@
     if (!/^(c|ansi)/.test(word.className)) word.replaceWith(...word.childNodes);
   all("pre").forEach((node) => node.normalize());
 
+  // The builder of the long page writes some links as if to a file beside it.
+  all("a[href^='intro.html#']").forEach((link) => link.setAttribute("href", link.hash));
+  all("a.image-reference").forEach((link) => link.replaceWith(...link.childNodes));
+
   // Chapters, in the parts of the book.
   const captions = all("nav.bd-links p.caption", document).map(text);
   const parts = all(".toctree-wrapper").map((wrapper, i) => ({
