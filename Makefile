@@ -17,7 +17,7 @@ else
 IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile tests/site
 endif
 
-.PHONY: demo test quick lint unit notebooks book pages site pdf lab runs real real-test assignments assignments-test clean .venv
+.PHONY: demo test quick lint unit notebooks book pages site pdf slides lab runs real real-test assignments assignments-test clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
@@ -59,6 +59,10 @@ site: pages
 # The printed book, by Chromium, as _build/book.pdf.
 pdf: pages
 	$(BIN)/python book/paper.py
+
+# A deck for each session of the course, as _build/slides/session-01.html and so on.
+slides: pages
+	$(BIN)/python book/slides.py
 
 lab: .venv
 	$(BIN)/jupyter lab book
