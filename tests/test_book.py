@@ -346,7 +346,6 @@ FIGURES = (opaque_figures, wide_figures, unstyled_figures)
 # Pages whose exercises have no starter cell yet: this becomes empty.
 WITHOUT_STARTERS = {
     "one_step_map",
-    "stress_tests",
 }  # fmt: skip
 
 
