@@ -345,7 +345,7 @@ UNSTYLED: set[str] = set()
 FIGURES = (opaque_figures, wide_figures, unstyled_figures)
 # Pages whose exercises have no starter cell yet: this becomes empty.
 WITHOUT_STARTERS = {
-    "one_step_map",
+
 }  # fmt: skip
 
 
