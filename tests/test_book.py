@@ -343,10 +343,6 @@ LENIENT = (too_many_words, wide_lines, printed_verdicts)
 # Pages whose figures are still to be drawn in the style of the book.
 UNSTYLED: set[str] = set()
 FIGURES = (opaque_figures, wide_figures, unstyled_figures)
-# Pages whose exercises have no starter cell yet: this becomes empty.
-WITHOUT_STARTERS = {
-
-}  # fmt: skip
 
 
 def test_there_are_notebooks() -> None:
@@ -360,8 +356,6 @@ def test_notebook_is_a_real_reference(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     spared = LENIENT if path.stem in UNFINISHED else ()
     spared += FIGURES if path.stem in UNSTYLED else ()
-    if path.stem in WITHOUT_STARTERS:
-        spared = (*spared, exercises_without_check)
     checks = [check for check in CHECKS if check not in spared]
     assert [complaint for check in checks for complaint in check(notebook)] == []
 
