@@ -506,9 +506,10 @@ def test_the_module_of_the_command_line_runs_it() -> None:
 
 def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
     """One line and exit code 130, before torch has come."""
-    press = (
-        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
-    )
+    # In the background a shell has SIGINT ignored, so the handler is set anew.
+    press = "import os, signal, time\n"
+    press += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    press += "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
     (tmp_path / "torch.py").write_text(press)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = program("demo", PYTHONPATH=path)
