@@ -33,7 +33,7 @@ HEADER = re.compile(r"^question (\w+), (\d+) points: (.*)$")
 
 @dataclass
 class Question:
-    """One question: what is asked, the answer, and what tests it."""
+    """One question: the task, the answer, and what tests it."""
 
     name: str
     points: int
@@ -124,13 +124,13 @@ def read(path: Path) -> Assignment:
         body = body.strip("\n")
         # In cells of prose each line is a comment.
         prose = re.sub(r"^# ?", "", body, flags=re.M).strip()
-        asked = HEADER.match(kind)
+        header = HEADER.match(kind)
         if kind == "introduction":
             assignment.introduction = prose
         elif kind == "setup":
             assignment.setup = body
-        elif asked:
-            name, points, title = asked.groups()
+        elif header:
+            name, points, title = header.groups()
             assignment.questions.append(Question(name, int(points), title, prose))
         elif kind in ("solution", "mistake"):
             setattr(assignment.questions[-1], kind, body)

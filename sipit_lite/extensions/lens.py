@@ -155,6 +155,7 @@ class Lens(Regression):
         bound += expected[:, FEW:].square().sum(1, keepdim=True) / 2
         draft = bound.argmax(1)
         reached = (expected * table[draft]).sum(1) - squares[draft] / 2
+        # Rounding may drop a token all but as near: drafts are verified elsewhere.
         row, token = (bound >= reached[:, None]).nonzero(as_tuple=True)
         if len(token) > RIVALS * len(states):
             return self.nearness(states).argmax(1)
@@ -175,8 +176,9 @@ class Lens(Regression):
 
     def read(self, prompts: Sequence[Tensor]) -> list[tuple[Tensor, Reading]]:
         """A draft of each prompt, and a search for what it has wrong."""
-        alone = len(prompts) == 1
-        readings = [Reading(self, states, keeps=alone) for states in prompts]
+        # Of many prompts the scores of all tokens would not fit into memory.
+        keeps = len(prompts) == 1
+        readings = [Reading(self, states, keeps) for states in prompts]
         # What the lens drafts alone is one product for all prompts.
         alone = [reading.states for reading in readings if reading.alone]
         rows = self.draft(torch.cat([torch.zeros_like(prompts[0][:0]), *alone]))

@@ -75,9 +75,10 @@ class Reading:
 
     def law(self, rows: slice) -> Float[Tensor, "rows vocab"]:
         """Log-probability of each token at these positions."""
-        if self.before is not None and self.opening and rows.stop <= JUDGED:
+        before = self.before  # first: it is judged by scores that stay for this
+        if self.opening and rows.stop <= JUDGED:
             return self.opening[1][rows]
-        return log_law(self.lens.model, self.before[rows])
+        return log_law(self.lens.model, before[rows])
 
     @cached_property
     def before(self) -> States | None:
@@ -228,11 +229,11 @@ def calibrated(lens: Any, prompts: Iterable[Tensor]) -> tuple[float, float]:
     for ids in prompts:
         ids = ids.to(lens.model.device)
         reading = Reading(lens, lens.model.states(ids, lens.layer))
-        unread = reading.before is None
+        flat = reading.before is None  # first, since it keeps the scores
         rows = slice(1, len(ids))
         near = reading.near(rows)
         right.append(near.argmax(1) == ids[1:])
-        if unread:
+        if flat:
             continue
         law = reading.law(rows)
         for weight in WEIGHTS:

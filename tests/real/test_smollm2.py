@@ -6,6 +6,7 @@ All by ``make real-test``, in a few minutes on two cores.
 import json
 from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_prompts_come_back_with_a_small_lens(
     lens = sl.Lens.fit(model, layer, tokens=4000, features=512)
     drawn = [(kind, LENGTH, 0) for kind in ("prose", "code")]
     if layer == model.n_layers:  # a miss is dear there: short prompts, but more
-        drawn = [(kind, 4, seed) for kind in ("prose", "code") for seed in (2, 3, 4)]
+        drawn = list(product(("prose", "code"), (4,), (2, 3, 4)))
     for kind, length, seed in drawn:
         ids = next(prompts(model.tokenizer, kind, length, seed=seed))
         recovery = sl.invert(model.states(ids, layer), model, layer, lens=lens)
