@@ -14,7 +14,9 @@ LONG := $(patsubst %,book/%.ipynb,last_state stress_tests gradient_policy from_s
 ifeq ($(CHROMIUM),)
 IN_A_BROWSER := echo "not run: the pages and the printed book in a browser; for them: apt-get install chromium, then make site"
 else
-IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile tests/site
+# In such an order that two processes end together.
+IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile --no-loadscope-reorder \
+	$(patsubst %,tests/site/test_%.py,print pages widgets slides)
 endif
 
 .PHONY: demo test quick lint unit notebooks book pages site pdf slides lab runs real real-test assignments assignments-test clean .venv

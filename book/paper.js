@@ -14,11 +14,13 @@
   // What nobody looks at is quick to change.
   article.remove();
 
-  // Folded cells open; what is pressed, dragged or copied goes.
+  // Folded cells and boxes open, which the theme does slowly, one by one, before it
+  // prints; what is pressed, dragged or copied goes.
   const screen = ".headerlink, .toggle-button, .copybtn, .anim-controls, details.hide > summary, script";
   all(screen).forEach((node) => node.remove());
   all("details.hide").forEach((node) => node.replaceWith(...node.childNodes));
   all("details").forEach((node) => (node.open = true));
+  all(".toggle-hidden").forEach((node) => node.classList.remove("toggle-hidden"));
   // A tag for each coloured word of code would take a fifth of the file: comments alone keep theirs.
   all("mjx-assistive-mml").forEach((node) => node.remove());
   for (const word of all("pre span"))

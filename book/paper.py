@@ -26,7 +26,7 @@ TITLE = "Hidden states that give back the prompt"
 MINUTES = 10 * 60 * 1000  # a busy machine takes its time
 TYPESET = "async () => { await MathJax.startup.promise; await document.fonts.ready }"
 # An outline, from its first move: moves, lines and curves, filled.
-OUTLINE = re.compile(rb"(?<! [mlcvy]\n)(?<!re\n)(?<!h\n)[-\d. ]+ m\n(?:[-\d. ]+ [mlcvy]\n|h\n)+f\*?\n")
+OUTLINE = re.compile(rb"(?<! [mlcvy]\n)(?<!re\n)(?<!h\n)([-\d. ]+ m\n(?:[-\d. ]+ [mlcvy]\n|h\n)+f\*?\n)")
 NUMBER = re.compile(rb"-?\d*\.?\d+")
 
 
@@ -34,8 +34,6 @@ def arrange(page: Page) -> None:
     """Make a book of the long page: title, contents, running heads, solutions."""
     page.set_default_timeout(MINUTES)
     page.evaluate(TYPESET)
-    # The theme opens what is folded before a page is printed.
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.evaluate((HERE / "paper.js").read_text(encoding="utf-8"))
     page.add_style_tag(path=HERE / "paper.css")
     page.emulate_media(media="print")
@@ -62,30 +60,23 @@ def form(outline: bytes) -> StreamObject:
 
 def share_outlines(paper: PdfWriter) -> list[bytes]:
     """Write outlines that repeat once, and give back what the pages draw then."""
-    streams = [sheet.get_contents().get_data() for sheet in paper.pages]
+    # What stands between outlines, and at odd places the outlines.
+    drawn = [OUTLINE.split(sheet.get_contents().get_data()) for sheet in paper.pages]
     uses: Counter[bytes] = Counter()
-    for stream in streams:
-        uses.update(OUTLINE.findall(stream))
+    for parts in drawn:
+        uses.update(parts[1::2])
     repeated = [outline for outline, times in uses.items() if times > 1]
     names = {outline: b"/O%d" % i for i, outline in enumerate(repeated)}
     forms = {name: paper._add_object(form(outline)) for outline, name in names.items()}
-    shared = []
-    for sheet, stream in zip(paper.pages, streams, strict=True):
-        used: set[bytes] = set()
-
-        def call(match: re.Match, used: set[bytes] = used) -> bytes:
-            name = names.get(match[0])
-            if name is None:
-                return match[0]
-            used.add(name)
-            return name + b" Do\n"
-
-        shared.append(OUTLINE.sub(call, stream))
+    for sheet, parts in zip(paper.pages, drawn, strict=True):
         objects = DictionaryObject(sheet["/Resources"].get("/XObject", {}))
-        for name in used:
-            objects[NameObject(name.decode())] = forms[name]
+        for i, outline in enumerate(parts):
+            if i % 2 and outline in names:
+                name = names[outline]
+                parts[i] = name + b" Do\n"
+                objects[NameObject(name.decode())] = forms[name]
         sheet["/Resources"][NameObject("/XObject")] = objects
-    return shared
+    return [b"".join(parts) for parts in drawn]
 
 
 def page_numbers(sheet: PageObject, pages: dict[str, int]) -> bytes:

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 BUILD = HERE.parent / "_build"
 BOOK = BUILD / "singlehtml"
 SENTENCES = 3  # of a paragraph, on a slide
+Book = dict[str, Tag]  # what can be linked to, by its id
 # What a slide can show of a section, by its name in the plan; `text 2` is the second.
 KINDS = {
     "text": ":scope > p",
@@ -55,6 +56,13 @@ class PlanError(ValueError):
     """The plan names what the book does not have."""
 
 
+def read() -> Book:
+    """The long page, read once: a search through all of it takes a second."""
+    text = (BOOK / "intro.html").read_text("utf-8")
+    page = BeautifulSoup(text, "html.parser")
+    return {node["id"]: node for node in reversed(page.find_all(id=True))}
+
+
 def words(node: Tag) -> str:
     """The text of a heading, without its number and the mark of its link."""
     text = re.sub(r"\s+", " ", node.get_text()).removesuffix("#").strip()
@@ -66,9 +74,9 @@ def heading(section: Tag) -> Tag:
     return section.find(re.compile("^h[1-6]$"), recursive=False)
 
 
-def page_of(book: BeautifulSoup, name: str) -> Tag:
+def page_of(book: Book, name: str) -> Tag:
     """A page of the book."""
-    start = book.find("span", id=f"document-{name}")
+    start = book.get(f"document-{name}")
     if start is None:
         raise PlanError(f"got the page {name!r}; expected one of the book")
     return start.find_next_sibling("section")
@@ -114,7 +122,7 @@ def shown(section: Tag, what: str) -> str:
     return str(node)
 
 
-def session(book: BeautifulSoup, number: int) -> Tag:
+def session(book: Book, number: int) -> Tag:
     """The plan of a session, on the page for instructors."""
     for section in page_of(book, "instructors").find_all("section"):
         if words(heading(section)).startswith(f"Session {number}:"):
@@ -132,15 +140,15 @@ def notes_of(plan: Tag, title: str) -> str:
     return "".join(notes)
 
 
-def exercises(book: BeautifulSoup, plan: Tag) -> Iterator[Tag]:
+def exercises(book: Book, plan: Tag) -> Iterator[Tag]:
     """The exercises that the plan sets in class."""
     for paragraph in plan.find_all("p", recursive=False):
         if paragraph.get_text().startswith("In class:"):
             for link in paragraph.select("a[href*='#ex-']"):
-                yield book.find(id=link["href"].partition("#")[2])
+                yield book[link["href"].partition("#")[2]]
 
 
-def slides(book: BeautifulSoup, number: int, chosen: list) -> Iterator[str]:
+def slides(book: Book, number: int, chosen: list) -> Iterator[str]:
     """The slides of a session: its title, what was chosen, and its end."""
     plan = session(book, number)
     title = words(heading(plan)).partition(": ")[2]
@@ -173,9 +181,8 @@ def slides(book: BeautifulSoup, number: int, chosen: list) -> Iterator[str]:
         )
 
 
-def write(target: Path) -> None:
+def write(book: Book, target: Path) -> None:
     """Write a deck for each session, and what the decks share."""
-    book = BeautifulSoup((BOOK / "intro.html").read_text("utf-8"), "html.parser")
     shutil.rmtree(target, ignore_errors=True)
     (target / "_images").mkdir(parents=True)
     for path in (
@@ -197,4 +204,4 @@ def write(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(BUILD / "slides")
+    write(read(), BUILD / "slides")

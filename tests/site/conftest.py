@@ -116,8 +116,22 @@ def window(browser: Browser) -> Iterator[Visitor]:
         yield opened
 
 
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Visitor]:
-    """What opens pages in a window of this test."""
+@pytest.fixture(scope="session")
+def shared(browser: Browser) -> Iterator[Visitor]:
+    """One window for all tests, which so read the script of formulas once."""
     with window(browser) as opened:
         yield opened
+
+
+@pytest.fixture
+def visit(shared: Visitor) -> Iterator[Visitor]:
+    """What opens pages, and closes them behind the test."""
+    visits = []
+
+    def opened(book: str, name: str) -> Visit:
+        visits.append(shared(book, name))
+        return visits[-1]
+
+    yield opened
+    for each in visits:
+        each.page.close()

@@ -204,7 +204,7 @@ def test_hidden_cell_opens(book: str, visit: Visitor) -> None:
     assert folded.locator("pre").first.is_visible()
 
 
-def test_animation_plays(book: str, visit: Visitor) -> None:
+def test_animation_plays(visit: Visitor) -> None:
     """It opens on a chosen frame; play shows one after the other, and pause stops."""
     animated = [
         name
@@ -213,7 +213,7 @@ def test_animation_plays(book: str, visit: Visitor) -> None:
     ]
     assert animated
     for name in animated:
-        found = visit(book, name)
+        found = visit(DISK, name)
         animation = found.page.locator("figure.widget[data-name=player]").first
         frame = animation.locator("img")
         data = json.loads(animation.locator("script").first.text_content())

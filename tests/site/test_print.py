@@ -1,5 +1,6 @@
 """The book on paper: one long page with its chapters, figures, formulas and code."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
@@ -10,6 +11,8 @@ from conftest import BUILD, Visit, Visitor, window
 from playwright.sync_api import Browser
 from pypdf import PageObject, PdfReader
 from pypdf.generic import Destination
+from test_pages import console_errors
+from test_widgets import WIDGETS
 
 SPEC = spec_from_file_location("paper", BUILD.parent / "book" / "paper.py")
 PRINT = module_from_spec(SPEC)
@@ -78,20 +81,24 @@ def pictures_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
     )
 
 
-def curves_on(sheet: PageObject) -> int:
-    """Pieces of outlines that a page draws, by name or by itself."""
+def curves_on(sheet: PageObject, shared: dict[int, int]) -> int:
+    """Pieces of outlines that a page draws, by itself or by the number of an object."""
     drawn = sheet.get_contents().get_data()
     curves = len(CURVE.findall(drawn))
     for name in SHARED.findall(drawn):
-        outline = sheet["/Resources"]["/XObject"][name.decode()]
-        curves += len(CURVE.findall(outline.get_data()))
+        outline = sheet["/Resources"]["/XObject"].raw_get(name.decode())
+        if outline.idnum not in shared:  # read once, though drawn a thousand times
+            found = CURVE.findall(outline.get_object().get_data())
+            shared[outline.idnum] = len(found)
+        curves += shared[outline.idnum]
     return curves
 
 
 def formulas_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
     """Letters of formulas are outlines, many to a formula; text has none."""
     shown = visit.page.locator(FORMULAS).count()
-    curves = sum(map(curves_on, paper.pages))
+    shared: dict[int, int] = {}
+    curves = sum(curves_on(sheet, shared) for sheet in paper.pages)
     return (
         []
         if curves >= 50 * shown
@@ -127,13 +134,18 @@ def chapters_not_printed(visit: Visit, paper: PdfReader) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def book(browser: Browser) -> Iterator[Visit]:
-    """The long page, as it is before it goes to paper."""
+def long_page(browser: Browser) -> Iterator[Visit]:
+    """The long page, as it is on a screen."""
     with window(browser) as opened:
-        visit = opened((BUILD / "singlehtml").as_uri(), "intro.html")
-        visit.page.set_viewport_size(PAPER)
-        PRINT.arrange(visit.page)
-        yield visit
+        yield opened((BUILD / "singlehtml").as_uri(), "intro.html")
+
+
+@pytest.fixture(scope="module")
+def book(long_page: Visit) -> Visit:
+    """The same, as it is before it goes to paper."""
+    long_page.page.set_viewport_size(PAPER)
+    PRINT.arrange(long_page.page)
+    return long_page
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +154,17 @@ def paper(book: Visit) -> PdfReader:
     PRINT.printed(book.page, BUILD / "book.pdf")
     PRINT.finish(BUILD / "book.pdf")
     return PdfReader(BUILD / "book.pdf")
+
+
+def test_widgets_stand_side_by_side(long_page: Visit) -> None:
+    """The book as one page has them all, each with its own data and values."""
+    for name, (_, reader) in WIDGETS.items():
+        figures = long_page.page.locator(f'figure.widget.live[data-name="{name}"]')
+        assert figures.count() == 1
+        stored = figures.locator('script[type="application/json"]').text_content()
+        shown = reader(figures, json.loads(stored))
+        assert shown.seen == shown.expected
+    assert console_errors(long_page) == []
 
 
 @pytest.mark.parametrize(

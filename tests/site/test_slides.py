@@ -25,18 +25,17 @@ OVER = """all => all.flatMap((slide, i) => {
 
 
 @pytest.fixture(scope="module")
-def decks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The decks, freshly written."""
-    folder = tmp_path_factory.mktemp("decks") / "slides"
-    SLIDES.write(folder)
-    return folder
+def book() -> SLIDES.Book:
+    """The long page, read."""
+    return SLIDES.read()
 
 
 @pytest.fixture(scope="module")
-def book() -> SLIDES.BeautifulSoup:
-    """The long page, read."""
-    text = (SLIDES.BOOK / "intro.html").read_text("utf-8")
-    return SLIDES.BeautifulSoup(text, "html.parser")
+def decks(book: SLIDES.Book, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The decks, freshly written."""
+    folder = tmp_path_factory.mktemp("decks") / "slides"
+    SLIDES.write(book, folder)
+    return folder
 
 
 def opened(visit: Visitor, folder: Path, name: str) -> Visit:
@@ -105,7 +104,7 @@ def test_slide_that_is_too_full_is_caught(
     ],
 )
 def test_plan_that_names_what_is_not_there_is_refused(
-    chosen: list[str], book: SLIDES.BeautifulSoup
+    chosen: list[str], book: SLIDES.Book
 ) -> None:
     """A chapter that changes cannot leave a hole in a deck."""
     with pytest.raises(SLIDES.PlanError, match=r"^got "):
