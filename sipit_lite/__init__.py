@@ -8,7 +8,7 @@ ROOMS = {
     "model": ("LanguageModel", "ModelError", "SipItError", "StatesError"),
     "onestep": ("OneStepMap",),
     "acceptance": ("Observation", "noise_floor"),
-    "policies": ("Drafter", "Gradient", "Policy", "Published", "Random"),
+    "policies": ("Drafter", "Gradient", "Policy"),
     "recovery": ("Ambiguous", "Interrupted", "NotVerified", "Recovery"),
     "extensions": ("invert", "invert_many"),
     "collisions": ("CollisionReport", "closest_pairs"),
@@ -19,6 +19,7 @@ ROOMS = {
     "extensions.laststate": ("LastStateError", "NotRecovered", "invert_last"),
     "extensions.newton": ("Newton",),
     "extensions.leaked": ("Leaked",),
+    "experiments.baselines": ("Published", "Random"),
     "experiments.reproduce": ("continuations",),
 }
 __all__ = [name for names in ROOMS.values() for name in names]

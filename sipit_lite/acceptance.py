@@ -171,9 +171,7 @@ def rounding_half_width(states: States, model: LanguageModel) -> States:
 
 @plain_settings()
 def noise_floor(model: LanguageModel, layer: int) -> float:
-    """Float noise of a state over its norm, times ``SAFETY``: the larger of the first
-    and of later positions, by one pass, a cached step, and one in a full batch.
-    """
+    """Float noise of a state over its norm, times ``SAFETY``, where it is largest."""
     return float(_measured(model, layer)[0].max())
 
 
@@ -337,8 +335,7 @@ def bit_for_bit(
     """Distances and radius, computed anew where several tokens lie within the noise.
 
     A pass of the same length rounds in the same way, whatever stands behind: the true
-    token comes out bit for bit, and the radius is zero. Where none does (on other
-    hardware), nothing changes.
+    token comes out bit for bit, with radius zero. On other hardware nothing changes.
     """
     t = len(prefix)
     radius = float(observed.radius[t])

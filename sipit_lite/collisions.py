@@ -3,13 +3,12 @@
 Each state becomes a point of few coordinates, its principal components and the norm of
 what is left: never farther apart than the states (chapter 6). Skipped is a point too
 distant from the box of a leaf of a k-d tree, or a pair whose distance as points, less
-what float32 can have lost, exceeds the best. Others are computed in float64.
+what float32 or tensor cores can have lost, exceeds the best. Others: in float64.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations, islice, product
 
 import torch
@@ -18,7 +17,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from tqdm import tqdm
 
+from sipit_lite.bounds import Bounds, U
 from sipit_lite.model import StatesError, plain_settings
+from sipit_lite.onestep import fitting
 
 COLLISION = 1e-6  # the paper's threshold on the ℓ2 distance
 RTOL = 1e-5  # the paper's practical collision: torch.allclose
@@ -30,8 +31,8 @@ SAMPLE = 256  # rows the axes are taken from, and rows projected at once: fit a 
 CHUNK = 2**22  # float64 numbers held while distances are computed: 32 MiB
 COLUMNS = 8192  # columns of a matrix of lower bounds: with 1024 rows, 32 MiB
 CROWDED = 256  # with one candidate in so many pairs, bounds of full width are cheaper
-U = 2.0**-24  # unit roundoff of float32
-TOP = 2.0**40  # largest norm of a point: float32 neither overflows nor underflows
+TOP = 2.0**14  # largest norm of a point: neither overflows, and float32 no underflow
+ROOM = {"cuda": 4}  # with tensor cores: leaves, columns and parts so much larger
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +111,12 @@ def closest_pairs(
     # Equal rows collide without a search: the first of each group stands for it.
     first, group, sizes = _groups(x)
     x = x if len(first) == len(x) else x[first]
-    search = _Search(x, sizes, k, nearest, within)
-    search.run(progress)
+    search = fitting(
+        lambda room: _Search(x, sizes, k, nearest, within, room).run(progress),
+        ROOM.get(x.device.type, 1),
+    )
     pairs, distances = _pairs_of_rows(search, group)
     equal = int((sizes * (sizes - 1) // 2).sum())
-    near = search.near.where(sizes == 1, 0.0)
     return CollisionReport(
         pairs=rows[pairs],
         distances=distances,
@@ -123,50 +125,28 @@ def closest_pairs(
         recomputed=search.recomputed,
         collisions=equal + search.collisions,
         practical=equal + search.practical,
-        slack=search.slack,
+        slack=max(bounds.slack for bounds in search.ladder),
         rows=rows,
         duplicates=len(states) - len(rows),
-        nearest=near[group].cpu() if nearest else None,
+        nearest=search.near.where(sizes == 1, 0.0)[group].cpu() if nearest else None,
         seconds=time.perf_counter() - start,
     )
-
-
-def float32_slack(axes: int) -> float:
-    """What ‖a‖² + ‖b‖² − 2a·b can lose in float32, as a share of ‖a‖² + ‖b‖².
-
-    Higham's γ for ``axes`` + 6 operations bounds the product and the sums, for norms
-    computed in float64 and added after the product; 6u is for the rounding of a and b
-    to float32, each moved by 3u/2 of its norm at most. Chapter 6 proves it.
-    """
-    return (axes + 6) * U / (1 - (axes + 6) * U) + 6 * U
-
-
-class _Bounds:
-    """Points no farther apart than the states they stand for, and lowered squares."""
-
-    def __init__(self, points: Float32[Tensor, "n axes"]) -> None:
-        self.points = points
-        self.slack = float32_slack(points.shape[1])
-        squares = [part.double().square().sum(1) for part in points.split(COLUMNS)]
-        self.lowered = ((1 - self.slack) * torch.cat(squares)).float()
-
-    def between(self, a: Tensor, b: Tensor) -> Float32[Tensor, "rows cols"]:
-        """Lower bounds of the squared distances, by one matrix product."""
-        low = self.points[a] * -2 @ self.points[b].T
-        # Added afterwards: a sum that starts from the norms can lose twice the slack.
-        return low.add_(self.lowered[b]).add_(self.lowered[a][:, None])
 
 
 class _Search:
     """One run of the detector over different rows; the best so far is its state."""
 
-    def __init__(self, x: Tensor, sizes: Tensor, k: int, nearest: bool, within: float):
+    def __init__(
+        self, x: Tensor, sizes: Tensor, k: int, nearest: bool, within: float, room: int
+    ) -> None:
         n, width = x.shape
         self.x = x
         self.sizes = sizes
         self.k = k
         self.wants_nearest = nearest
-        self.step = max(1, CHUNK // width)  # pairs whose differences are held at once
+        self.columns = room * COLUMNS
+        self.rows = room * SAMPLE
+        self.step = max(1, room * CHUNK // width)  # pairs whose differences are held
         self.bounded = self.recomputed = self.collisions = self.practical = 0
         # Any centre and any axes are valid, so those of a sample will do.
         places = torch.linspace(0, n - 1, min(n, SAMPLE), dtype=torch.float64).long()
@@ -181,15 +161,19 @@ class _Search:
         # The leading principal axes of the sample, orthonormal columns.
         axes = torch.linalg.qr(near_centre.T @ weights[:, -AXES:]).Q
         points = []
-        for part in x.split(SAMPLE):
-            rows = self._scaled(part)
+        for rows in map(self._scaled, x.split(self.rows)):
             along = rows @ axes
             # The norm of what the axes miss is one more coordinate.
             rest = vector_norm(rows - along @ axes.T, dim=1, keepdim=True)
-            points.append(torch.cat([along, rest], 1).float())
-        self.coarse = _Bounds(torch.cat(points))
-        self.slack = self.coarse.slack
-        self.leaves = _leaves(self.coarse.points, torch.arange(n, device=x.device))
+            points.append(torch.cat([along, rest], 1))
+        self.coarse = Bounds(points, torch.float32)
+        self.ladder = [self.coarse]  # bounds ever closer to the distances, and dearer
+        # float16 has TF32's 11 bits at bfloat16's speed, and TOP keeps it in its range.
+        fast = x.device.type in ROOM and not torch.version.hip
+        fast = fast and not torch.backends.cuda.matmul.allow_fp16_accumulation
+        self.formats = [torch.float16] * fast + [torch.float32]
+        every = torch.arange(n, device=x.device)
+        self.leaves = _leaves(self.coarse.points, every, room * LEAF)
         self.order = torch.cat(self.leaves)
         # |aᵢ − bᵢ| ≤ ATOL + RTOL·|bᵢ| for all i implies ‖a − b‖ ≤ √d·ATOL + RTOL·‖b‖:
         # pairs that close must be looked at, whatever the k-th best distance is.
@@ -206,13 +190,7 @@ class _Search:
         if len(beside) >= k:
             self.kth = min(within, float(beside.kthvalue(k).values))
 
-    @cached_property
-    def full(self) -> _Bounds:
-        """Bounds by all coordinates, for leaves that the axes do not separate."""
-        parts = [self._scaled(part).float() for part in self.x.split(SAMPLE)]
-        return _Bounds(torch.cat(parts))
-
-    def run(self, progress: bool) -> None:
+    def run(self, progress: bool) -> "_Search":
         """Visit every pair of rows that are close enough as points."""
         for leaf in self.leaves:  # each by itself first, which gives a good limit
             self.bounds = self.coarse
@@ -222,9 +200,10 @@ class _Search:
         stop = 0
         for leaf in tqdm(self.leaves, disable=None if progress else True):
             stop += len(leaf)
-            for columns in self._close(leaf, self.order[stop:]).split(COLUMNS):
+            for columns in self._close(leaf, self.order[stop:]).split(self.columns):
                 self.bounded += len(leaf) * len(columns)
                 self._visit(leaf, columns)
+        return self
 
     def _scaled(self, rows: Float[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
         return (rows.double() - self.centre) * self.scale
@@ -233,7 +212,8 @@ class _Search:
         """Squares of the scaled distances up to which the pairs of each row matter."""
         limits = torch.maximum(self.floor[rows], self.near[rows]).clamp_min(self.kth)
         # Rounded upwards; finite, and above all bounds, which are 4 · TOP² at most.
-        squares = (limits * self.scale).square() * (1 + 2**-20) + 2.0**-100
+        reach = limits * self.scale + self.bounds.moved
+        squares = reach.square() * (1 + 2**-20) + 2.0**-100
         return squares.clamp_max(8 * TOP**2).float()
 
     def _close(self, leaf: Tensor, later: Tensor) -> Int[Tensor, " cols"]:
@@ -242,7 +222,7 @@ class _Search:
         norms = self.coarse.lowered.sqrt()
         low, high = torch.aminmax(points[leaf], dim=0)
         close = []
-        for rows in later.split(COLUMNS):
+        for rows in later.split(self.columns):
             outside = points[rows] - points[rows].clamp(low, high)
             limits = torch.maximum(self._limits(rows), self._limits(leaf).max())
             # Rounding moved each point by 3u/2 of its norm at most.
@@ -267,10 +247,13 @@ class _Search:
                 self._lower_near(rows[worth], columns[place[worth, 0]])
         close = low <= torch.maximum(self._limits(a)[:, None], self._limits(b))
         crowded = int(close.count_nonzero()) * CROWDED > low.numel()
-        if crowded and self.bounds is self.coarse:
-            # For good: axes that do not separate one part seldom do the next.
-            self.bounds = self.full
-            self.slack = self.full.slack
+        rung = self.ladder.index(self.bounds)
+        if crowded and rung < len(self.formats):
+            # For good: what does not separate one part seldom does the next.
+            if rung + 1 == len(self.ladder):
+                full = map(self._scaled, self.x.split(self.rows))
+                self.ladder.append(Bounds(full, self.formats[rung]))
+            self.bounds = self.ladder[rung + 1]
             return self._visit(a, b)
         i, j = close.nonzero(as_tuple=True)
         self._recompute(a[i], b[j], low[i, j])
@@ -316,15 +299,16 @@ class _Search:
         return distances
 
 
-def _leaves(points: Float32[Tensor, "n axes"], rows: Tensor) -> list[Tensor]:
-    """Rows in halves along their widest axis, until a part has ``LEAF`` at most."""
+def _leaves(points: Tensor, rows: Tensor, most: int) -> list[Tensor]:
+    """Rows in halves along their widest axis, until a part has so many at most."""
     inside = points[rows]
     spread = inside.amax(0) - inside.amin(0)
     along = rows[inside[:, spread.argmax()].argsort()]
-    if len(rows) <= LEAF:
+    if len(rows) <= most:
         return [along]
     half = len(rows) // 2
-    return _leaves(points, along[:half]) + _leaves(points, along[half:])
+    first = _leaves(points, along[:half], most)
+    return first + _leaves(points, along[half:], most)
 
 
 def _groups(x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -358,8 +342,7 @@ def _pairs_of_rows(search: _Search, group: Int[Tensor, " n"]) -> tuple[Tensor, T
         second = (group == other).nonzero()[:, 0].tolist()
         pairs = combinations(first, 2) if one == other else product(first, second)
         ranked += [(distance, *sorted(pair)) for pair in islice(pairs, search.k)]
-    ranked = sorted(ranked)[: search.k]
-    numbers = torch.tensor(ranked, dtype=torch.float64).reshape(-1, 3)
+    numbers = torch.tensor(sorted(ranked)[: search.k], dtype=torch.float64).view(-1, 3)
     return numbers[:, 1:].long(), numbers[:, 0]
 
 

@@ -4,7 +4,10 @@ The prefix is read once into a key-value cache, so a candidate costs one token, 
 candidates go through the model together, as rows of one batch.
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -29,9 +32,8 @@ class OneStepMap:
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
-    >>> step = OneStepMap.after(model, 3, model.encode("hidden"))
-    >>> step.tokens(torch.tensor([5, 6, 7])).shape
-    torch.Size([3, 256])
+    >>> OneStepMap.after(model, 3, model.encode("hi")).tokens(model.vocabulary).shape
+    torch.Size([4096, 256])
     """
 
     model: LanguageModel
@@ -79,18 +81,11 @@ class OneStepMap:
         """F(v) for each candidate token, shape (candidates, d_model)."""
         copied = sum(keys.numel() + values.numel() for keys, values in self.past)
         size = max(1, min(ROWS, FLOAT_ROOM // max(copied, 1)))
-        table = self.model.embeddings
         one = f"one candidate after {self.position} tokens"
         with torch.no_grad(), advised(one, self.model.dtype, ModelError):
-            while True:
-                try:
-                    batches = [self.embedding(table[v]) for v in tokens.split(size)]
-                    return torch.cat(batches)
-                except (RuntimeError, MemoryError) as error:
-                    if size == 1 or not is_oom(error):
-                        raise
-                    # The device is fuller than it looked: smaller passes say the same.
-                    size //= 2
+            rows = self.model.embeddings[tokens]
+            scan = fitting(lambda n: [*map(self.embedding, rows.split(n))], size)
+            return torch.cat(scan)
 
     @plain_settings()
     def embedding(self, e: Float[Tensor, "rows inputs"]) -> Rows:
@@ -114,3 +109,15 @@ class OneStepMap:
         inputs = {"inputs_embeds": embeds, "position_ids": positions[None]}
         output = self.cut(**inputs, past_key_values=cache, use_cache=True)
         return output.last_hidden_state.to(self.model.device)
+
+
+def fitting(work: Callable[[int], Any], size: int) -> Any:
+    """``work(size)``, or of half the size as long as memory runs out: one warning."""
+    while True:
+        try:
+            return work(size)
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_oom(error):
+                raise
+            warnings.warn("out of memory: fewer rows at a time", stacklevel=2)
+            size //= 2

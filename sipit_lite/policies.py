@@ -49,21 +49,6 @@ def check_settings(policy: object) -> None:
 
 
 @dataclass(frozen=True)
-class Random:
-    """All tokens in a random order (Algorithm 2), ``proposals_per_step`` at a time."""
-
-    proposals_per_step: int = ROWS
-    __post_init__ = check_settings
-
-    def proposals(
-        self, step: OneStepMap, observed: State, generator: torch.Generator
-    ) -> Batches:
-        """Yield a random permutation of the vocabulary in batches."""
-        order = torch.randperm(step.model.vocab_size, generator=generator)
-        yield from order.to(step.model.device).split(self.proposals_per_step)
-
-
-@dataclass(frozen=True)
 class Gradient:
     """Descend on a continuous proxy e, try the untried tokens nearest to it.
 
@@ -101,15 +86,6 @@ class Gradient:
             if not untried.any():
                 return
         yield from nearest(table, e, untried, len(table)).split(ROWS)
-
-
-@dataclass(frozen=True)
-class Published(Gradient):
-    """Algorithm 3 as published: the mean squared error, one candidate a step."""
-
-    proposals_per_step: int = 1
-    max_steps: int = 2**62
-    mean: ClassVar[bool] = True
 
 
 def clipped_gradient(

@@ -60,8 +60,7 @@ def invert(
     prefix: token ids known to stand before ``states``; recovered with them, 0 tested
     certify: test all tokens and measure the margin of the accepted one; all are tested
         anyway with ``epsilon``, in 16 bits, and for states stored more coarsely
-    on_fail: ``"nearest"`` takes the nearest token where none or several verify, marks
-        it as not ``verified``, and goes on
+    on_fail: ``"nearest"`` takes the nearest token, unverified, if none or several do
 
     Returns
     -------
@@ -70,8 +69,7 @@ def invert(
     Raises
     ------
     StatesError, ModelError, LensError: no such states or layer, another model's lens
-    NotVerified, Ambiguous, Interrupted: with the verified prefix, where no token
-        verifies, or several, or on Ctrl-C
+    NotVerified, Ambiguous, Interrupted: with a verified prefix; the last on Ctrl-C
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -92,7 +90,6 @@ def invert_many(
     model: LanguageModel,
     layer: int,
     *,
-    mask: Tensor | None = None,
     epsilon: float | Sequence | None = None,
     half_width: Sequence[Tensor | None] | None = None,
     passes: Sequence[Sequence[int] | None] | None = None,
@@ -101,13 +98,10 @@ def invert_many(
 ) -> list[Outcome]:
     """Recover many prompts of any lengths: one outcome a prompt, in their order.
 
-    Takes what ``invert`` takes, ``half_width`` and ``passes`` with one entry a prompt,
-    and a padded batch (prompts, pos, d_model) with its attention ``mask``. The outcome
-    of a prompt that cannot be recovered is the error that ``invert`` raises. Raises
-    ``ModelError``, ``LensError``, ``StatesError`` for a mask that does not fit, and
-    ``Interrupted`` with all outcomes.
+    Takes what ``invert`` takes, ``half_width`` and ``passes`` with one entry a prompt.
+    The outcome of a prompt that cannot be recovered is the error that ``invert``
+    raises. Raises ``ModelError``, ``LensError``, ``Interrupted`` with all outcomes.
     """
-    states = states if mask is None else _unpadded(states, mask)
     prompts: list[_Prompt] = []
     try:
         with plain_settings():
@@ -128,16 +122,6 @@ def invert_many(
         stopped = [prompt for prompt in prompts if not prompt.done] or prompts[:1]
         best = [prompt.recovered() for prompt in stopped] or [_blank(torch.zeros(0))]
         raise Interrupted(best[0], outcomes) from None
-
-
-def _unpadded(states: object, mask: object) -> list[Tensor]:
-    """The rows of each prompt of a padded batch."""
-    shapes = [tuple(getattr(x, "shape", ())) for x in (states, mask)]
-    if len(shapes[1]) != 2 or shapes[0][:-1] != shapes[1]:
-        got = f"got states of shape {shapes[0]} with a mask of shape {shapes[1]}"
-        raise StatesError(f"{got}; expected (prompts, pos, d) and (prompts, pos)")
-    batch = torch.as_tensor(states)
-    return [x[m] for x, m in zip(batch, torch.as_tensor(mask).bool(), strict=True)]
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The detector against float64 on clouds made to mislead it; margins at their edge."""
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from sipit_lite import (
     continuations,
     invert,
 )
-from sipit_lite.collisions import CollisionReport, float32_slack
+from sipit_lite.bounds import CUT, Bounds, float32_slack
+from sipit_lite.collisions import CollisionReport
 from sipit_lite.io.text import prompts
 
 Family = tuple[PreTrainedModel, LanguageModel]
@@ -206,6 +208,137 @@ def test_slack_covers_what_float32_loses(
     true = (a[:, None] - b[None]).square().sum(2)
     norms = a.square().sum(1)[:, None] + b.square().sum(1)[None]
     assert ((computed - true).abs() <= float32_slack(axes) * norms).all()
+
+
+def whole(x: Tensor) -> list[list[Fraction]]:
+    """Oracle: the very numbers, as fractions."""
+    return [[Fraction(number) for number in row] for row in x.double().tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*CLOUDS, "alternating"])
+def test_bounds_in_16_bits_never_lie(kind: str, dtype: torch.dtype) -> None:
+    """A pair r apart has a bound of (r + moved)² at most: in exact arithmetic."""
+    x = cloud(kind, 12, 40, 3).double()  # not even centred
+    if kind == "alternating":
+        x = torch.ones(12, 40).double() * torch.tensor([3001.0, -3001.0]).repeat(20)
+        x += torch.arange(12)[:, None] / 4
+    x *= 2.0**14 / torch.linalg.vector_norm(x, dim=1).max()
+    bounds = Bounds([x[:5], x[5:]], dtype)
+    every = torch.arange(12)
+    low = whole(bounds.between(every, every))
+    rows = whole(x)
+    moved = Fraction(bounds.moved)
+    for i, a in enumerate(rows):
+        for j, b in enumerate(rows):
+            square = sum((p - q) ** 2 for p, q in zip(a, b, strict=True))
+            # low ≤ (r + m)² = r² + 2rm + m², without a root of r².
+            left = low[i][j] - square - moved**2
+            assert left <= 0 or left**2 <= 4 * square * moved**2
+    # Of a format as fine as the numbers nothing is moved.
+    assert Bounds([x.to(dtype).double()], dtype).moved == 0
+
+
+def aligned(addends: list[Fraction]) -> Fraction:
+    """The sum of numbers cut towards zero, 24 bits from the first bit of the largest."""
+    largest = max(map(abs, addends))
+    exponent = np.frexp(float(largest))[1]  # largest < 2^exponent, in float64 exactly
+    unit = Fraction(2) ** (int(exponent) - 24)
+    return sum(int(number / unit) * unit for number in addends)
+
+
+def tensor_core(a: list[Fraction], b: list[Fraction], step: int) -> Fraction:
+    """Oracle: sums as tensor cores make them, aligned to the largest, cut to 24 bits.
+
+    ``step`` products at a time, as measured on such hardware by Fasi et al. (2021).
+    """
+    total = Fraction(0)
+    for first in range(0, len(a), step):
+        part = zip(a[first : first + step], b[first : first + step], strict=True)
+        addends = [total, *(p * q for p, q in part)]
+        total = aligned(addends)
+        total = aligned([total])
+    return total
+
+
+@pytest.mark.parametrize("step", [2, 4, 16])
+def test_cut_covers_sums_that_are_cut(step: int) -> None:
+    """Where small products are cut off, float32's slack lies and that of CUT holds."""
+    x = torch.full((2, 128), 2.0**-11.5 * 0.998).half().double()
+    x[:, 0] = 1.0  # beside which the squares of the others are below the last digit
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(6, 128, generator=generator).abs().half().double()
+    lies = 0
+    for rows in map(whole, (x, drawn)):
+        norms = [sum(p * p for p in row) for row in rows]
+        for i, a in enumerate(rows):
+            for j, b in enumerate(rows):
+                product = tensor_core(a, b, step)
+                true = norms[i] + norms[j] - 2 * sum(map(Fraction.__mul__, a, b))
+                above = norms[i] + norms[j] - 2 * product - true
+                assert above <= Fraction(float32_slack(128, CUT)) * (
+                    norms[i] + norms[j]
+                )
+                lies += above > Fraction(float32_slack(128)) * (norms[i] + norms[j])
+    assert lies >= 4  # all pairs of the first two rows
+
+
+@pytest.mark.parametrize("kind", CLOUDS)
+@pytest.mark.parametrize("nearest", [False, True])
+def test_the_same_pairs_through_16_bits(
+    monkeypatch: pytest.MonkeyPatch, kind: str, nearest: bool
+) -> None:
+    """The filter of a GPU, emulated: its sizes, float16, the same certificate."""
+    x = cloud(kind, 1100, 24, 7)
+    expected = closest_pairs(x, 20, nearest=nearest)
+    monkeypatch.setattr(collisions, "ROOM", {"cpu": 4})
+    report = closest_pairs(x, 20, nearest=nearest)
+    agree(report, x)
+    assert torch.equal(report.distances, expected.distances)
+    # Of pairs as far apart as the last one, those that are met first.
+    certain = expected.distances < expected.distances[-1]
+    rows = [set(map(tuple, r.pairs[certain].tolist())) for r in (report, expected)]
+    assert rows[0] == rows[1]
+
+
+def test_float16_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lets through as few pairs as float32; where it lets through all, it is left."""
+    counts = {}
+    for kind in ("gaussian", "shifted", "outlier"):
+        x = cloud(kind, 600, 64, 2)
+        plain = closest_pairs(x, 1)
+        monkeypatch.setattr(collisions, "ROOM", {"cpu": 1})
+        fast = closest_pairs(x, 1)
+        monkeypatch.undo()
+        assert torch.equal(fast.pairs, plain.pairs)
+        assert fast.slack == float32_slack(64, CUT) > plain.slack == float32_slack(64)
+        counts[kind] = fast.recomputed / plain.recomputed
+    # One row far out sets the scale, and all others are moved by more than they differ.
+    assert max(counts.values()) < 1.2
+
+
+def test_out_of_memory_takes_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning, the same answer; where even the usual sizes fail, the error."""
+    x = cloud("gaussian", 3000, 24, 7)
+    expected = closest_pairs(x, 5, nearest=True)
+    honest = Bounds.between
+    room = 1500**2
+
+    def small(self: Bounds, a: Tensor, b: Tensor) -> Tensor:
+        if len(a) * len(b) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self, a, b)
+
+    monkeypatch.setattr(collisions, "ROOM", {"cpu": 4})
+    monkeypatch.setattr(Bounds, "between", small)
+    with pytest.warns(UserWarning, match="out of memory: fewer rows at a time"):
+        report = closest_pairs(x, 5, nearest=True)
+    for name in ("pairs", "distances", "nearest", "compared", "collisions"):
+        assert_same = torch.testing.assert_close
+        assert_same(getattr(report, name), getattr(expected, name), rtol=0, atol=0)
+    room = 0
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+        closest_pairs(x, 5)
 
 
 def test_duplicate_prompts_are_left_out_and_counted() -> None:

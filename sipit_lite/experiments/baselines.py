@@ -7,6 +7,7 @@ full model, final norm and logits included.
 import time
 from dataclasses import dataclass
 from math import inf
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +17,35 @@ from sipit_lite.acceptance import Observation
 from sipit_lite.extensions.laststate import LastMap
 from sipit_lite.io.capture import tapped
 from sipit_lite.model import LanguageModel
-from sipit_lite.onestep import OneStepMap
-from sipit_lite.policies import Policy, Published, Random, State
+from sipit_lite.onestep import ROWS, OneStepMap
+from sipit_lite.policies import Batches, Gradient, Policy, State, check_settings
 
 CANDIDATES = 64  # substitutions that the greedy search considers for each position
 BATCH = 256  # prompts that it reads in a step
+
+
+@dataclass(frozen=True)
+class Random:
+    """All tokens in a random order (Algorithm 2), ``proposals_per_step`` at a time."""
+
+    proposals_per_step: int = ROWS
+    __post_init__ = check_settings
+
+    def proposals(
+        self, step: OneStepMap, observed: State, generator: torch.Generator
+    ) -> Batches:
+        """Yield a random permutation of the vocabulary in batches."""
+        order = torch.randperm(step.model.vocab_size, generator=generator)
+        yield from order.to(step.model.device).split(self.proposals_per_step)
+
+
+@dataclass(frozen=True)
+class Published(Gradient):
+    """Algorithm 3 as published: the mean squared error, one candidate a step."""
+
+    proposals_per_step: int = 1
+    max_steps: int = 2**62
+    mean: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from statistics import median
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,7 +25,7 @@ def collisions(
 ) -> tuple[list[Check], dict]:
     """Closest pairs of 100 000 prompts at every layer, by the detector and by products.
 
-    Then how its time grows with N, and its peak memory above the states.
+    Then its peak memory above the states.
     """
     n = 600 if quick else 100_000
     source = "bundled" if quick else "installed"
@@ -36,11 +35,6 @@ def collisions(
     rows = []
     for layer, x in zip(layers, states, strict=True):
         rows.append(compare(x.to(model.device), layer, 1 if quick else REPEATS))
-    sizes = [n // 4, n // 2, n]
-    # Drawn, since prompts come by kind of text.
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    drawn = states[-1][order].to(model.device)
-    times = [median_seconds(drawn[:size]) for size in sizes]
     # Peak memory never falls, so it is measured in a process of its own.
     code = f"from {__name__} import extra; print(extra({n}, {model.d_model}))"
     fresh = subprocess.run(
@@ -58,11 +52,7 @@ def collisions(
     reported = {
         "pairs a layer": rows[0]["pairs"],
         "minimum error of gemm, largest": max(row["gemm error"] for row in rows),
-        # The exponent is the slope of log time against log N.
-        "growth exponent": float(np.polyfit(np.log(sizes), np.log(times), 1)[0]),
     }
-    for size, seconds in zip(sizes, times, strict=True):
-        reported[f"seconds, N = {size}"] = seconds
     return checks, {"reported": reported, "layers": rows}
 
 

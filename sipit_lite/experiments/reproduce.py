@@ -10,19 +10,20 @@ from statistics import StatisticsError, correlation, mean, stdev
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sipit_lite.acceptance import noise_floor, related
 from sipit_lite.collisions import CollisionReport, closest_pairs
 from sipit_lite.experiments import baselines, checks, null_models, survey
 from sipit_lite.experiments.paper import DEPTHS
 from sipit_lite.extensions.lens import Lens
+from sipit_lite.extensions.reading import unembedding
 from sipit_lite.io.corpora import from_source
 from sipit_lite.io.files import check_path, replacing
-from sipit_lite.io.loading import OURS, shortened
+from sipit_lite.io.loading import OURS
 from sipit_lite.io.shards import last_states
 from sipit_lite.io.text import different, distinct, windows
 from sipit_lite.model import LanguageModel, ModelError, SipItError
@@ -139,7 +140,7 @@ def every_continuation(model: LanguageModel, plan: Plan) -> list[Row]:
 def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
     """Random tokens before one suffix: those with the most frequent greedy next token.
 
-    Raises ``ModelError`` as ``unembedding`` does.
+    Raises ``ModelError`` where an untied unembedding cannot be read by the name.
     """
     ids = torch.stack(at_random(model, plan.prompts, plan))
     suffix = ids[0].flip(0)  # without a tokenizer any ids
@@ -147,6 +148,13 @@ def same_answer(model: LanguageModel, plan: Plan) -> list[Row]:
         suffix = model.encode(SUFFIX)[int(model.begin is not None) :]
     ids = torch.cat([ids, suffix.expand(len(ids), -1)], 1)
     head = unembedding(model)
+    if head is None:  # not kept
+        try:
+            full = AutoModelForCausalLM.from_pretrained(model.name, **OURS)
+        except (OSError, ValueError) as error:
+            got = f"got {model.name}, whose unembedding is its own and not kept"
+            raise ModelError(f"{got}; expected one to read by its name") from error
+        head = full.get_output_embeddings().weight.detach().to(model.embeddings)
     answers = []
     with torch.no_grad():
         for part in ids.split(64):
@@ -383,25 +391,6 @@ def _with_begin(model: LanguageModel, ids: Tensor) -> Tensor:
     if model.begin is not None and int(ids[0]) != model.begin:
         ids = torch.cat([ids.new_tensor([model.begin]), ids[:-1]])
     return ids.to(model.device)
-
-
-def unembedding(model: LanguageModel) -> Float[Tensor, "vocab d_model"]:
-    """The rows that turn the last normed state into logits, read anew if not tied.
-
-    Raises ``ModelError`` for a model that has no name to read them by.
-    """
-    if getattr(model.decoder.config, "tie_word_embeddings", True):
-        return model.embeddings
-    # A model's folder may hold code, which never runs.
-    options: dict[str, Any] = dict(OURS)
-    try:
-        config = shortened(AutoConfig.from_pretrained(model.name, **options), 1)
-        options |= {"config": config, "dtype": model.dtype}
-        full = AutoModelForCausalLM.from_pretrained(model.name, **options)
-    except (OSError, ValueError) as error:
-        got = f"got {model.name}, whose unembedding is its own and not kept"
-        raise ModelError(f"{got}; expected one that can be read by its name") from error
-    return full.get_output_embeddings().weight.detach().to(model.device)
 
 
 def _by_layer(

@@ -14,13 +14,13 @@ import torch
 from torch import Generator
 from transformers import GPT2Config, ModernBertDecoderConfig
 
+from sipit_lite.experiments.baselines import Random
 from sipit_lite.experiments.checks import Check, judged, progress_bar, share, table
 from sipit_lite.experiments.families import SETTINGS, configuration, randomised
 from sipit_lite.experiments.perturb import noisy
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.io.capture import Captured
 from sipit_lite.model import LanguageModel, SipItError
-from sipit_lite.policies import Random
 
 PAIR = (20, 30)  # the twins
 UNPROBED = "twins at the fourth position"

@@ -25,6 +25,7 @@ from sipit_lite import (
 from sipit_lite.experiments.families import small
 from sipit_lite.experiments.perturb import twins
 from sipit_lite.extensions import fitted
+from sipit_lite.extensions.leaked import unpadded
 from sipit_lite.io.text import prompts
 from sipit_lite.model import plain_settings
 
@@ -114,15 +115,16 @@ def test_a_padded_batch_with_its_mask(pocket: LanguageModel) -> None:
         values = leaked.rows(output.past_key_values, 3)
         pairs = ((output.hidden_states[3], pocket), (values, leaked))
         for batch, model in pairs:
-            outcomes = invert_many(batch, model, 3, mask=mask)
+            outcomes = invert_many(unpadded(batch, mask), model, 3)
             assert [outcome.text for outcome in outcomes] == texts
     for wrong in (mask[0], mask[:1], mask[:, 1:], mask[..., None], mask[:0]):
         got = r"got states of shape \(2, \d+, 256\) with a mask of shape \("
         with pytest.raises(StatesError, match=got) as refusal:
-            invert_many(output.hidden_states[3], pocket, 3, mask=wrong)
+            unpadded(output.hidden_states[3], wrong)
         assert "expected (prompts, pos, d) and (prompts, pos)" in str(refusal.value)
     blank = torch.zeros_like(mask)
-    [outcome, _] = invert_many(output.hidden_states[3], pocket, 3, mask=blank)
+    rows = unpadded(output.hidden_states[3], blank)
+    [outcome, _] = invert_many(rows, pocket, 3)
     assert isinstance(outcome, StatesError)
 
 
