@@ -18,7 +18,7 @@ from typer import Argument, Option
 import sipit_lite as sl
 from sipit_lite.experiments import checks, paper, perturb, safety, survey
 from sipit_lite.experiments import reproduce as lab
-from sipit_lite.experiments.collision_speed import collisions as detector
+from sipit_lite.experiments.collision_speed import detector, device
 from sipit_lite.experiments.inversion import inversion
 from sipit_lite.experiments.last_states import laststate, reach
 from sipit_lite.experiments.real import real
@@ -29,6 +29,7 @@ POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
 POLICIES |= {"published": sl.Published(), "random": sl.Random()}
 BENCHES = {"inversion": inversion, "safety": safety.safety, "real": real}
 BENCHES |= {"laststate": laststate, "reach": reach, "collisions": detector}
+BENCHES["device"] = device
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt comes back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",

@@ -5,10 +5,9 @@ attacker sees these, and knows the model and the defence, all but the noise itse
 (Kerckhoffs): it does to all candidates what a known function does (chapter 11).
 """
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -17,18 +16,14 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import cross_entropy, log_softmax
-from tqdm import tqdm
 
 from sipit_lite.acceptance import SAFETY, Observation, distance_to_stored, noise_floor
 from sipit_lite.extensions import laststate
 from sipit_lite.extensions.laststate import Guess, LastMap, Law, Search
 from sipit_lite.extensions.reading import final_states
-from sipit_lite.io.loading import load
-from sipit_lite.io.text import bundled
 from sipit_lite.model import LanguageModel, ModelError, SipItError
 from sipit_lite.onestep import OneStepMap
 
-LONG = 64  # tokens of the texts on which the loss is measured
 REACH = 5.0  # d normal numbers are longer than √d + REACH with p < exp(−REACH²/2)
 TRIES = 5  # searches for one run of dropped tokens
 
@@ -169,12 +164,6 @@ class Dropping(Defence):
 
 
 Masks = Sequence[Defence]
-STRENGTHS: tuple[Defence, ...] = (
-    *map(Noise, (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
-    *map(Rounding, (8, 6, 4, 3, 2, 1)),
-    *map(Projection, (192, 128, 64, 16, 4, 1)),
-    *map(Dropping, (2, 3, 4, 5, 6)),
-)
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -322,49 +311,3 @@ def repair(search: Search, prefix: Tensor, count: int) -> tuple[Tensor, bool]:
         if search.agrees(best):
             break
     return best.ids[block], search.agrees(best)
-
-
-def openings(model: LanguageModel, length: int, seed: int = 0) -> Iterator[Ids]:
-    """The first ``length`` tokens of each bundled passage of prose that has so many."""
-    texts = bundled("prose")  # held out: the bundled model was not trained on them
-    generator = torch.Generator().manual_seed(seed)
-    for i in torch.randperm(len(texts), generator=generator).tolist():
-        ids = model.encode(texts[i])[:length]
-        if len(ids) == length:
-            yield ids
-
-
-def study(
-    model: LanguageModel, count: int = 12, length: int = 12, layer: int | None = None
-) -> dict:
-    """Every defence at every strength, on ``count`` openings of passages (chapter 11).
-
-    A row has the counts of ``Score``, the mean extra loss and its standard error.
-    """
-    layer = max(1, model.n_layers // 2) if layer is None else layer
-    short = list(openings(model, length))[:count]
-    long = list(openings(model, LONG))[:count]
-    if not 1 <= count == len(short) == len(long):
-        raise DefenceError(f"got {count} prompts; there are 1 to {len(long)} passages")
-    masks = [defence for defence in STRENGTHS if not isinstance(defence, Dropping)]
-    scores = recovery(model, tqdm(short, disable=None), layer, masks)
-    # A quarter as many prompts, since this search is slow.
-    fewer = short[: math.ceil(count / 4)]
-    for defence in tqdm(STRENGTHS[len(masks) :], disable=None):
-        scores.append(recovery_of_dropped(model, fewer, layer, defence))
-    rows = []
-    for defence, score in zip(STRENGTHS, scores, strict=True):
-        extra = extra_losses(model, long, layer, defence).double()
-        error = extra.std() / len(extra) ** 0.5
-        row = {"defence": type(defence).__name__.lower()}
-        row["strength"] = astuple(defence)[0]
-        row |= {"extra": round(float(extra.mean()), 4), "error": round(float(error), 4)}
-        rows.append(row | score._asdict())
-    clean = torch.cat([losses(model, ids, layer, Defence()) for ids in long])
-    settings = {"model": model.name, "layer": layer, "count": count, "length": length}
-    settings |= {"predicted": len(clean), "loss": round(float(clean.mean()), 4)}
-    return settings | {"rows": rows}
-
-
-if __name__ == "__main__":
-    print(json.dumps(study(load()), indent=1))

@@ -112,13 +112,3 @@ class Leaked(LanguageModel):
             got = f"got the last {shape[-2]} of {seen} positions; expected all"
             raise StatesError(f"{got}: past_key_values=DynamicCache() keeps them")
         return x[..., :seen, :].transpose(-3, -2).flatten(-2)
-
-
-def unpadded(states: object, mask: object) -> list[Tensor]:
-    """What ``invert_many`` takes of a padded batch: the rows of each prompt."""
-    shapes = [tuple(getattr(x, "shape", ())) for x in (states, mask)]
-    if len(shapes[1]) != 2 or shapes[0][:-1] != shapes[1]:
-        got = f"got states of shape {shapes[0]} with a mask of shape {shapes[1]}"
-        raise StatesError(f"{got}; expected (prompts, pos, d) and (prompts, pos)")
-    batch = torch.as_tensor(states)
-    return [x[m] for x, m in zip(batch, torch.as_tensor(mask).bool(), strict=True)]

@@ -1,7 +1,9 @@
 """Defences: what is sent, what an attacker who knows it makes of it, what it costs."""
 
 import math
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,7 @@ from transformers import PreTrainedModel
 
 from sipit_lite import LanguageModel, ModelError, OneStepMap
 from sipit_lite.acceptance import Observation
-from sipit_lite.experiments import defences
 from sipit_lite.experiments.defences import (
-    STRENGTHS,
     Defence,
     DefenceError,
     Dropping,
@@ -22,17 +22,19 @@ from sipit_lite.experiments.defences import (
     continued,
     extra_losses,
     losses,
-    openings,
     recovery,
     recovery_of_dropped,
     repair,
-    study,
     wilson,
 )
 from sipit_lite.experiments.perturb import twins
 from sipit_lite.extensions.laststate import LastMap, Law, Search
 from sipit_lite.io.text import bundled
 
+SCRIPT = Path(__file__).parents[2] / "book" / "defences.py"
+SPEC = spec_from_file_location("study", SCRIPT)
+STUDY = module_from_spec(SPEC)
+SPEC.loader.exec_module(STUDY)
 Family = tuple[PreTrainedModel, LanguageModel]
 MASKS = [Noise(0.3), Rounding(1), Rounding(4), Projection(8)]
 ROWS = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
@@ -273,17 +275,17 @@ def test_a_strength_without_sense_is_refused(make, message: str) -> None:
 def test_every_defence_has_five_strengths() -> None:
     """What the curves of the chapter need."""
     for kind in (Noise, Rounding, Projection, Dropping):
-        assert sum(isinstance(defence, kind) for defence in STRENGTHS) >= 5
+        assert sum(isinstance(defence, kind) for defence in STUDY.STRENGTHS) >= 5
 
 
 def test_openings_are_of_different_passages(pocket: LanguageModel) -> None:
     """Each begins a bundled passage of its own, and the seed orders them alone."""
     texts = bundled("prose")
-    starts = [pocket.decode(ids) for ids in openings(pocket, 12)]
+    starts = [pocket.decode(ids) for ids in STUDY.openings(pocket, 12)]
     assert len(set(starts)) > 40
     for start in starts:
         assert sum(text.startswith(start) for text in texts) == 1
-    again = [pocket.decode(ids) for ids in openings(pocket, 12, seed=1)]
+    again = [pocket.decode(ids) for ids in STUDY.openings(pocket, 12, seed=1)]
     assert set(again) == set(starts) and again != starts
 
 
@@ -291,14 +293,14 @@ def test_study(tied: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row a strength; counts without sense are refused."""
     model = tied[1]
     texts = [torch.arange(2, 14, device=model.device)] * 2
-    monkeypatch.setattr(defences, "STRENGTHS", (Rounding(2), Dropping(2)))
-    monkeypatch.setattr(defences, "openings", lambda *_: iter(texts))
-    found = study(model, 2, 12)
+    monkeypatch.setattr(STUDY, "STRENGTHS", (Rounding(2), Dropping(2)))
+    monkeypatch.setattr(STUDY, "openings", lambda *_: iter(texts))
+    found = STUDY.study(model, 2, 12)
     assert [row["defence"] for row in found["rows"]] == ["rounding", "dropping"]
     assert [row["trials"] for row in found["rows"]] == [24, 12]
     assert found["layer"] == 1 and found["predicted"] == 22
     for count in (0, -1, 3):
         with pytest.raises(DefenceError, match=f"got {count} prompts; there are"):
-            study(model, count)
+            STUDY.study(model, count)
     with pytest.raises(ModelError, match="got layer 9"):
-        study(model, 2, layer=9)
+        STUDY.study(model, 2, layer=9)
