@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sipit_lite import LanguageModel, load
 from sipit_lite.experiments.families import configuration, randomised
+from sipit_lite.io import text
 
 VOCAB = 60
 NAMES = {
@@ -27,6 +29,20 @@ FAMILIES = {
     short: configuration(name, vocabulary=VOCAB, width=32, context=40)
     for short, name in NAMES.items()
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_text() -> Iterator[None]:
+    """Prose of the standard library alone: that of all packages takes ten seconds."""
+    honest = text._read
+
+    def read(path: Path, kind: str) -> str:
+        foreign = kind == "prose" and "site-packages" in path.parts
+        return "" if foreign else honest(path, kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "_read", read)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -366,7 +366,7 @@ def test_ctrl_c_at_any_moment_loses_nothing(pocket: LanguageModel, alarm: None) 
     draws = random.Random(0)
     format_before = torch.get_default_dtype()
     stopped = 0
-    for _ in range(60):
+    for _ in range(30):
         # A timer sends what Ctrl-C sends; from within the call to just behind it.
         signal.setitimer(signal.ITIMER_REAL, draws.uniform(0.05, 0.9) * usual)
         try:
@@ -380,7 +380,7 @@ def test_ctrl_c_at_any_moment_loses_nothing(pocket: LanguageModel, alarm: None) 
             known = outcome.tokens
             assert outcome.verified.all() and torch.equal(known, row[: len(known)])
         assert torch.get_default_dtype() == format_before
-    assert stopped > 30
+    assert stopped > 15
 
 
 def test_ctrl_c_during_the_last_look_keeps_everything(
@@ -531,16 +531,18 @@ def test_twins_in_sixteen_bits_are_refused_with_a_lens(pocket: LanguageModel) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("known", [1, 5])
-def test_a_known_prefix_stands_before(dtype: torch.dtype, known: int) -> None:
+def test_a_known_prefix_stands_before(dtype: torch.dtype) -> None:
     """Rows from some position on: the prompt, and nothing searched for before them."""
     model = load("pocket-gpt2", dtype=dtype)
-    ids = next(prompts(model.tokenizer, "code", 9))
-    rows = model.states(ids, 2)[known:]
-    widths = torch.full((9 - known,), 1e-6)
+    ids = next(prompts(model.tokenizer, "code", 7))
+    states = model.states(ids, 2)
     lens = Lens.fit(model, 2, tokens=6000, features=128)
-    for options in ({}, {"lens": lens}, {"half_width": widths}, {"certify": True}):
-        recovery = invert(rows, model, 2, prefix=ids[:known], **options)
+    ways = [{}, {"lens": lens}, {"half_width": torch.full((2,), 1e-6)}]
+    # Where all tokens are scanned, two positions show it.
+    cases = [(1, ways[0]), (1, ways[1]), *((5, way) for way in ways)]
+    for known, options in [*cases, (5, {"certify": True})]:
+        prefix = ids[:known]
+        recovery = invert(states[known:], model, 2, prefix=prefix, **options)
         assert recovery.tokens.tolist() == ids.tolist()
         assert recovery.tested[:known].tolist() == [0] * known
         assert recovery.verified.all() and (recovery.tested[known:] > 0).all()

@@ -13,7 +13,7 @@ from sipit_lite.experiments.families import configuration, randomised
 from sipit_lite.model import PRODUCTS, plain_settings
 
 VOCAB = 200
-RUNS = 200
+RUNS = 100
 LAYERS = (1, 3)
 
 

@@ -24,9 +24,9 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     return load("pocket-gpt2", device="cpu")
 
 
-def sample(model: LanguageModel, kind: str = "prose") -> torch.Tensor:
-    """A held-out prompt of twelve tokens."""
-    return next(prompts(model.tokenizer, kind, 12, seed=4))
+def sample(model: LanguageModel, kind: str = "prose", length: int = 6) -> torch.Tensor:
+    """A held-out prompt."""
+    return next(prompts(model.tokenizer, kind, length, seed=4))
 
 
 def test_a_small_vocabulary_is_searched_as_ever(pocket: LanguageModel) -> None:
@@ -68,7 +68,7 @@ def test_a_lens_is_fitted_where_searches_would_cost_more(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Announced once, kept, and used at once by the next process."""
-    monkeypatch.setattr(fitted, "BOUND", 30 * model.vocab_size)
+    monkeypatch.setattr(fitted, "BOUND", 15 * model.vocab_size)
     ids = sample(model)
     states = [model.states(ids, LAYER)] * 3
     assert all(
@@ -79,7 +79,7 @@ def test_a_lens_is_fitted_where_searches_would_cost_more(
     assert torch.equal(invert(states[0], model, LAYER).tokens, ids)
     assert capsys.readouterr().err == "" and not fitted.FOLDER.exists()
     for found in invert_many(states, model, LAYER):
-        assert torch.equal(found.tokens, ids) and found.tested.sum() < 600
+        assert torch.equal(found.tokens, ids) and found.tested.sum() < 300
     said = [x for x in capsys.readouterr().err.splitlines() if "sipit-lite" in x]
     [line] = said
     assert "fits a lens of layer 3" in line and "lens=False" in line
@@ -100,7 +100,7 @@ def test_a_long_search_goes_on_with_a_lens(
     assert drafter.after(499) is drafter
     assert isinstance(drafter.after(501), Lens)
     assert Unfitted(model, LAYER, False).after(10**9).fits is False
-    ids = sample(model, "random")
+    ids = sample(model, "random", 12)
     model.measured.clear()
     found = invert(model.states(ids, 6), model, 6)
     assert torch.equal(found.tokens, ids)

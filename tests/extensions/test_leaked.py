@@ -29,7 +29,7 @@ from sipit_lite.io.text import prompts
 from sipit_lite.model import plain_settings
 
 Family = tuple[PreTrainedModel, LanguageModel]
-TEXT = "Nobody should read this."
+TEXT = "Read this."
 
 
 @plain_settings()
@@ -143,7 +143,7 @@ def test_a_known_prefix_and_a_policy(pocket: LanguageModel) -> None:
     ids = pocket.encode(TEXT)
     leaked = Leaked(pocket, "keys")
     rows = leaked.rows(cache_of(pocket.decoder, ids), 2)[0]
-    assert invert(rows[3:], leaked, 2, prefix=ids[:3]).text == TEXT
+    assert invert(rows[1:], leaked, 2, prefix=ids[:1]).text == TEXT
     for policy in (Newton(), "auto"):
         assert invert(rows, leaked, 2, policy=policy).text == TEXT
     noise = 1e-3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))

@@ -33,3 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """All tests of a model in a row, so that one model is in memory."""
     if "name" in metafunc.fixturenames:
         metafunc.parametrize("name", MODELS, scope="module")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_text() -> None:
+    """All installed text, as everybody has it."""
