@@ -101,9 +101,10 @@ def test_solution_passes_and_nothing_fails(name: str, folder: Path) -> None:
 def test_hidden_tests_catch_a_mistake(name: str, folder: Path) -> None:
     """An answer that passes the public tests, and is wrong."""
     assignment = GENERATE.read(ROOT / f"book/assignments/{name}.py")
+    prepared: dict = {}
+    exec(assignment.setup, prepared)
     for question in assignment.questions:
-        scope: dict = {}
-        exec(assignment.setup, scope)
+        scope = dict(prepared)
         exec(question.mistake, scope)
         cases = passed(folder / name / "tests" / f"{question.name}.py", scope)
         assert all(ok for hidden, ok in cases if not hidden), question.name

@@ -145,14 +145,12 @@ def test_equal_to_float64_brute_force(
     agree(closest_pairs(x, k, nearest=nearest), x)
 
 
-@pytest.mark.parametrize("kind", CLOUDS)
-@pytest.mark.parametrize("nearest", [False, True])
-def test_equal_to_float64_brute_force_at_full_size_leaves(
-    kind: str, nearest: bool
-) -> None:
+@pytest.mark.parametrize("number", range(len(CLOUDS)))
+def test_equal_to_float64_brute_force_at_full_size_leaves(number: int) -> None:
     """The constants that are shipped, several leaves, more columns than axes."""
-    x = cloud(kind, 1100, 24, 7)
-    agree(closest_pairs(x, 20, nearest=nearest), x)
+    x = cloud(CLOUDS[number], 1100, 24, 7)
+    # Neighbours of every other cloud: the test above has all combinations.
+    agree(closest_pairs(x, 20, nearest=number % 2 == 0), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

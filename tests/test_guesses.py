@@ -8,7 +8,7 @@ from sipit_lite import LanguageModel, OneStepMap, invert
 
 def test_nearest_is_marked(pocket: LanguageModel) -> None:
     """A state that no prompt has: with ``on_fail`` its token is a guess, and says so."""
-    ids = pocket.encode("marked where guessed")
+    ids = pocket.encode("a guess")
     states = pocket.states(ids, 3).clone()
     states[-1] += 3.0
     found = invert(states, pocket, 3, on_fail="nearest")

@@ -184,15 +184,15 @@ def test_the_format_that_made_them_is_named(pocket: LanguageModel) -> None:
     """A plain ``from_pretrained`` keeps float16; compared in float32 it is refused."""
     model = GPT2LMHeadModel.from_pretrained(POCKET).eval()
     assert model.dtype == torch.float16
-    ids = pocket.encode("Nobody")[None].cpu()  # without blocks: float16 is slow here
+    ids = pocket.encode(" the")[None].cpu()  # one token: float16 is slow on a CPU
     with torch.no_grad():
-        states = model(ids, output_hidden_states=True).hidden_states[0]
+        states = model(ids, output_hidden_states=True).hidden_states[1]
     expected = r"torch\.float16 numbers, torch\.float32 here: load\(name, dtype=torch"
     for seen in (states, states.float()):
         with pytest.raises(NotVerified, match=expected):
-            invert(seen, pocket, 0)
+            invert(seen, pocket, 1)
     half = load(dtype=torch.float16, device="cpu")
-    assert invert(states, half, 0).text == "Nobody"
+    assert invert(states, half, 1).text == " the"
 
 
 @pytest.mark.parametrize("kind", ["Jamba", "Qwen3Next", "Gemma4Text", "Mamba", "Rwkv"])
