@@ -85,9 +85,9 @@ class Observation:
         first = torch.arange(len(values), device=values.device).clamp(max=1)
         floor, gap = (column[first] for column in _measured(model, layer).to(values))
         radius = floor * vector_norm(values, dim=1)
-        radius = radius.to(model.dtype) + bound.to(model.dtype)
+        radius = (radius.to(model.dtype) + bound.to(model.dtype)).cpu()
         # Tokens whose states differ by more than the noise never agree in every bit.
-        trusted = radius * (1 / SAFETY if model.sixteen_bits else APART) <= gap
+        trusted = radius * (1 / SAFETY if model.sixteen_bits else APART) <= gap.cpu()
         if not radius.isfinite().all():
             norm = float(values.double().norm(dim=1).max())
             raise StatesError(f"got states of norm {norm:.1e}; {model.dtype} overflows")
@@ -98,7 +98,7 @@ class Observation:
         widths = _check_bound("half_width", half_width, values, known)[:, None]
         return cls(values, widths.expand_as(values), radius, trusted)
 
-    def distance(self, t: int, candidates: States) -> Distances:
+    def distance(self, t: int | slice, candidates: States) -> Distances:
         """Distance of each candidate's state from the observed one at position t."""
         return distance_to_stored(candidates, self.states[t], self.half_width[t])
 
@@ -241,17 +241,18 @@ def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
 
 def agreeing(
     observed: Observation, tokens: Tokens, states: States, twins: Tensor, clear: float
-) -> tuple[int, Distances]:
-    """How many of the drafted tokens, the last ones, are accepted; all distances.
+) -> tuple[int, Tensor]:
+    """How many of the drafted tokens, the last ones, are accepted; distances, tokens.
 
     Behind the first that does not agree clearly, or has rivals, states prove nothing.
     """
     first = len(observed.states) - len(tokens)
-    stored = (observed.states[first:], observed.half_width[first:])
-    distance = distance_to_stored(states, *stored)
-    agrees = distance <= clear * observed.radius[first:]
-    agrees &= observed.trusted[first:] & ~twins[tokens]
-    return int(agrees.cumprod(0).sum()), distance
+    distance = observed.distance(slice(first, None), states)
+    # One read of the device: radius and trust are on the CPU, where all is decided.
+    read = torch.stack([distance.double(), tokens, twins[tokens]]).cpu()
+    agrees = read[0] <= clear * observed.radius[first:]
+    agrees &= observed.trusted[first:] & (read[2] == 0)
+    return int(agrees.cumprod(0).sum()), read[:2]
 
 
 def try_candidates(
@@ -268,27 +269,34 @@ def try_candidates(
     spares a clear token without twins its rivals, as a draft does.
     """
     table = step.model.embeddings
+    twins = related(step.model, step.layer)
     distance = torch.full((len(table),), torch.nan, device=table.device)
     radius = float(observed.radius[t])
+    best = [torch.inf, 0, 0]  # distance, token, whether it has twins
+    left = len(table)
     for batch in batches:
         states = step.tokens(batch)
-        distance[batch] = observed.distance(t, states)
+        left -= len(batch)
         if learn:
             learn(batch, states)
-        widen(observed, t, batch, distance[batch], step)
-        if bool((distance[batch] <= observed.radius[t]).any()):
+        distance[batch] = observed.distance(t, states)
+        # One read. An index of no dimension would be another.
+        token = batch[distance[batch].argmin(0, keepdim=True)]
+        read = torch.cat([distance[token].double(), token, twins[token]]).tolist()
+        best = min(best, read)
+        widen(observed, t, token, read[0], step)
+        if read[0] <= float(observed.radius[t]):
             break
-    best = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
-    clear = bool(distance[best] <= CLEAR * observed.radius[t])
+    near, token, twin = best
     # What verifies by its own noise alone stands alone only where states are apart.
-    clear &= bool(distance[best] <= radius) or bool(observed.trusted[t])
-    twins = related(step.model, step.layer)
-    if learn and clear and observed.trusted[t] and not twins[best]:
+    apart = bool(observed.trusted[t])
+    clear = near <= CLEAR * float(observed.radius[t]) and (near <= radius or apart)
+    if learn and clear and apart and not twin:
         return distance
     # Far out in the radius another token may well be nearer: then all are tested.
-    count = CHALLENGERS if clear else len(table)
-    rivals = nearest(table, table[best], distance.isnan(), count)
-    if clear and twins[best]:
+    count = min(CHALLENGERS if clear else len(table), left)
+    rivals = nearest(table, table[int(token)], distance.isnan(), count)
+    if clear and twin:
         others = (twins & distance.isnan()).nonzero()[:, 0]
         rivals = torch.cat([rivals, others]).unique()
     if len(rivals):
@@ -307,18 +315,12 @@ def suspected(states: States, model: LanguageModel, layer: int) -> str:
     return f"{hint}{others}; or another model, or another layer?"
 
 
-def widen(
-    observed: Observation, t: int, tokens: Tokens, distance: Distances, step: OneStepMap
-) -> None:
-    """Raise the radius to the nearest token's own noise: some sinks are noisier.
-
-    By half of ``APART`` at most: where states lie that far apart, two tokens never fit.
-    """
-    near = float(distance.min())
+def widen(observed: Observation, t: int, token: Tokens, near: float, step: OneStepMap):
+    """Raise the radius to the nearest token's own noise: some sinks are noisier."""
+    # By half of APART at most: where states lie that far apart, two tokens never fit.
     radius = float(observed.radius[t])
     if not radius < near <= APART / 2 * radius:
         return
-    token = tokens[distance.argmin()]
     routes = torch.cat([step.tokens(token.expand(n))[-1:] for n in (1, 7, ROWS)])
     spread = torch.cdist(routes.double(), routes.double(), compute_mode=EXACT).max()
     if near <= SAFETY * spread:

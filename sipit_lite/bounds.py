@@ -39,11 +39,10 @@ class Bounds:
         unit = U if dtype == torch.float32 else CUT
         self.slack = float32_slack(self.points.shape[1], unit)
         self.lowered = ((1 - self.slack) * torch.cat(squares)).float()
-        self.sums = {}
-        if self.points.is_cuda and dtype != torch.float32:
-            self.sums = {"out_dtype": torch.float32}  # of tensor cores
-        else:  # as they do: products of numbers of 11 bits are exact in float32
-            self.points = self.points.float()
+        # Tensor cores sum in float32; where there are none, 11-bit products are exact.
+        cores = self.points.is_cuda and dtype != torch.float32
+        self.sums = {"out_dtype": torch.float32} if cores else {}
+        self.points = self.points if cores else self.points.float()
 
     def between(self, a: Tensor, b: Tensor) -> Float32[Tensor, "rows cols"]:
         """Lower bounds of the squared distances, by one matrix product."""

@@ -144,8 +144,7 @@ class _Search:
         self.sizes = sizes
         self.k = k
         self.wants_nearest = nearest
-        self.columns = room * COLUMNS
-        self.rows = room * SAMPLE
+        self.room = room
         self.step = max(1, room * CHUNK // width)  # pairs whose differences are held
         self.bounded = self.recomputed = self.collisions = self.practical = 0
         # Any centre and any axes are valid, so those of a sample will do.
@@ -161,7 +160,7 @@ class _Search:
         # The leading principal axes of the sample, orthonormal columns.
         axes = torch.linalg.qr(near_centre.T @ weights[:, -AXES:]).Q
         points = []
-        for rows in map(self._scaled, x.split(self.rows)):
+        for rows in map(self._scaled, x.split(self.room * SAMPLE)):
             along = rows @ axes
             # The norm of what the axes miss is one more coordinate.
             rest = vector_norm(rows - along @ axes.T, dim=1, keepdim=True)
@@ -186,9 +185,7 @@ class _Search:
         # Neighbours in the tree are often close, which bounds the k-th best distance.
         count = n - 1 if nearest else min(n - 1, max(k, COLUMNS))
         beside = self._lower_near(self.order[:count], self.order[1 : count + 1])
-        self.kth = within
-        if len(beside) >= k:
-            self.kth = min(within, float(beside.kthvalue(k).values))
+        self.kth = min([within, *beside.sort().values[k - 1 : k].tolist()])
 
     def run(self, progress: bool) -> "_Search":
         """Visit every pair of rows that are close enough as points."""
@@ -200,7 +197,9 @@ class _Search:
         stop = 0
         for leaf in tqdm(self.leaves, disable=None if progress else True):
             stop += len(leaf)
-            for columns in self._close(leaf, self.order[stop:]).split(self.columns):
+            for columns in self._close(leaf, self.order[stop:]).split(
+                self.room * COLUMNS
+            ):
                 self.bounded += len(leaf) * len(columns)
                 self._visit(leaf, columns)
         return self
@@ -212,9 +211,8 @@ class _Search:
         """Squares of the scaled distances up to which the pairs of each row matter."""
         limits = torch.maximum(self.floor[rows], self.near[rows]).clamp_min(self.kth)
         # Rounded upwards; finite, and above all bounds, which are 4 · TOP² at most.
-        reach = limits * self.scale + self.bounds.moved
-        squares = reach.square() * (1 + 2**-20) + 2.0**-100
-        return squares.clamp_max(8 * TOP**2).float()
+        reach = (limits * self.scale + self.bounds.moved).square()
+        return (reach * (1 + 2**-20) + 2.0**-100).clamp_max(8 * TOP**2).float()
 
     def _close(self, leaf: Tensor, later: Tensor) -> Int[Tensor, " cols"]:
         """Later rows whose points may be close enough to the leaf's box."""
@@ -222,7 +220,7 @@ class _Search:
         norms = self.coarse.lowered.sqrt()
         low, high = torch.aminmax(points[leaf], dim=0)
         close = []
-        for rows in later.split(self.columns):
+        for rows in later.split(self.room * COLUMNS):
             outside = points[rows] - points[rows].clamp(low, high)
             limits = torch.maximum(self._limits(rows), self._limits(leaf).max())
             # Rounding moved each point by 3u/2 of its norm at most.
@@ -251,7 +249,7 @@ class _Search:
         if crowded and rung < len(self.formats):
             # For good: what does not separate one part seldom does the next.
             if rung + 1 == len(self.ladder):
-                full = map(self._scaled, self.x.split(self.rows))
+                full = map(self._scaled, self.x.split(self.room * SAMPLE))
                 self.ladder.append(Bounds(full, self.formats[rung]))
             self.bounds = self.ladder[rung + 1]
             return self._visit(a, b)
@@ -302,13 +300,12 @@ class _Search:
 def _leaves(points: Tensor, rows: Tensor, most: int) -> list[Tensor]:
     """Rows in halves along their widest axis, until a part has so many at most."""
     inside = points[rows]
-    spread = inside.amax(0) - inside.amin(0)
-    along = rows[inside[:, spread.argmax()].argsort()]
+    widest = (inside.amax(0) - inside.amin(0)).argmax()
+    along = rows[inside[:, widest].argsort()]
     if len(rows) <= most:
         return [along]
     half = len(rows) // 2
-    first = _leaves(points, along[:half], most)
-    return first + _leaves(points, along[half:], most)
+    return _leaves(points, along[:half], most) + _leaves(points, along[half:], most)
 
 
 def _groups(x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,8 +96,7 @@ def advised(what: str, dtype: torch.dtype, kind: type[Exception]) -> Iterator[No
         if not is_oom(error):
             raise
         ways = "expected fewer or shorter ones at a time, or a lower layer"
-        if dtype.itemsize > 2:
-            ways += f", or torch.bfloat16 in place of {dtype}"
+        ways += f", or torch.bfloat16 in place of {dtype}" * (dtype.itemsize > 2)
         raise kind(f"got {what}, which do not fit into memory; {ways}") from error
 
 

@@ -70,22 +70,23 @@ class Gradient:
         """Yield the nearest untried tokens after each step, then all others."""
         table = step.model.embeddings
         untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
-        e = table[int(torch.randint(len(table), (), generator=generator))].clone()
+        left = len(table)
+        e = table[int(torch.randint(left, (), generator=generator))].clone()
         window = self.window
         if step.position == 0:
             window *= 1 + len(table) // FIRST_WINDOW
         for taken in range(self.max_steps):
             if taken and taken % window == 0:
-                e = table[nearest(table, e, untried, 1)[0]].clone()
-            progress = (taken % window) / max(window - 1, 1)
-            rate = self.step_size * (1 - 0.99 * progress)
+                e = table[nearest(table, e, untried, 1)][0]
+            rate = self.step_size * (1 - 0.99 * (taken % window) / max(window - 1, 1))
             e = e - rate * clipped_gradient(step, e, observed, mean=self.mean)
-            batch = nearest(table, e, untried, self.proposals_per_step)
+            batch = nearest(table, e, untried, min(self.proposals_per_step, left))
             untried[batch] = False
+            left -= len(batch)
             yield batch
-            if not untried.any():
+            if not left:
                 return
-        yield from nearest(table, e, untried, len(table)).split(ROWS)
+        yield from nearest(table, e, untried, left).split(ROWS)
 
 
 def clipped_gradient(
@@ -103,9 +104,9 @@ def clipped_gradient(
 def nearest(
     table: Tensor, e: State, allowed: Bool[Tensor, " vocab"], count: int
 ) -> Int[Tensor, " cand"]:
-    """The ``count`` allowed tokens whose embeddings are nearest to e, nearest first."""
+    """The ``count`` allowed tokens whose embeddings are nearest; so many are left."""
     distance = torch.linalg.vector_norm((table - e).float(), dim=1)
     # A proxy that ran off to NaN must not end the enumeration: huge, but not tried.
     huge = torch.finfo(distance.dtype).max
     distance = distance.nan_to_num(huge, huge).masked_fill(~allowed, torch.inf)
-    return distance.topk(min(count, int(allowed.sum())), largest=False).indices
+    return distance.topk(count, largest=False).indices

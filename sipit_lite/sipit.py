@@ -52,14 +52,12 @@ def invert(
         searches by the lens's own policy for what it misses. Without one it is
         ``Gradient()``, or where tokens are many what ``extensions.fitted`` offers;
         ``False`` lets it fit none
-    epsilon: bound on noise ‖ĥ_t − h_t‖₂ that was added on purpose, one number or one a
-        position; without it ε_t is the measured noise floor alone
+    epsilon: bound on noise ‖ĥ_t − h_t‖₂ added on purpose, one number or one a position
     half_width: how far rounding may have moved the numbers of each position, where it
         is not that of their format: half the scale, of what was 8-bit integers
     passes: for 16 bits, how many positions each pass computed; one pass by default
     prefix: token ids known to stand before ``states``; recovered with them, 0 tested
-    certify: test all tokens and measure the margin of the accepted one; all are tested
-        anyway with ``epsilon``, in 16 bits, and for states stored more coarsely
+    certify: test all tokens, as with noise and in 16 bits; measure the accepted margin
     on_fail: ``"nearest"`` takes the nearest token, unverified, if none or several do
 
     Returns
@@ -226,10 +224,10 @@ class _Prompt:
             states = acceptance.repeated(*where, self.tokens, self.passes)[first:]
             clear = 0.0
         drafted = (draft, states, acceptance.related(*where))
-        accepted, distance = acceptance.agreeing(self.observed, *drafted, clear)
+        accepted, read = acceptance.agreeing(self.observed, *drafted, clear)
         end = first + accepted
-        self.recovery.tokens[first:end] = draft[:accepted].cpu()
-        self.recovery.distance[first:end] = distance[:accepted].cpu()
+        self.recovery.distance[first:end] = read[0, :accepted]
+        self.recovery.tokens[first:end] = read[1, :accepted]
         self.length = end
 
     def search(self, step: OneStepMap) -> None:
@@ -240,7 +238,8 @@ class _Prompt:
         if self.exhaustive:
             states = step.tokens(options.model.vocabulary)
             distance = observed.distance(t, states)
-            acceptance.widen(observed, t, options.model.vocabulary, distance, step)
+            near, token = distance.min(0, keepdim=True)
+            acceptance.widen(observed, t, token, float(near), step)
         else:
             order = self.policy.proposals(step, observed.states[t], self.generator)
             learn = getattr(self.policy, "learn", None)
@@ -258,19 +257,21 @@ class _Prompt:
 
     def settle(self, t: int, distance: Float[Tensor, " vocab"], radius: float) -> None:
         """Accept the one token that verifies; where none or several do, refuse."""
-        verified = (distance <= radius).nonzero()[:, 0]
         known = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
         best = known.topk(min(2, len(known)), largest=False)
-        nearest, *second = best.values.tolist()
+        counts = torch.stack([distance <= radius, ~distance.isnan()]).sum(1)
+        # One read: how many verify and were tested, the nearest, all distances.
+        read = torch.cat([best.values.double(), counts, best.indices[:1]]).tolist()
+        nearest, *second, count, tested, token = read
         row = self.recovery
-        row.tokens[t] = best.indices[0]
+        row.tokens[t] = token
         row.distance[t] = nearest
         row.runner_up[t] = second[0] if second else torch.inf
         row.radius[t] = radius
-        row.tested[t] = (~distance.isnan()).sum()
-        row.verified[t] = len(verified) == 1
-        if len(verified) > 1:
-            row.twins[t] = verified.tolist()
+        row.tested[t] = tested
+        row.verified[t] = count == 1
+        if count > 1:
+            row.twins[t] = (distance <= radius).nonzero()[:, 0].tolist()
         if row.verified[t] or self.options.on_fail == "nearest":
             # The draft behind the position stays: it is read again after this token.
             behind = self.tokens[t + 1 :]
@@ -281,18 +282,20 @@ class _Prompt:
         model = self.options.model
         hint = acceptance.suspected(self.observed.states, model, self.options.layer)
         what = f"no token verifies ({hint})"
+        verified = torch.tensor(row.twins.get(t, []))
         if len(verified):
             rival = f"{int(verified[-1])} {model.decode(verified[-1:])!r}"
             what = f"{len(verified)} tokens verify, among them {rival}"
-        token = f"{int(best.indices[0])} {model.decode(best.indices[:1])!r}"
-        what += f"; nearest of {int(row.tested[t])} tested is {token} at {nearest:.3g}"
-        self._refuse(Ambiguous if len(verified) else NotVerified, what)
+        token = f"{int(token)} {model.decode(best.indices[:1])!r}"
+        what += f"; nearest of {int(tested)} tested is {token} at {nearest:.3g}"
+        self._refuse(Ambiguous if count else NotVerified, what)
 
     def read_once_more(self, states: Float[Tensor, "pos d_model"]) -> None:
         """Compare all verified positions with the states of the prompt in one pass."""
-        for t in self.recovery.verified.nonzero()[:, 0].tolist():
-            distance = float(self.observed.distance(t, states[t : t + 1]))
-            if not distance <= self.observed.radius[t]:
+        count = len(self.observed.states)  # padding stands behind
+        apart = self.observed.distance(slice(count), states[:count]).tolist()
+        for t, distance in enumerate(apart):
+            if self.recovery.verified[t] and not distance <= self.observed.radius[t]:
                 self.length = t
                 self.recovery.distance[t] = distance
                 self.recovery.radius[t] = self.observed.radius[t]
@@ -330,8 +333,7 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
         where = (options.model, options.layer, sum(map(len, unread)))
         lens = OFFERS[0](*where, fits=lens is None)
     if quick and lens:
-        readings = lens.read(unread)
-        for prompt, (tokens, policy) in zip(quick, readings, strict=True):
+        for prompt, (tokens, policy) in zip(quick, lens.read(unread), strict=True):
             prompt.tokens = torch.cat([prompt.tokens, tokens[prompt.length :]])
             prompt.policy = policy
     count = sum(len(prompt.observed.states) for prompt in prompts)

@@ -250,12 +250,13 @@ def test_the_radius_grows_to_the_noise_of_the_token_itself(
     radius = float(seen.radius[2])
     distance = seen.distance(2, step.tokens(ids[2:3]))
     assert radius < distance <= 64 * radius
-    widen(seen, 2, ids[2:3], distance, step)
+    widen(seen, 2, ids[2:3], float(distance), step)
     assert distance <= seen.radius[2] < 0.05 * vector_norm(seen.states[2])
     # Another token is much farther away, and widens nothing.
     other = Observation.of(pocket.states(ids, 3), pocket, 3)
     wrong = (ids[2:3] + 1) % pocket.vocab_size
-    widen(other, 2, wrong, other.distance(2, step.tokens(wrong)), step)
+    apart = float(other.distance(2, step.tokens(wrong)))
+    widen(other, 2, wrong, apart, step)
     assert float(other.radius[2]) == radius
 
 
@@ -284,5 +285,6 @@ def test_a_radius_that_grew_never_hides_the_true_token(
     # Where the growth would reach beyond half of the distance of tokens, there is none.
     near = Observation.of(pocket.states(ids, 3), pocket, 3)
     near.radius[2] = float(distance[wrong]) / 40
-    widen(near, 2, wrong, near.distance(2, step.tokens(wrong)), step)
+    apart = float(near.distance(2, step.tokens(wrong)))
+    widen(near, 2, wrong, apart, step)
     assert float(near.radius[2]) == pytest.approx(float(distance[wrong]) / 40)

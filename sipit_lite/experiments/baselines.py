@@ -184,7 +184,7 @@ def hard_prompts(
         if error.item() < least:
             best = ids
             least = error.item()
-            finished = bool((missing.norm(dim=1) <= observed.radius).all())
+            finished = bool((missing.norm(dim=1).cpu() <= observed.radius).all())
         # The gradient is that of the projection, the step that of the proxy.
         proxy.grad = torch.autograd.grad(error, hard)[0]
         optimiser.step()

@@ -51,12 +51,13 @@ class Newton:
                 untried[batch] = False
                 yield batch
         for e in islice(self.path(step, start, observed), 1, self.max_steps + 1):
-            batch = nearest(table, e, untried, self.proposals_per_step)
-            if len(batch) == 0:
+            count = min(self.proposals_per_step, int(untried.sum()))
+            if count == 0:
                 return  # the vocabulary is exhausted
+            batch = nearest(table, e, untried, count)
             untried[batch] = False
             yield batch
-        yield from nearest(table, e, untried, len(table)).split(ROWS)
+        yield from nearest(table, e, untried, int(untried.sum())).split(ROWS)
 
     def path(self, step: OneStepMap, e: State, observed: Tensor) -> Iterator[State]:
         """Yield the iterates for ever, the start first; residuals never grow."""

@@ -107,6 +107,7 @@ class Reading:
     ) -> Batches:
         """Yield the first of each order: lens, prior, both, and as the tests teach."""
         untried = torch.ones_like(step.model.vocabulary, dtype=torch.bool)
+        left = len(untried)
         law = None
         t = step.position
         if self.tested:  # at an earlier position
@@ -131,7 +132,7 @@ class Reading:
                 law = self.law(slice(t, t + 1))[0]
             if law is not None:
                 orders += [law, *(order + lens.weight * law for order in orders)]
-            size = min(BATCHES[min(i, len(BATCHES) - 1)], int(untried.sum()))
+            size = min(BATCHES[min(i, len(BATCHES) - 1)], left)
             best = [order.masked_fill(~untried, -torch.inf) for order in orders]
             parts = [order.topk(size).indices for order in best]
             if not lens.fitted and i < STEPS:
@@ -139,9 +140,10 @@ class Reading:
             batch = torch.cat(parts).unique()
             batch = batch[untried[batch]]
             untried[batch] = False
+            left -= len(batch)
             if len(batch):
                 yield batch
-            if not untried.any():
+            if left == 0:
                 return
 
     def learn(self, tokens: Int[Tensor, " cand"], states: Tensor) -> None:
