@@ -30,7 +30,7 @@ test: lint unit
 	@$(if $(CHROMIUM),,$(IN_A_BROWSER))
 
 # The core alone, in a minute.
-CORE := __init__ acceptance collisions model onestep policies recovery sipit
+CORE := __init__ acceptance bounds collisions model onestep policies recovery sipit
 quick: lint
 	$(PYTEST) -q -n 2 --dist worksteal $(CORE:%=sipit_lite/%.py) tests/test_house.py tests/test_guesses.py \
 		$(wildcard $(CORE:%=tests/test_%.py))

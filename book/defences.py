@@ -7,11 +7,9 @@ On held-out prose, for the model of SIPIT_LITE_MODEL at its middle layer.
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import astuple
 
 import torch
-from jaxtyping import Int
 from sipit_lite import LanguageModel, load
 from sipit_lite.experiments.defences import (
     Defence,
@@ -22,31 +20,19 @@ from sipit_lite.experiments.defences import (
     Rounding,
     extra_losses,
     losses,
+    openings,
     recovery,
     recovery_of_dropped,
 )
-from sipit_lite.io.text import bundled
-from torch import Tensor
 from tqdm import tqdm
 
 LONG = 64  # tokens of the texts on which the loss is measured
-Ids = Int[Tensor, " pos"]
 STRENGTHS: tuple[Defence, ...] = (
     *map(Noise, (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)),
     *map(Rounding, (8, 6, 4, 3, 2, 1)),
     *map(Projection, (192, 128, 64, 16, 4, 1)),
     *map(Dropping, (2, 3, 4, 5, 6)),
 )
-
-
-def openings(model: LanguageModel, length: int, seed: int = 0) -> Iterator[Ids]:
-    """The first ``length`` tokens of each bundled passage of prose that has so many."""
-    texts = bundled("prose")  # held out: the bundled model was not trained on them
-    generator = torch.Generator().manual_seed(seed)
-    for i in torch.randperm(len(texts), generator=generator).tolist():
-        ids = model.encode(texts[i])[:length]
-        if len(ids) == length:
-            yield ids
 
 
 def study(model: LanguageModel, count: int = 12, length: int = 12, layer: int | None = None) -> dict:

@@ -108,9 +108,12 @@ class LanguageModel:
 
     Parameters
     ----------
-    hf_model: any causal model of ``transformers`` in memory, its head or LoRA and all;
-        else ``ModelError``, as where its blocks and final norm cannot be told apart
+    hf_model: any causal model of ``transformers`` in memory, its head or LoRA and all
     tokenizer, name: without one prompts are ids; what messages call it
+
+    Raises
+    ------
+    ModelError: another model, or its blocks and final norm cannot be told apart
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2)))

@@ -1,8 +1,7 @@
 """SipIt (Algorithm 1): read the exact prompt back from the hidden states of one layer.
 
 One loop, for one prompt and for many: draft (nothing, without a lens), read the draft,
-accept what agrees, search for the first token that does not, read on behind it. What
-cannot be verified (``acceptance``) is an error that carries the verified prefix.
+accept what agrees (``acceptance``), search for the first token that does not, read on.
 """
 
 import time
@@ -24,7 +23,7 @@ from sipit_lite.recovery import Ambiguous, Interrupted, NotVerified, Outcome, Re
 
 SALT = 2510_15511  # else a prompt drawn with the same seed would be its own starts
 PASS = 4096  # tokens in a pass over drafts
-OFFERS: list[Callable] = []  # of rooms: a drafter for a model, where none is given
+offer: Callable[..., Drafter | None] | None = None  # where no lens is; of extensions
 
 
 def invert(
@@ -329,9 +328,9 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     quick = [prompt for prompt in prompts if prompt.drafts]
     unread = [prompt.observed.states for prompt in quick]
     lens = options.lens
-    if quick and not lens and OFFERS:
+    if quick and not lens and offer:
         where = (options.model, options.layer, sum(map(len, unread)))
-        lens = OFFERS[0](*where, fits=lens is None)
+        lens = offer(*where, fits=lens is None)
     if quick and lens:
         for prompt, (tokens, policy) in zip(quick, lens.read(unread), strict=True):
             prompt.tokens = torch.cat([prompt.tokens, tokens[prompt.length :]])
@@ -339,9 +338,7 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     count = sum(len(prompt.observed.states) for prompt in prompts)
     start = OneStepMap.after(options.model, options.layer)
     with tqdm(total=count, desc="inverting", disable=None if progress else True) as bar:
-        for batch in _batches(prompts):
-            # Padding stands behind a prompt, where none of its positions looks.
-            rows = pad_sequence([prompt.tokens for prompt in batch], batch_first=True)
+        for batch, rows in _batches(prompts):
             together = rows  # nothing is drafted, and no model reads empty prompts
             steps = [start] * len(batch)
             if rows.shape[1] > 0:
@@ -350,9 +347,8 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
                 drafted = slice(prompt.length, len(prompt.tokens))
                 _finish(prompt, states[drafted], step, bar)
     searched = [prompt for prompt in prompts if prompt.searched and not prompt.error]
-    for batch in _batches(searched):
+    for batch, rows in _batches(searched):
         # No cache this time: were the one-step map wrong, this pass would show it.
-        rows = pad_sequence([prompt.tokens for prompt in batch], batch_first=True)
         together = options.model.states(rows, options.layer)
         for prompt, states in zip(batch, together, strict=True):
             prompt.read_once_more(states)
@@ -372,10 +368,11 @@ def _finish(prompt: _Prompt, states: Tensor, step: OneStepMap, bar: tqdm) -> Non
         bar.update(prompt.length - t)
 
 
-def _batches(prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
-    """Prompts of similar lengths, so that little is padded, the longest first."""
+def _batches(prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], Tensor]]:
+    """Prompts of similar lengths, and their tokens, padded where none of them looks."""
     waiting = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
     while waiting:
         fitting = max(1, PASS // max(1, len(waiting[0].tokens)))
-        yield waiting[:fitting]
+        batch = waiting[:fitting]  # the longest, so that little is padded
+        yield batch, pad_sequence([x.tokens for x in batch], batch_first=True)
         waiting = waiting[fitting:]

@@ -6,7 +6,7 @@ attacker sees these, and knows the model and the defence, all but the noise itse
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from sipit_lite.acceptance import SAFETY, Observation, distance_to_stored, noise
 from sipit_lite.extensions import laststate
 from sipit_lite.extensions.laststate import Guess, LastMap, Law, Search
 from sipit_lite.extensions.reading import final_states
+from sipit_lite.io.text import bundled
 from sipit_lite.model import LanguageModel, ModelError, SipItError
 from sipit_lite.onestep import OneStepMap
 
@@ -179,6 +180,16 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     middle = (share + weight / 2) / (1 + weight)
     half = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def openings(model: LanguageModel, length: int, seed: int = 0) -> Iterator[Ids]:
+    """The first ``length`` tokens of each bundled passage of prose that has so many."""
+    texts = bundled("prose")  # held out: the bundled model was not trained on them
+    generator = torch.Generator().manual_seed(seed)
+    for i in torch.randperm(len(texts), generator=generator).tolist():
+        ids = model.encode(texts[i])[:length]
+        if len(ids) == length:
+            yield ids
 
 
 def continued(

@@ -2,9 +2,10 @@
 
 from importlib import import_module
 
-from sipit_lite.sipit import OFFERS, invert, invert_many
+from sipit_lite import sipit
+from sipit_lite.sipit import invert, invert_many
 
 __all__ = ["invert", "invert_many"]
 # Imported where it is wanted, like all rooms.
 name = "sipit_lite.extensions.fitted"
-OFFERS.append(lambda *where, fits: import_module(name).offered(*where, fits=fits))
+sipit.offer = lambda *where, fits: import_module(name).offered(*where, fits=fits)

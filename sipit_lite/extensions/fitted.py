@@ -14,6 +14,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
+from sipit_lite.extensions.leaked import Leaked
 from sipit_lite.extensions.lens import Lens, LensError
 from sipit_lite.extensions.reading import Reading
 from sipit_lite.model import LanguageModel, SipItError
@@ -29,7 +30,9 @@ def offered(
     model: LanguageModel, layer: int, positions: int, *, fits: bool
 ) -> Drafter | None:
     """A drafter for so many positions, or None where the gradient is good enough."""
-    depth = layer + getattr(model, "cached", False)  # blocks that run
+    depth = layer  # blocks that run
+    if isinstance(model, Leaked) and model.cached:
+        depth += 1  # the block that reads a layer caches it
     large = model.vocab_size > TOKENS and depth > 0
     bound = positions * model.vocab_size + model.measured.get(("bound", layer), 0)
     if large:  # a token may cost as much as the fit, so calls add up
