@@ -5,6 +5,7 @@ full model, final norm and logits included.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sipit_lite.acceptance import Observation
-from sipit_lite.extensions.laststate import LastMap
+from sipit_lite.extensions.laststate import last_states
 from sipit_lite.io.capture import tapped
 from sipit_lite.model import LanguageModel
 from sipit_lite.onestep import ROWS, OneStepMap
@@ -138,6 +139,13 @@ def _full_pass(
     return states[layer][0]
 
 
+def _last_state(
+    cut: Callable, rows: Float[Tensor, "pos d_model"]
+) -> Float[Tensor, "1 d_model"]:
+    """The last state of a prompt of embeddings; differentiable."""
+    return cut(inputs_embeds=rows[None], use_cache=False).last_hidden_state[:, -1]
+
+
 def hard_prompts(
     states: Tensor,
     model: LanguageModel,
@@ -157,7 +165,7 @@ def hard_prompts(
     """
     observed = Observation.of(states if length is None else states[None], model, layer)
     started = time.perf_counter()
-    last = LastMap(model, layer)
+    cut = model.cut(layer)
     table = model.embeddings
     generator = torch.Generator().manual_seed(seed)
     best = torch.randint(
@@ -179,7 +187,7 @@ def hard_prompts(
         if length is None:
             missing = _full_pass(model, hard, layer) - observed.states
         else:
-            missing = last.embeddings(hard[None]) - observed.states
+            missing = _last_state(cut, hard) - observed.states
         error = missing.square().sum()
         if error.item() < least:
             best = ids
@@ -211,7 +219,7 @@ def greedy_coordinate(
     """
     observed = Observation.of(state[None], model, layer)
     started = time.perf_counter()
-    last = LastMap(model, layer)
+    start = OneStepMap.after(model, layer)
     table = model.embeddings
     generator = torch.Generator().manual_seed(seed)
     options = min(CANDIDATES, len(table))
@@ -221,7 +229,7 @@ def greedy_coordinate(
     tested = 0
     while time.perf_counter() - started <= limit:
         rows = table[ids].detach().clone().requires_grad_()
-        error = (last.embeddings(rows[None]) - observed.states).square().sum()
+        error = (_last_state(start.cut, rows) - observed.states).square().sum()
         gradient = torch.autograd.grad(error / 2, rows)[0]
         now = float(error.detach().sqrt())
         if now < least:
@@ -235,7 +243,7 @@ def greedy_coordinate(
         which = torch.randint(options, (BATCH,), generator=generator)
         prompts = ids.repeat(BATCH, 1)
         prompts[torch.arange(BATCH), where] = promising[where, which]
-        distance, winner = observed.distance(0, last.tokens(prompts)).min(0)
+        distance, winner = observed.distance(0, last_states(start, prompts)).min(0)
         tested += BATCH
         if float(distance) < now:  # greedy
             ids = prompts[int(winner)]

@@ -7,7 +7,8 @@ attacker sees these, and knows the model and the defence, all but the noise itse
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -18,15 +19,14 @@ from torch.linalg import vector_norm
 from torch.nn.functional import cross_entropy, log_softmax
 
 from sipit_lite.acceptance import SAFETY, Observation, distance_to_stored, noise_floor
-from sipit_lite.extensions import laststate
-from sipit_lite.extensions.laststate import Guess, LastMap, Law, Search
+from sipit_lite.extensions.laststate import Guess, Law, Search
 from sipit_lite.extensions.reading import final_states
 from sipit_lite.io.text import bundled
 from sipit_lite.model import LanguageModel, ModelError, SipItError
 from sipit_lite.onestep import OneStepMap
 
 REACH = 5.0  # d normal numbers are longer than √d + REACH with p < exp(−REACH²/2)
-TRIES = 5  # searches for one run of dropped tokens
+ROUNDS = 20  # of the search for one run of dropped tokens
 
 Ids = Int[Tensor, " pos"]
 Texts = Iterable[Ids]
@@ -290,8 +290,8 @@ def recovery_of_dropped(
 ) -> Score:
     """Attack states of which some were dropped, run by run; raises as ``recovery``."""
     level = torch.full_like(model.embeddings[:, 0], 1 / model.vocab_size)
-    law = Law(level, laststate.followers(model))  # what the model itself expects
-    last = LastMap(model, layer)
+    law = Law.of(model, level)  # what the model itself expects
+    start = OneStepMap.after(model, layer)
     tables = []
     for ids in texts:
         model.check_ids(ids)
@@ -300,7 +300,8 @@ def recovery_of_dropped(
         table = torch.zeros(len(ids), 3, dtype=torch.bool)
         for t in defence.positions(len(ids)).tolist():
             observed = Observation.of(states[t : t + 1], model, layer)
-            search = Search(last, observed, law, torch.Generator().manual_seed(t))
+            generator = torch.Generator(model.device).manual_seed(t)
+            search = Search(start, observed, law, generator)
             run = slice(t + 1 - defence.period, t + 1)
             tokens, verified = repair(search, ids[: run.start], defence.period)
             table[run, 0] = (tokens == ids[run]).cpu()
@@ -312,13 +313,14 @@ def recovery_of_dropped(
 
 def repair(search: Search, prefix: Tensor, count: int) -> tuple[Tensor, bool]:
     """The tokens after a prefix that are closest by the last state; is it theirs?"""
-    ids = torch.cat([prefix, torch.zeros(count).to(prefix)])
-    block = slice(len(prefix), len(ids))
-    best = Guess(ids, math.inf, 0)
-    for k in range(TRIES):
-        # Searches after the first one start from a law that is tilted at random.
-        tilt = laststate.TILT * (k > 0)
-        best = best.or_closer(search.rounds(ids, block, laststate.ALL, tilt))
+    law = search.law
+    if len(prefix) and law.after is not None:
+        law = replace(law, first=law.after[prefix[-1]])
+    start = OneStepMap.after(search.start.model, search.start.layer, prefix)
+    search = replace(search, start=start, law=law)
+    best = Guess(prefix[:0], math.inf, 0)
+    for guess in islice(search.steps(count), ROUNDS):
+        best = best.or_closer(guess)
         if search.agrees(best):
             break
-    return best.ids[block], search.agrees(best)
+    return best.ids, search.agrees(best)

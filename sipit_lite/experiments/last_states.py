@@ -18,7 +18,6 @@ from sipit_lite.experiments.defences import wilson
 from sipit_lite.experiments.inversion import sample
 from sipit_lite.experiments.perturb import noisy
 from sipit_lite.extensions.laststate import (
-    NEIGHBOURS,
     Collision,
     Ends,
     Law,
@@ -127,7 +126,7 @@ def one(
         recovered = refusal.recovered  # the closest prompt, a guess
     spent = time.perf_counter() - started
     same = torch.equal(recovered.tokens, ids.cpu())
-    law = Law.of(ends.model, ends)
+    law = Law.of(ends.model, ends.frequency)
     # A wrong prompt that is likelier than the true one would blame the prior.
     likelihood = log_probability(law, recovered.tokens.to(ids))
     row = {"length": len(ids), "exact": error is None and same}
@@ -140,11 +139,10 @@ def one(
 
 def log_probability(law: Law, ids: Tokens) -> float:
     """The logarithm of the prior probability of a prompt."""
-    each = law.anywhere[ids]  # a copy
+    each = law.first[ids]  # a copy
     if law.after is not None:
-        follow = law.after[ids[:-1], ids[1:]]
-        each[1:] = NEIGHBOURS * follow + (1 - NEIGHBOURS) * each[1:]
-    return float(each.log().sum())
+        each[1:] = law.after[ids[:-1], ids[1:]]
+    return float(each.sum())
 
 
 def compared(ends: Ends, drawn: Iterable[Tensor], seconds: float) -> dict:

@@ -1,9 +1,9 @@
 """The prompt from one vector: the state of its last token at a layer (``last_state``).
 
-The paper leaves an algorithm open. This one sharpens a belief, a probability for every
-token at every position: draw prompts from it, linearise the model at one of them,
-measure on all how wrong that is, and score every token against the rest of the state.
-Then blocks of positions are forgotten and recovered. Nothing is returned unverified.
+The paper leaves an algorithm open. This one measures at a prompt what each token does
+to the state at each position, adds these effects up as a model of all other prompts,
+and cools many prompts at once until their sums explain the state. The closest prompt
+is where it measures next. Nothing is returned unverified.
 """
 
 import math
@@ -13,40 +13,41 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
 from sipit_lite.acceptance import Observation, States, Tokens
 from sipit_lite.extensions.lens import Pairs, Regression, ridge
 from sipit_lite.model import LanguageModel, SipItError, StatesError, plain_settings
-from sipit_lite.onestep import ROWS
+from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import State
 from sipit_lite.recovery import Interrupted, Recovery
 from sipit_lite.sipit import SALT
 
 LONGEST = 16  # tokens of the longest prompt looked for, where no length is given
-DRAWN = 96  # prompts of a round; the error of the linear model is measured on them
-DAMPING = 0.5  # share of the log-belief that a round replaces
-ALL = 6  # rounds over all positions
-BLOCK = 5  # rounds over a block that was forgotten
-SURE = 0.9  # a belief that repeats tokens of this probability is not sharpened further
-BLOCKS = 3  # blocks tried in a row before a search gives way to the next restart
+CHAINS = 256  # prompts cooled at once
+MEASURED = 256  # tokens read at each position, half the likeliest, half drawn
+RIDGE = 0.1  # of the regression for the others, beside a kernel that is 1 at most
+SWEEPS = 8  # visits to each position while a prompt is cooled
+HOT = 0.1  # share of the log-likelihood that counts in the first sweep
+COLD = 2.5  # the same in the last sweep, of the coldest prompt; of the hottest 1
+PATIENCE = 4  # rounds in a row that may come no closer before a restart
 RESTARTS = 16  # how often a search begins
 NEIGHBOURS = 0.5  # share of a token's law that the token before has; the rest is prior
 LARGEST = 16_384  # vocabulary whose table of neighbours, a gigabyte then, is made
 TRUST = 0.5  # share of a regression's log-likelihood: its residuals are not normal
 CALM = 0.16  # of that for the last token: where held-out last tokens are likeliest
 HOPE = 1e-3  # least share of the prior in any belief about the last token
-TILT = 1.0  # standard deviation by which all restarts but the first tilt log-priors
 FAR = 8.0  # distance that a length is taken to have before its first step
 RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's place
 
 Prompts = Int[Tensor, "row pos"]
 OverVocab = Float[Tensor, " vocab"]
-Rows = Float[Tensor, "block vocab"]
-Squares = Float[Tensor, "block d_model d_model"]
+Rows = Float[Tensor, "row vocab"]
+Likely = Float[Tensor, "pos vocab"]
+Each = Float[Tensor, "pos vocab numbers"]
 
 
 class LastStateError(SipItError):
@@ -91,10 +92,11 @@ def invert_last(
     ends: a regression for this model and layer; by default it is fitted, once
     seconds: wall-clock time after which to give up
 
-    Of the ``Recovery`` all positions but the last are NaN; ``runner_up`` is the closest
-    of ``rivals``. Raises ``StatesError``, ``ModelError``, ``LastStateError`` for a bad
-    state, layer, length or budget; ``NotRecovered``, ``Collision``, ``Interrupted``,
-    with the closest prompt, where none agrees or several, or on Ctrl-C.
+    It holds T · |V| · d_model numbers. Of the ``Recovery`` all positions but the last
+    are NaN; ``runner_up`` is the closest of ``rivals``. Raises ``StatesError``,
+    ``ModelError``, ``LastStateError`` for a bad state, layer, length or budget;
+    ``NotRecovered``, ``Collision``, ``Interrupted``, with the closest prompt, where
+    none agrees or several, or on Ctrl-C.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -131,12 +133,12 @@ def invert_last(
         needed = f"layer {layer} of {model.name} and {most} tokens"
         raise LastStateError(f"got a fit for {got}; expected one for {needed}")
     said = ends.read(observed.states[0]).to(model.dtype)[:, :most]
-    generator = torch.Generator().manual_seed(seed + SALT)  # one for all lengths
-    law = Law.of(model, ends)
-    last = LastMap(model, layer)
+    generator = Generator(model.device).manual_seed(seed + SALT)  # of all lengths
+    law = Law.of(model, ends.frequency)
+    start = OneStepMap.after(model, layer)
     searches = {}
     for n in range(length or 1, most + 1):
-        search = Search(last, observed, law.ending(said[:, n - 1]), generator)
+        search = Search(start, observed, law.ending(said[:, n - 1]), generator)
         searches[n] = search.steps(n)
     best = Guess(torch.zeros(1, dtype=torch.long), torch.inf, 0)
     try:
@@ -150,39 +152,6 @@ def invert_last(
         return checked(search, best, started, None if length else longest)
     except KeyboardInterrupt:
         raise Interrupted(_recovery(search, best, started)) from None
-
-
-@dataclass(frozen=True, eq=False)
-class LastMap:
-    """F(e_1, …, e_T) = h_T: the last-token state of a layer as a map of embeddings."""
-
-    model: LanguageModel
-    layer: int
-
-    def embeddings(self, e: Float[Tensor, "row pos d_model"]) -> States:
-        """The state of each row of embeddings; differentiable in e."""
-        output = self.model.cut(self.layer)(inputs_embeds=e, use_cache=False)
-        return output.last_hidden_state[:, -1].to(self.model.device)
-
-    def tokens(self, prompts: Prompts) -> States:
-        """The state of each row of token ids."""
-        table = self.model.embeddings
-        with torch.no_grad():
-            parts = [self.embeddings(table[rows]) for rows in prompts.split(ROWS)]
-        return torch.cat(parts)
-
-    def jacobians(self, e: Float[Tensor, "pos d_model"], block: slice) -> Squares:
-        """∂F/∂e_t for the positions t of a block, by one batched reverse pass."""
-        with torch.enable_grad():
-            free = e[block].detach().clone().requires_grad_()
-            # The other positions are constants, which saves their derivatives.
-            row = torch.cat([e[: block.start], free, e[block.stop :]])
-            state = self.embeddings(row[None])[0]
-            each = torch.eye(len(state)).to(state)
-            # Layer 0 does not depend on earlier positions: zeros, not an error.
-            how = {"is_grads_batched": True, "materialize_grads": True}
-            (slopes,) = torch.autograd.grad(state, free, each, **how)
-        return slopes.transpose(0, 1)  # position first, then number of the state
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +174,7 @@ class Ends(Regression):
         features: int = 512,
     ) -> "Ends":
         """Fit on so many tokens, in prompts of ``longest`` and all their beginnings."""
-        generator = torch.Generator().manual_seed(0)
+        generator = Generator().manual_seed(0)
         shape = (max(1, tokens // longest // 2), longest)
         drawn = torch.randint(model.vocab_size, shape, generator=generator)
         written = _written(model, shape, generator)  # half random, half plausible
@@ -251,7 +220,7 @@ def _next_law(model: LanguageModel, e: Tensor, cache: DynamicCache | None) -> Te
         return (read.last_hidden_state[:, -1] @ table.T).softmax(-1)
 
 
-def _written(model: LanguageModel, shape: tuple, generator: torch.Generator) -> Prompts:
+def _written(model: LanguageModel, shape: tuple, generator: Generator) -> Prompts:
     """Prompts that the model writes itself after a random token; else random ones."""
     ids = torch.randint(model.vocab_size, shape, generator=generator).to(model.device)
     cache = DynamicCache()
@@ -278,134 +247,147 @@ def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
 class Law:
     """What is expected of a prompt before its state is looked at: a Markov chain."""
 
-    anywhere: OverVocab  # the probability of each token
+    first: (
+        OverVocab  # log-probability of a token: the first one, or any without a chain
+    )
     after: Tensor | None = None  # by the token before, where these are not independent
+    before: Tensor | None = None  # the same table transposed: rows are read faster
     last: OverVocab | None = None  # log-evidence about the last token
 
     @classmethod
-    def of(cls, model: LanguageModel, ends: Ends) -> "Law":
-        """``followers``; anywhere half uniform, half how often the model writes it."""
-        anywhere = ends.frequency / 2 + 1 / (2 * model.vocab_size)
-        return cls(anywhere.to(model.embeddings), followers(model))
+    def of(cls, model: LanguageModel, frequency: OverVocab) -> "Law":
+        """Half ``followers``; else half uniform, half the ``frequency`` of a token."""
+        first = frequency.to(model.embeddings) / 2 + 1 / (2 * model.vocab_size)
+        after = followers(model)
+        if after is not None:
+            after = (NEIGHBOURS * after + (1 - NEIGHBOURS) * first).log()
+        return cls(first.log(), after, None if after is None else after.T.contiguous())
 
     def ending(self, last_token: OverVocab) -> "Law":
         """With what ``Ends`` says of the last token: ``CALM`` of it, and a floor."""
         said = (CALM * last_token).log_softmax(0) + math.log1p(-HOPE)
-        floor = self.anywhere.log() + math.log(HOPE)
-        return replace(self, last=torch.logaddexp(said, floor))
+        return replace(self, last=torch.logaddexp(said, self.first + math.log(HOPE)))
 
-    def next(self, law: OverVocab) -> OverVocab:
-        """The law of a token, if this is the law of the one before, up to a factor."""
-        if self.after is None:
-            return self.anywhere
-        follow = law / law.sum() @ self.after  # each row of ``after`` is a law
-        return NEIGHBOURS * follow + (1 - NEIGHBOURS) * self.anywhere
+    def forward(self, prompts: Prompts, t: int) -> Rows:
+        """Log-probabilities of the tokens at t given those before, and evidence."""
+        law = self.first.expand(len(prompts), -1)
+        if t > 0 and self.after is not None:
+            law = self.after[prompts[:, t - 1]]
+        last = t + 1 == prompts.shape[1]
+        return law + self.last if last and self.last is not None else law
 
-    def back(self, likelihood: OverVocab) -> OverVocab:
-        """The likelihood of a token, if this is that of the one behind it."""
-        if self.after is None:
-            return torch.ones_like(likelihood)
-        likelihood = likelihood / likelihood.sum()  # else it vanishes along the chain
-        lead = self.after @ likelihood
-        return NEIGHBOURS * lead + (1 - NEIGHBOURS) * (likelihood @ self.anywhere)
+    def given(self, prompts: Prompts, t: int) -> Rows:
+        """The same given all other tokens, up to constants."""
+        law = self.forward(prompts, t)
+        if self.before is None or t + 1 == prompts.shape[1]:
+            return law
+        return law + self.before[prompts[:, t + 1]]
 
-    def given(self, ids: Tokens, block: slice, evidence: Rows) -> Rows:
-        """Log-probabilities of a block's tokens, given log-evidence and all others."""
-        known = nn.functional.one_hot(ids, len(self.anywhere)).to(self.anywhere)
-        forward = [self.anywhere]
-        if block.start > 0:
-            forward = [self.next(known[block.start - 1])]
-        backward = [torch.ones_like(self.anywhere)]
-        if block.stop < len(ids):
-            backward = [self.back(known[block.stop])]
-        elif self.last is not None:
-            evidence = torch.cat([evidence[:-1], evidence[-1:] + self.last])
-        # At most 1, so that nothing overflows; factors of a position cancel at the end.
-        weight = (evidence - evidence.amax(-1, keepdim=True)).exp()
-        for k in range(len(evidence) - 1):
-            forward.append(self.next(forward[-1] * weight[k]))
-            backward.append(self.back(backward[-1] * weight[-1 - k]))
-        both = torch.stack(forward).log() + torch.stack(backward[::-1]).log()
-        return (evidence + both).log_softmax(-1)
+    def draw(
+        self, count: int, length: int, generator: Generator
+    ) -> tuple[Tensor, Rows]:
+        """So many prompts of a length drawn from it, and the law of each position."""
+        ids = torch.zeros(count, length, dtype=torch.long, device=self.first.device)
+        likely = []
+        for t in range(length):
+            ids[:, t], law = sampled(self.forward(ids, t), generator)
+            likely.append(law.mean(0))
+        return ids, torch.stack(likely)
 
 
-@dataclass(frozen=True, eq=False)
-class Belief:
-    """Log-probabilities of every token at the ``block`` of positions of ``ids``."""
-
-    log: Rows
-    ids: Tokens
-    block: slice
-
-    def draw(self, count: int, generator: torch.Generator) -> Prompts:
-        """Prompts drawn from it; the first takes the likeliest token everywhere."""
-        size, vocab = self.log.shape
-        if size == 1 and count <= vocab:
-            drawn = self.log.topk(count).indices  # each once: no need for luck
-        else:
-            law = self.log.exp().cpu()
-            drawn = torch.multinomial(law, count, replacement=True, generator=generator)
-            drawn[:, 0] = self.log.argmax(-1)  # the answer, if the belief is right
-        prompts = self.ids.repeat(count, 1)
-        prompts[:, self.block] = drawn.T.to(self.ids)
-        return prompts
-
-    def moments(self, table: Float[Tensor, "vocab d_model"]) -> tuple[States, Squares]:
-        """Mean and covariance of the embedding at each position."""
-        law = self.log.exp()
-        mean = law @ table
-        # One position at a time: a weighted copy of the table each.
-        square = torch.stack([(table * q[:, None]).T @ table for q in law])
-        return mean, square - mean[:, :, None] * mean[:, None, :]
+def sampled(score: Rows, generator: Generator) -> tuple[Tokens, Rows]:
+    """A token for each row of log-probabilities up to constants, and their law."""
+    law = score.softmax(-1)
+    sums = law.cumsum(-1)
+    chance = torch.rand(len(law), 1, generator=generator, device=law.device).to(law)
+    # Where the sums pass this share of all: one random number for each row.
+    place = torch.searchsorted(sums, chance * sums[:, -1:])[:, 0]
+    return place.clamp_max(law.shape[1] - 1), law
 
 
-def sharpened(
-    belief: Belief, law: Law, goal: State, last: LastMap, drawn: Prompts, states: States
-) -> Belief:
-    """One round: the belief after the state is compared with a linear model of the map.
+class Effects(NamedTuple):
+    """What each token at each position of a prompt does to its last state."""
 
-    The model is c + Σ J_t (e_t − m_t), right on average on the ``drawn`` prompts. A
-    token at t is scored by a normal density with covariance S = R + Σ J_u C_u J_uᵀ over
-    other positions u: R is that of its error, C_u that of an embedding.
+    state: State
+    each: Each  # the state with that token there, less the state
+
+    def sums(self, prompts: Prompts) -> States:
+        """The states of prompts if effects simply added up: exact for one change."""
+        rows = [self.each[t, prompts[:, t]] for t in range(len(self.each))]
+        return self.state + torch.stack(rows).sum(0)
+
+    def whitened(self, goal: State, error: States) -> tuple[Each, State]:
+        """Effects and what they must add up to, in units of the error of their sums.
+
+        ``error`` is that of prompts read. Overwrites the table of effects.
+        """
+        centre = error.mean(0)
+        away = error - centre
+        sample = away.T @ away / len(away)
+        # Fewer prompts than directions: half way to the same error in all of them.
+        # Never singular, also where all prompts were predicted exactly.
+        least = torch.finfo(goal.dtype).eps * self.state.square().mean() + 1e-30
+        size = sample.diagonal().mean() + least
+        covariance = (sample + size * torch.eye(len(goal)).to(sample)) / 2
+        factor = torch.linalg.cholesky(covariance)
+        unit = torch.eye(len(goal)).to(factor)
+        whiten = torch.linalg.solve_triangular(factor, unit, upper=False).T
+        for effects in self.each:  # one position at a time: the table is large
+            effects.copy_(effects @ whiten)
+        return self.each, (goal - self.state - centre) @ whiten
+
+
+def regressed(
+    table: Float[Tensor, "vocab d_model"], read: Tokens, effects: States
+) -> Float[Tensor, "vocab d_model"]:
+    """Effects of all tokens from those of tokens read, by the distance of embeddings.
+
+    Kernel ridge regression with exp(−‖E_v − E_w‖² / 2s²), s the median distance.
     """
-    table = last.model.embeddings
-    mean, spread = belief.moments(table)
-    # Not at the means, where a linear model is worse than a constant (``last_state``).
-    slopes = last.jacobians(table[drawn[1]], belief.block)
-    away = table[drawn[:, belief.block]] - mean
-    error = states - torch.einsum("nij,snj->si", slopes, away)
-    centre = error.mean(0)
-    residual = goal - centre
-    parts = slopes @ spread @ slopes.mT  # J_t C_t J_tᵀ, what each position explains
-    explained = parts.sum(0)
-    noise = error_covariance(error - centre, residual, explained)
-    left = residual + (slopes @ mean[..., None])[..., 0]  # y: this position unknown
-    factor, failed = torch.linalg.cholesky_ex(noise + explained - parts)
-    # A belief so sure that its covariance is rounding says no more than it did.
-    if failed.any():
-        return belief
-    solved = torch.cholesky_solve(torch.cat([slopes, left[..., None]], -1), factor)
-    # −½ (y − J E_v)ᵀ S⁻¹ (y − J E_v) multiplied out: the table meets d × d matrices.
-    projected = slopes.mT @ solved  # Jᵀ S⁻¹ [J, y]
-    linear = (table @ projected[..., -1:])[..., 0]
-    quadratic = (table @ projected[..., :-1] * table).sum(-1)
-    new = law.given(belief.ids, belief.block, linear - quadratic / 2)
-    mixed = (1 - DAMPING) * belief.log + DAMPING * new
-    return replace(belief, log=mixed.log_softmax(-1))
+    apart = torch.cdist(table, table[read])
+    scale = apart[read].median().clamp_min(torch.finfo(table.dtype).tiny)
+    kernel = (-(apart / scale).square() / 2).exp()
+    square = kernel[read] + RIDGE * torch.eye(len(read)).to(table)
+    centre = effects.mean(0)
+    others = centre + kernel @ torch.linalg.solve(square, effects - centre)
+    others[read] = effects  # what was read is known
+    return others
 
 
-def error_covariance(error: States, residual: State, explained: Tensor) -> Tensor:
-    """Covariance of the error of a linear model, half way to a multiple of I."""
-    width = len(residual)
-    sample = error.T @ error / len(error)
-    size = sample.diagonal().mean() / 2  # half of it, as the same for all directions
-    square = residual.square().sum()
-    # What nothing explains goes to all directions: it unsettles a wrong belief.
-    missing = (square - (2 * size * width + explained.diagonal().sum())) / width
-    # Never singular, also where prompts were drawn that agree exactly.
-    least = square.clamp_min(torch.finfo(residual.dtype).tiny) * 1e-6
-    extra = size + torch.maximum(missing, least)
-    return sample / 2 + extra * torch.eye(width).to(error)
+def cooled(
+    prompts: Prompts,
+    free: Bool[Tensor, "row pos"],
+    law: Law,
+    each: Each,
+    goal: Float[Tensor, " numbers"],
+    generator: Generator,
+) -> tuple[Prompts, Likely]:
+    """Simulated annealing by Gibbs sampling: a normal likelihood of sums, and a law.
+
+    Draws the tokens at the ``free`` positions of each prompt, one position after the
+    other, given the rest. ``each`` and ``goal`` are in units of the error. Returns the
+    prompts and the mean law of each position in the last sweep.
+    """
+    length = prompts.shape[1]
+    prompts = prompts.clone()
+    likely = torch.zeros(each.shape[:2]).to(each)
+    half = each.square().sum(-1) / 2
+    total = sum(each[t, prompts[:, t]] for t in range(length))
+    coldest = torch.logspace(0, math.log10(COLD), len(prompts)).to(each)[:, None]
+    for sweep in range(SWEEPS):
+        share = coldest * HOT ** (1 - sweep / (SWEEPS - 1))
+        order = torch.randperm(length, generator=generator, device=each.device)
+        for t in order.tolist():
+            rest = goal - total + each[t, prompts[:, t]]
+            # −½ ‖rest − effect‖², less what is the same for all tokens.
+            score = share * (rest @ each[t].T - half[t]) + law.given(prompts, t)
+            drawn, chances = sampled(score, generator)
+            if sweep == SWEEPS - 1:
+                likely[t] = chances.mean(0)
+            drawn = torch.where(free[:, t], drawn, prompts[:, t])
+            total += each[t, drawn] - each[t, prompts[:, t]]
+            prompts[:, t] = drawn
+    return prompts, likely
 
 
 class Guess(NamedTuple):
@@ -425,10 +407,10 @@ class Guess(NamedTuple):
 class Search:
     """The search for one observed last state, under a law of prompts."""
 
-    last: LastMap
+    start: OneStepMap  # after the tokens that are known, as a rule none
     observed: Observation
     law: Law
-    generator: torch.Generator
+    generator: Generator
 
     def agrees(self, guess: Guess) -> bool:
         """Whether the state of a prompt lies inside the radius."""
@@ -440,45 +422,71 @@ class Search:
         return Guess(prompts[which], float(distance), len(prompts))
 
     def steps(self, length: int) -> Iterator[Guess]:
-        """Yield the closest prompt of each step: all positions, blocks, then anew."""
+        """Yield the closest prompt of each round; a restart forgets all but the law."""
+        model = self.start.model
         if length == 1:
-            prompts = self.last.model.vocabulary[:, None]
-            yield self.read(prompts, self.last.tokens(prompts))
+            prompts = model.vocabulary[:, None]
+            yield self.read(prompts, last_states(self.start, prompts))
             return
-        drawing = {"generator": self.generator}
-        nothing = torch.zeros(length, dtype=torch.long, device=self.last.model.device)
-        for restart in range(RESTARTS):
-            current = self.rounds(nothing, slice(0, length), ALL, TILT * (restart > 0))
-            yield current
-            for k in range(BLOCKS):
-                # A block of one seldom helps: its neighbours are wrong as well.
-                size = int(torch.randint(min(2, length - 1), length, (1,), **drawing))
-                first = int(torch.randint(length - size + 1, (1,), **drawing))
-                tilt = TILT * float(torch.rand(1, **drawing)) * (k > 0)
-                block = slice(first, first + size)
-                guess = self.rounds(current.ids, block, BLOCK, tilt)
+        everywhere = torch.ones(CHAINS, length, dtype=torch.bool, device=model.device)
+        for _ in range(RESTARTS):
+            prompts, likely = self.law.draw(CHAINS, length, self.generator)
+            base = Guess(prompts[0], torch.inf, 0)
+            near = base  # the closest with one token of the base changed
+            stale = 0
+            while stale < PATIENCE:
+                states = last_states(self.start, prompts)
+                guess = self.read(prompts, states).or_closer(near)
                 yield guess
-                current = current.or_closer(guess)
+                stale = 0 if guess.distance < base.distance else stale + 1
+                base = base.or_closer(guess)
+                free = everywhere
+                if stale:
+                    # Close to the base sums are more exact: change part of it only.
+                    prompts, free = self.around(base.ids, likely)
+                    states = last_states(self.start, prompts)
+                effects, near = self.effects(base.ids, likely)
+                error = states - effects.sums(prompts)
+                sums = effects.whitened(self.observed.states[0], error)
+                prompts, likely = cooled(prompts, free, self.law, *sums, self.generator)
 
-    def rounds(self, ids: Tokens, block: slice, count: int, tilt: float) -> Guess:
-        """The closest prompt while a block is recovered; ``tilt``: random evidence."""
-        shape = (len(ids[block]), len(self.law.anywhere))
-        noise = torch.randn(shape, generator=self.generator).to(self.law.anywhere)
-        belief = Belief(self.law.given(ids, block, tilt * noise), ids, block)
-        best = Guess(ids, torch.inf, 0)
-        settled = torch.full_like(ids[block], -1)
-        for k in range(count + 1):
-            drawn = belief.draw(DRAWN, self.generator)
-            states = self.last.tokens(drawn)
-            best = best.or_closer(self.read(drawn, states))
-            sure, likeliest = belief.log.max(-1)
-            stuck = likeliest.equal(settled) and bool((sure.exp() > SURE).all())
-            if k == count or stuck or self.agrees(best):
-                break
-            settled = likeliest
-            goal = self.observed.states[0]
-            belief = sharpened(belief, self.law, goal, self.last, drawn, states)
-        return best
+    def around(self, ids: Tokens, likely: Likely) -> tuple[Prompts, Tensor]:
+        """Prompts with two to two thirds of the tokens drawn anew, and which."""
+        drawing = {"generator": self.generator, "device": ids.device}
+        most = max(2, 2 * len(ids) // 3)
+        size = torch.randint(2, most + 1, (CHAINS, 1), **drawing)
+        order = torch.rand(CHAINS, len(ids), **drawing).argsort(1).argsort(1)
+        free = order < size
+        # Flatter than what is believed, which has led here.
+        flat = likely.clamp_min(1e-9).sqrt()
+        count = {"replacement": True, "generator": self.generator}
+        drawn = torch.multinomial(flat, CHAINS, **count).T
+        return torch.where(free, drawn, ids), free
+
+    def effects(self, ids: Tokens, likely: Likely) -> tuple[Effects, Guess]:
+        """Effects at a prompt, and the closest prompt with one token changed."""
+        table = self.start.model.embeddings
+        drawing = {"generator": self.generator, "device": ids.device}
+        state = last_states(self.start, ids[None])[0]
+        each = table.new_empty(len(ids), *table.shape)
+        near = Guess(ids, torch.inf, 0)
+        step = self.start
+        for t in range(len(ids)):
+            best = likely[t].topk(min(MEASURED // 2, len(table))).indices
+            others = torch.randperm(len(table), **drawing)[: MEASURED // 2]
+            read = torch.cat([best, others, ids[t : t + 1]]).unique()
+            rows = ids.repeat(len(read), 1)
+            rows[:, t] = read
+            states = last_states(step, rows[:, t:])
+            near = near.or_closer(self.read(rows, states))
+            each[t] = regressed(table, read, states - state)
+            step = step.follow(ids[t : t + 1])[1]
+        return Effects(state, each), near
+
+
+def last_states(step: OneStepMap, rows: Prompts) -> States:
+    """The last state of each of these continuations of a prompt."""
+    return torch.cat([step.branch(part)[0][:, -1] for part in rows.split(ROWS)])
 
 
 def _by_promise(searches: dict, likely: Tensor) -> Iterator[Guess]:
@@ -509,14 +517,14 @@ def _recovery(search: Search, guess: Guess, started: float, *rival: float) -> Re
     tested = torch.zeros_like(ids)
     tested[-1] = guess.tested
     unsure = torch.zeros_like(ids).bool()
-    rest = (search.last.model.decode(ids), time.perf_counter() - started)
-    return Recovery(ids, *measured, tested, unsure, margin, *rest, search.last.layer)
+    rest = (search.start.model.decode(ids), time.perf_counter() - started)
+    return Recovery(ids, *measured, tested, unsure, margin, *rest, search.start.layer)
 
 
 def checked(search: Search, best: Guess, started: float, most: int | None) -> Recovery:
     """Read the prompt once more, alone, and its rivals, up to ``most`` tokens."""
-    model = search.last.model
-    state = model.states(best.ids, search.last.layer)[-1:]
+    model = search.start.model
+    state = model.states(best.ids, search.start.layer)[-1:]
     again = search.read(best.ids[None], state)._replace(tested=best.tested)
     recovered = _recovery(search, again, started)
     line = f"{recovered.text!r} ({len(best.ids)} tokens) is {again.distance:.3g} away"
@@ -527,7 +535,9 @@ def checked(search: Search, best: Guess, started: float, most: int | None) -> Re
         raise NotRecovered(f"{line}, after {recovered.seconds:.0f} s", recovered)
     rival = Guess(best.ids, torch.inf, 0)
     for prompts in rivals(model, best.ids, most):
-        rival = rival.or_closer(search.read(prompts, search.last.tokens(prompts)))
+        rival = rival.or_closer(
+            search.read(prompts, last_states(search.start, prompts))
+        )
     recovered = _recovery(search, again, started, rival.distance)
     if search.agrees(rival):
         other = rival.ids.cpu()
