@@ -28,7 +28,7 @@ from sipit_lite.experiments.defences import (
     wilson,
 )
 from sipit_lite.experiments.perturb import twins
-from sipit_lite.extensions.laststate import LastMap, Law, Search
+from sipit_lite.extensions.laststate import Law, Search
 from sipit_lite.io.text import bundled
 
 SCRIPT = Path(__file__).parents[2] / "book" / "defences.py"
@@ -234,7 +234,8 @@ def test_repair_recovers_the_only_pair(tied: Family, prompt: torch.Tensor) -> No
 
     observation = Observation.of(observed, model, 2)
     generator = torch.Generator().manual_seed(0)
-    search = Search(LastMap(model, 2), observation, Law(level), generator)
+    start = OneStepMap.after(model, 2)
+    search = Search(start, observation, Law(level.log()), generator)
     tokens, verified = repair(search, prompt[:2], 2)
     assert verified and torch.equal(tokens, prompt[2:4])
     # After another prefix no pair has that state: what comes back is called a guess.

@@ -22,7 +22,7 @@ def test_missed_prompts_are_counted_by_their_cause() -> None:
 
 def test_probability_of_a_prompt() -> None:
     """Three fair coins."""
-    law = Law(torch.tensor([0.5, 0.5]))
+    law = Law(torch.tensor([0.5, 0.5]).log())
     expected = float(torch.tensor(0.125).log())
     ids = torch.tensor([0, 1, 0])
     assert log_probability(law, ids) == pytest.approx(expected)

@@ -5,7 +5,6 @@ import itertools
 import math
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,22 +22,23 @@ from sipit_lite import (
     invert_last,
     load,
 )
-from sipit_lite.acceptance import noise_floor
+from sipit_lite.acceptance import Observation, noise_floor
 from sipit_lite.experiments.families import small
 from sipit_lite.experiments.perturb import noisy, twins
 from sipit_lite.extensions import laststate
 from sipit_lite.extensions.laststate import (
-    Belief,
     Collision,
     Ends,
-    LastMap,
     Law,
-    error_covariance,
+    Search,
+    cooled,
     followers,
+    last_states,
+    regressed,
     rivals,
-    sharpened,
 )
 from sipit_lite.io.text import prompts
+from sipit_lite.onestep import OneStepMap
 
 Family = tuple[PreTrainedModel, LanguageModel]
 POCKET = Path(__file__).parents[2] / "sipit_lite" / "pocket_gpt2"
@@ -72,256 +72,191 @@ def some(model: LanguageModel, count: int, seed: int) -> Tensor:
     )
 
 
-# The map and its Jacobian
+# Effects of single tokens, and their sums
 
 
-def test_the_map_is_the_last_row_of_transformers(
-    family: Family, prompt: Tensor
-) -> None:
-    """At every layer but the last, where transformers applies the final norm."""
+def test_last_states_are_those_of_transformers(family: Family, prompt: Tensor) -> None:
+    """The last row, after no prefix and after two tokens, at every layer but the last.
+
+    There transformers applies the final norm.
+    """
     untouched, model = family
-    rows = torch.stack([prompt, prompt.flip(0)])
+    rows = torch.stack([prompt, torch.cat([prompt[:2], prompt[2:].flip(0)])])
     with torch.no_grad():
-        told = untouched(rows, output_hidden_states=True).hidden_states
+        expected = untouched(rows, output_hidden_states=True).hidden_states
     for layer in range(model.n_layers):
-        assert torch.allclose(
-            LastMap(model, layer).tokens(rows), told[layer][:, -1], atol=1e-5
-        )
+        for known in (0, 2):
+            step = OneStepMap.after(model, layer, prompt[:known])
+            states = last_states(step, rows[:, known:])
+            assert torch.allclose(states, expected[layer][:, -1], atol=1e-5)
 
 
-def test_slopes_are_finite_differences(family: Family, prompt: Tensor) -> None:
-    """Central differences in float64 at two of four positions, in random directions."""
-    decoder = copy.deepcopy(family[1].decoder).double()
-    last = LastMap(LanguageModel(decoder), 2)
-    e = last.model.embeddings[prompt[:4]]
-    slopes = last.jacobians(e, slice(1, 3))
-    # Some families compute norms and rotations in float32 whatever the format, which
-    # leaves 1e-7 / step of noise.
-    step, generator = 1e-3, torch.Generator().manual_seed(0)
-    for k in range(2):
-        way = torch.zeros_like(e)
-        noise = torch.randn(e.shape[1], generator=generator, dtype=e.dtype)
-        way[1 + k] = noise.to(e)
-        up, down = (
-            last.embeddings((e + sign * step * way)[None])[0].detach()
-            for sign in (1, -1)
-        )
-        expected = slopes[k] @ way[1 + k]
-        assert ((up - down) / (2 * step) - expected).norm() < 1e-2 * expected.norm()
+def a_search(model: LanguageModel, ids: Tensor, layer: int) -> Search:
+    """For the last state of a prompt, by a law that knows nothing."""
+    observed = Observation.of(row(model, ids, layer)[None], model, layer)
+    level = torch.full((model.vocab_size,), 1 / model.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    start = OneStepMap.after(model, layer)
+    return Search(start, observed, Law(level.log()), generator)
 
 
-def test_layer_zero_is_the_last_embedding(gpt2: LanguageModel) -> None:
-    """The slopes are zero and the identity, whatever the block."""
-    slopes = LastMap(gpt2, 0).jacobians(gpt2.embeddings[5:8], slice(1, 3))
-    assert not slopes[0].any() and slopes[1].equal(torch.eye(64))
-
-
-def test_a_layer_that_is_not_there(gpt2: LanguageModel) -> None:
-    """As everywhere."""
-    with pytest.raises(ModelError, match="got layer 5"):
-        LastMap(gpt2, 5).tokens(torch.tensor([[1]]))
-
-
-# The belief
-
-
-def a_belief(block: int, vocab: int, length: int, seed: int = 0) -> Belief:
-    """Random log-probabilities for the last positions of a random prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    log = torch.randn(block, vocab, generator=generator, dtype=torch.float64)
-    ids = torch.randint(vocab, (length,), generator=generator)
-    return Belief(log.log_softmax(-1), ids, slice(length - block, length))
-
-
-def test_moments_are_sums_over_tokens() -> None:
-    """One term a token, written out."""
-    belief, table = a_belief(3, 7, 4), torch.randn(7, 5, dtype=torch.float64)
-    mean, spread = belief.moments(table)
-    for k in range(3):
-        law = belief.log[k].exp()
-        expected = sum(law[v] * table[v] for v in range(7))
-        around = 0
-        for v in range(7):
-            away = table[v] - expected
-            around = around + law[v] * torch.outer(away, away)
-        assert torch.allclose(mean[k], expected)
-        assert torch.allclose(spread[k], around)
-
-
-def test_prompts_drawn_follow_the_belief() -> None:
-    """Frequencies within five standard deviations, other positions untouched."""
-    belief, count = a_belief(2, 5, 3), 20_000
-    drawn = belief.draw(count, torch.Generator().manual_seed(0))
-    assert drawn.shape == (count, 3) and bool((drawn[:, 0] == belief.ids[0]).all())
-    assert torch.equal(drawn[0, 1:], belief.log.argmax(-1))
-    for k, v in itertools.product(range(2), range(5)):
-        p = float(belief.log[k, v].exp())
-        share = float((drawn[:, 1 + k] == v).double().mean())
-        assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / count)
-
-
-def test_a_block_of_one_draws_each_of_the_likeliest_once() -> None:
-    """All tokens, in the order of belief."""
-    belief = a_belief(1, 9, 2)
-    drawn = belief.draw(9, torch.Generator().manual_seed(0))
-    assert drawn[:, 1].tolist() == belief.log[0].argsort(descending=True).tolist()
-
-
-class Linear(LastMap):
-    """A linear map in place of a model: state = Σ_t A_t e_t + b."""
-
-    def __init__(self, slopes: Tensor, shift: Tensor, table: Tensor):
-        for name, value in (
-            ("slopes", slopes),
-            ("shift", shift),
-            ("model", SimpleNamespace(embeddings=table)),
-        ):
-            object.__setattr__(self, name, value)
-
-    def jacobians(self, e: Tensor, block: slice) -> Tensor:
-        """Exact, since there is nothing to linearise."""
-        return self.slopes[block]
-
-
-def test_sharpened_is_a_likelihood_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two unknown positions of three: every token's density, covariances by hand.
-
-    The joint law of both embeddings and the error is one normal vector of 3·4 numbers;
-    the state is a linear image of it; a token given makes its embedding a constant.
-    """
-    monkeypatch.setattr(laststate, "DAMPING", 1.0)
-    generator = torch.Generator().manual_seed(3)
-    d, vocab = 4, 6
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    table = normal(vocab, d)
-    last = Linear(normal(3, d, d), normal(d), table)
-    belief, observed = a_belief(2, vocab, 3, 1), normal(d)
-    law = Law(normal(vocab).softmax(0))
-    drawn = belief.draw(50, generator)
-    exact = torch.einsum("tij,stj->si", last.slopes, table[drawn]) + last.shift
-    states = exact + 0.3 * normal(50, d)
-    new = sharpened(belief, law, observed, last, drawn, states)
-    q = belief.log.exp()
-    means, spreads = [], []
-    for k in range(2):
-        means.append(sum(q[k, v] * table[v] for v in range(vocab)))
-        away = table - means[k]
-        spreads.append(
-            sum(q[k, v] * torch.outer(away[v], away[v]) for v in range(vocab))
-        )
-    middle = last.slopes[0] @ table[belief.ids[0]] + last.shift
-    # The linear model is right about the mean of what was drawn.
-    off = (states - exact).mean(0)
-    centre = middle + last.slopes[1] @ means[0] + last.slopes[2] @ means[1] + off
-    explained = sum(
-        last.slopes[1 + k] @ spreads[k] @ last.slopes[1 + k].T for k in range(2)
-    )
-    noise = error_covariance(states - exact - off, observed - centre, explained)
-    joint = torch.block_diag(spreads[0], spreads[1], noise)
-    one = torch.eye(d, dtype=torch.float64)
-    image = torch.cat([last.slopes[1], last.slopes[2], one], 1)
-    for k in range(2):
-        # This embedding is a constant now.
-        known = joint.clone()
-        known[k * d : (k + 1) * d] = 0
-        known[:, k * d : (k + 1) * d] = 0
-        law_of_state = image @ known @ image.T
-        scores = []
-        for v in range(vocab):
-            at = centre + last.slopes[1 + k] @ (table[v] - means[k])
-            density = torch.distributions.MultivariateNormal(at, law_of_state)
-            scores.append(law.anywhere[v].log() + density.log_prob(observed))
-        expected = torch.stack(scores).log_softmax(0)
-        assert torch.allclose(new.log[k], expected, atol=1e-8)
-
-
-def test_a_covariance_of_rounding_leaves_the_belief(
-    monkeypatch: pytest.MonkeyPatch,
+def test_effects_are_exact_for_one_token(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when a belief is sure and the state noisy: no error of linear algebra."""
-    table = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
-    last = Linear(torch.eye(4).double()[None], torch.zeros(4).double(), table)
-    belief = a_belief(1, 6, 1)
-    belief = Belief(torch.eye(6)[:1].double().log(), belief.ids, belief.block)
-    drawn = torch.zeros(9, 1, dtype=torch.long)
-    rounding = torch.full((4, 4), -1e-9).double()
-    monkeypatch.setattr(laststate, "error_covariance", lambda *given: rounding)
-    law = Law(torch.full((6,), 1 / 6).double())
-    assert sharpened(belief, law, table[1], last, drawn, table[drawn[:, 0]]) is belief
+    """All tokens read: states of prompts with one token changed, by other passes.
 
-
-def test_marginal_likelihood_by_counting() -> None:
-    """The other position summed over its tokens: the normal law is close to that sum.
-
-    Both say the same token is likeliest where the others spread little, as here.
+    Of two changed tokens the sum is wrong by their interaction, which is not zero.
     """
-    generator = torch.Generator().manual_seed(5)
-    d, vocab = 3, 8
-    slopes = torch.randn(2, d, d, generator=generator, dtype=torch.float64)
-    table = torch.randn(vocab, d, generator=generator, dtype=torch.float64)
-    slopes[1] *= 0.05
-    last = Linear(slopes, torch.zeros(d, dtype=torch.float64), table)
-    ids = torch.tensor([2, 6])
-    observed = torch.einsum("tij,tj->i", slopes, table[ids])
-    flat = torch.full((2, vocab), -math.log(vocab), dtype=torch.float64)
-    belief = Belief(flat, ids, slice(0, 2))
-    drawn = belief.draw(200, generator)
-    states = torch.einsum("tij,stj->si", slopes, table[drawn])
-    noise = torch.eye(d, dtype=torch.float64) * 1e-2
-    every = (table @ slopes[0].T)[:, None] + table @ slopes[1].T
-    density = torch.distributions.MultivariateNormal(observed, noise).log_prob(every)
-    counted = density.logsumexp(1).log_softmax(0)
-    for _ in range(12):
-        belief = sharpened(belief, Law(flat[0].exp()), observed, last, drawn, states)
-    assert int(belief.log[0].argmax()) == int(counted.argmax()) == 2
+    monkeypatch.setattr(laststate, "MEASURED", 2 * gpt2.vocab_size)
+    ids = torch.tensor([3, 400, 77])
+    search = a_search(gpt2, torch.tensor([3, 12, 77]), 2)
+    likely = torch.full((3, gpt2.vocab_size), 1 / gpt2.vocab_size)
+    effects, near = search.effects(ids, likely)
+    assert near.ids.tolist() == [3, 12, 77] and search.agrees(near)
+    assert near.tested == 3 * gpt2.vocab_size
+    changed = ids.repeat(7, 1)
+    changed[range(1, 7), [0, 1, 2, 0, 1, 2]] = torch.tensor([9, 9, 9, 499, 0, 250])
+    states = gpt2.states(changed, 2)[:, -1]
+    assert torch.allclose(effects.sums(changed), states, atol=1e-4)
+    two = torch.tensor([[9, 9, 77]])
+    assert (effects.sums(two) - gpt2.states(two, 2)[:, -1]).norm() > 0.01
 
 
-# The law of prompts
+def test_regression_written_out() -> None:
+    """The representer theorem, a term for each token read, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(7, 3, generator=generator).double()
+    read = torch.tensor([4, 0, 6])
+    effects = torch.randn(3, 3, generator=generator).double()
+    others = regressed(table, read, effects)
+    assert torch.equal(others[read], effects)
+    apart = [float((table[v] - table[w]).norm()) for v in read for w in read]
+    scale = sorted(apart)[4]  # of nine, three of which are zero
+
+    def alike(v: int, w: int) -> float:
+        return math.exp(-float((table[v] - table[w]).square().sum()) / 2 / scale**2)
+
+    square = [[alike(v, w) for w in read] for v in read]
+    square = torch.tensor(square).double() + laststate.RIDGE * torch.eye(3).double()
+    centre = effects.mean(0)
+    weights = square.inverse() @ (effects - centre)
+    for v in (1, 2, 3, 5):
+        terms = [alike(v, int(w)) * weights[k] for k, w in enumerate(read)]
+        assert torch.allclose(others[v], centre + sum(terms))
+
+
+def test_whitened_distances_are_mahalanobis() -> None:
+    """In units of a covariance that is half that of the errors, half a multiple of I."""
+    generator = torch.Generator().manual_seed(2)
+    each = torch.randn(2, 5, 4, generator=generator).double()
+    error = 0.3 * torch.randn(40, 4, generator=generator).double() + 1
+    goal = torch.randn(4, generator=generator).double()
+    effects = laststate.Effects(torch.zeros(4).double(), each.clone())
+    prompt = torch.tensor([[3, 1]])
+    left = goal - effects.sums(prompt)[0] - error.mean(0)
+    sample = (error - error.mean(0)).T.cov(correction=0)
+    level = sample.trace() / 4 * torch.eye(4)
+    covariance = (sample + level) / 2
+    units, aim = effects.whitened(goal, error)
+    seen = (aim - units[0, 3] - units[1, 1]).square().sum()
+    assert float(seen) == pytest.approx(float(left @ covariance.inverse() @ left))
+    # Prompts predicted without error leave numbers, if large ones.
+    flat = laststate.Effects(torch.zeros(4).double(), each.clone())
+    units, aim = flat.whitened(goal, torch.zeros(40, 4).double())
+    assert units.isfinite().all() and aim.isfinite().all()
+
+
+# The law of prompts, and draws
 
 
 def a_law(vocab: int, seed: int = 0) -> Law:
     """A random chain with evidence about the last token."""
     generator = torch.Generator().manual_seed(seed)
-    anywhere, after, last = (
+    first, after, last = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).log_softmax(-1)
         for shape in ((vocab,), (vocab, vocab), (vocab,))
     )
-    return Law(anywhere.exp(), after.exp(), last)
+    return Law(first, after, after.T.contiguous(), last)
 
 
-@pytest.mark.parametrize(
-    ("length", "first", "block"),
-    [(3, 0, 3), (4, 1, 2), (4, 0, 1), (4, 2, 2), (2, 1, 1)],
-)
-def test_marginals_by_counting_all_prompts(length: int, first: int, block: int) -> None:
-    """The oracle sums over every prompt with the known tokens, token by token."""
-    vocab, law = 4, a_law(4)
-    share = laststate.NEIGHBOURS
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(vocab, (length,), generator=generator)
-    evidence = 2 * torch.randn(block, vocab, generator=generator, dtype=torch.float64)
-    where = slice(first, first + block)
-    marginals = law.given(ids, where, evidence)
-    counted = torch.zeros(block, vocab, dtype=torch.float64)
-    for tokens in itertools.product(range(vocab), repeat=block):
-        s = ids.tolist()
-        s[where] = tokens
-        p = float(law.anywhere[s[0]])
-        if where.stop == length:
-            p *= math.exp(law.last[s[-1]])
-        for u, v in itertools.pairwise(s):
-            p *= share * float(law.after[u, v]) + (1 - share) * float(law.anywhere[v])
-        for k, v in enumerate(tokens):
-            p *= math.exp(evidence[k, v])
-        for k, v in enumerate(tokens):
-            counted[k, v] += p
-    assert torch.allclose(marginals.exp(), counted / counted.sum(1, keepdim=True))
-    alone = Law(law.anywhere, None, law.last).given(ids, where, evidence)
-    if where.stop < length:
-        assert torch.allclose(alone, (evidence + law.anywhere.log()).log_softmax(-1))
+def shares(prompts: Tensor, vocab: int) -> Tensor:
+    """How often each prompt of three tokens was drawn."""
+    place = (prompts[:, 0] * vocab + prompts[:, 1]) * vocab + prompts[:, 2]
+    return torch.bincount(place, minlength=vocab**3) / len(prompts)
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_cooled_prompts_follow_the_law_of_sums(
+    monkeypatch: pytest.MonkeyPatch, chained: bool
+) -> None:
+    """At share 1 all the time: frequencies of all 64 prompts, against their densities.
+
+    The oracle writes prior and normal density of each prompt out, token by token.
+    """
+    monkeypatch.setattr(laststate, "HOT", 1.0)
+    monkeypatch.setattr(laststate, "COLD", 1.0)
+    monkeypatch.setattr(laststate, "SWEEPS", 25)
+    vocab, count = 4, 40_000
+    law = a_law(vocab)
+    if not chained:
+        law = Law(law.first, None, None, law.last)
+    generator = torch.Generator().manual_seed(4)
+    each = 0.7 * torch.randn(3, vocab, 2, generator=generator).double()
+    goal = torch.tensor([0.5, -1.0]).double()
+    start = torch.zeros(count, 3, dtype=torch.long)
+    free = torch.ones_like(start, dtype=torch.bool)
+    drawn, likely = cooled(start, free, law, each, goal, generator)
+    weights = []
+    for s in itertools.product(range(vocab), repeat=3):
+        log = float(law.first[s[0]] + law.last[s[2]])
+        for t in (1, 2):
+            log += float(law.after[s[t - 1], s[t]] if chained else law.first[s[t]])
+        left = goal - sum(each[t, s[t]] for t in range(3))
+        weights.append(math.exp(log - float(left @ left) / 2))
+    expected = torch.tensor(weights) / sum(weights)
+    spread = (expected * (1 - expected) / count).sqrt()
+    assert ((shares(drawn, vocab) - expected).abs() < 5 * spread).all()
+    # The mean laws of the last sweep are the marginals, with less noise.
+    for t, marginal in enumerate(likely):
+        counted = expected.view(4, 4, 4).transpose(0, t).sum((1, 2))
+        assert torch.allclose(marginal.float(), counted, atol=0.01)
+
+
+def test_positions_that_are_not_free_stay() -> None:
+    """And free ones are drawn."""
+    generator = torch.Generator().manual_seed(4)
+    start = torch.arange(3).repeat(500, 1)
+    free = torch.rand(500, 3, generator=generator) < 0.5
+    each = torch.zeros(3, 4, 1).double()
+    goal = torch.zeros(1).double()
+    drawn, _ = cooled(start, free, a_law(4), each, goal, generator)
+    assert torch.equal(drawn[~free], start[~free])
+    assert 0.5 < float((drawn != start)[free].double().mean()) < 1
+
+
+def test_prompts_drawn_follow_the_law() -> None:
+    """Chain and evidence of the last token, 64 prompts counted."""
+    law = a_law(4, seed=1)
+    count = 40_000
+    drawn, likely = law.draw(count, 3, torch.Generator().manual_seed(0))
+    expected = torch.zeros(4, 4, 4).double()
+    for u, v, w in itertools.product(range(4), repeat=3):
+        ending = (law.after[v] + law.last).softmax(0)[w]
+        expected[u, v, w] = (law.first[u] + law.after[u, v]).exp() * ending
+    spread = (expected * (1 - expected) / count).sqrt().flatten()
+    assert ((shares(drawn, 4) - expected.flatten()).abs() < 5 * spread).all()
+    assert torch.allclose(likely[2], expected.sum((0, 1)), atol=0.01)
+
+
+def test_a_part_of_a_prompt_is_drawn_anew(gpt2: LanguageModel) -> None:
+    """Two to two thirds of its positions, each prompt its own, the rest stays."""
+    ids = torch.arange(9)
+    likely = torch.zeros(9, gpt2.vocab_size)
+    likely[:, 400] = 1
+    prompts, free = a_search(gpt2, ids, 1).around(ids, likely)
+    assert set(free.sum(1).tolist()) == {2, 3, 4, 5, 6}
+    assert torch.equal(prompts[~free], ids.expand_as(prompts)[~free])
+    assert 0.5 < float((prompts[free] == 400).double().mean()) < 1
 
 
 def test_followers_are_the_next_token_law(pocket: LanguageModel) -> None:
@@ -724,15 +659,15 @@ def test_ctrl_c_returns_the_best(
     gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch, pressed: int
 ) -> None:
     """Still a KeyboardInterrupt; its prompt is the closest so far, not verified."""
-    honest, calls = laststate.sharpened, []
+    honest, calls = laststate.cooled, []
 
-    def press(*given: object) -> Belief:
+    def press(*given: object) -> tuple[Tensor, Tensor]:
         calls.append(given)
         if len(calls) > pressed:
             raise KeyboardInterrupt
         return honest(*given)
 
-    monkeypatch.setattr(laststate, "sharpened", press)
+    monkeypatch.setattr(laststate, "cooled", press)
     state = torch.randn(64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(
         KeyboardInterrupt, match="interrupted after 0 verified tokens"
