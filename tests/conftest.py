@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,16 +34,12 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def little_text() -> Iterator[None]:
-    """Prose of the standard library alone: that of all packages takes ten seconds."""
-    honest = text._read
-
-    def read(path: Path, kind: str) -> str:
-        foreign = kind == "prose" and "site-packages" in path.parts
-        return "" if foreign else honest(path, kind)
-
+def little_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Text of the standard library alone: that of all packages takes ten seconds."""
+    paths = {"stdlib": sysconfig.get_path("stdlib")}
+    paths["purelib"] = str(tmp_path_factory.mktemp("packages"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "_read", read)
+        patch.setattr(text, "sysconfig", SimpleNamespace(get_path=paths.get))
         yield
 
 

@@ -1,11 +1,14 @@
 """Prompts: the right length, the same for the same seed, held-out text apart."""
 
+import sysconfig
+from collections.abc import Iterator
 from itertools import islice
 
 import pytest
 import torch
 
 from sipit_lite import LanguageModel
+from sipit_lite.io import text as io_text
 from sipit_lite.io.text import (
     TextError,
     bundled,
@@ -17,6 +20,15 @@ from sipit_lite.io.text import (
     prompts,
     windows,
 )
+
+
+@pytest.fixture(autouse=True)
+def all_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The packages as well, which other tests leave out."""
+    monkeypatch.setattr(io_text, "sysconfig", sysconfig)
+    io_text._held_out.cache_clear()
+    yield
+    io_text._held_out.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["prose", "code", "random"])
