@@ -1,12 +1,15 @@
 """What benches of the detector and of a device print, and the memory it takes."""
 
+import json
 import re
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from sipit_lite import LanguageModel
+from sipit_lite.cli import main
 from sipit_lite.experiments import checks, collision_speed
 
 FRESH = """
@@ -29,9 +32,15 @@ def test_memory_above_the_states() -> None:
     assert 0 < float(fresh.stdout.split()[-1]) < 0.25
 
 
-def test_a_device_beside_its_own_rates(pocket: LanguageModel) -> None:
+def test_a_device_beside_its_own_rates(
+    pocket: LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All rows of the table; a CPU is held to no target, and rates are shares."""
-    lines, data = collision_speed.device(pocket, quick=True)
+    words = ["--quick", "--json", "--model", "pocket-gpt2"]
+    assert main(["bench", "device", *words, "--device", str(pocket.device)]) == 0
+    run = json.loads(capsys.readouterr().out)
+    assert run["bench"] == "device"
+    lines, data = run["checks"], run["data"]
     figures = data["reported"]
     wanted = {name for name in figures if "rate, TFLOP/s" not in name}
     assert len(wanted) == 9 and wanted <= checks.AT_LEAST.keys() | checks.AT_MOST.keys()
