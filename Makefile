@@ -8,7 +8,8 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 BUILD := $(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going
 # The longest first, so that two processes end together.
-LONG := $(patsubst %,book/%.ipynb,last_state stress_tests gradient_policy from_scratch one_step_map families sipit_in_ten_minutes)
+LONG := $(patsubst %,book/%.ipynb,last_state gradient_policy privacy stress_tests floats from_scratch \
+	sipit_in_ten_minutes transformer drafts fast hundred_thousand scale zero_sets real_models intro)
 
 # The pages and the printed book, in a browser of the system where there is one.
 ifeq ($(CHROMIUM),)

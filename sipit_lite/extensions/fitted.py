@@ -30,9 +30,8 @@ def offered(
     model: LanguageModel, layer: int, positions: int, *, fits: bool
 ) -> Drafter | None:
     """A drafter for so many positions, or None where the gradient is good enough."""
-    depth = layer  # blocks that run
-    if isinstance(model, Leaked) and model.cached:
-        depth += 1  # the block that reads a layer caches it
+    # Blocks that run: the one that reads a layer caches it.
+    depth = layer + (isinstance(model, Leaked) and model.cached)
     large = model.vocab_size > TOKENS and depth > 0
     bound = positions * model.vocab_size + model.measured.get(("bound", layer), 0)
     if large:  # a token may cost as much as the fit, so calls add up
