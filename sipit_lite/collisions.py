@@ -153,8 +153,7 @@ class _Search:
         self.centre = sample.mean(0)
         widest = torch.stack([x.amax(0), x.amin(0)]).double() - self.centre
         # No norm exceeds TOP; and numbers like 1e-310 do not make the scale infinite.
-        largest = float(widest.abs().max()) * width**0.5
-        self.scale = TOP / max(largest, TOP * 2.0**-1000)
+        self.scale = TOP / max(float(widest.abs().max()) * width**0.5, TOP * 2.0**-1000)
         near_centre = self._scaled(sample)
         weights = torch.linalg.eigh(near_centre @ near_centre.T).eigenvectors
         # The leading principal axes of the sample, orthonormal columns.
@@ -300,8 +299,7 @@ class _Search:
 def _leaves(points: Tensor, rows: Tensor, most: int) -> list[Tensor]:
     """Rows in halves along their widest axis, until a part has so many at most."""
     inside = points[rows]
-    widest = (inside.amax(0) - inside.amin(0)).argmax()
-    along = rows[inside[:, widest].argsort()]
+    along = rows[inside[:, (inside.amax(0) - inside.amin(0)).argmax()].argsort()]
     if len(rows) <= most:
         return [along]
     half = len(rows) // 2
