@@ -431,24 +431,28 @@ class Search:
         everywhere = torch.ones(CHAINS, length, dtype=torch.bool, device=model.device)
         for _ in range(RESTARTS):
             prompts, likely = self.law.draw(CHAINS, length, self.generator)
-            base = Guess(prompts[0], torch.inf, 0)
-            near = base  # the closest with one token of the base changed
+            states = last_states(self.start, prompts)
+            base = fresh = self.read(prompts, states)
+            free = everywhere
             stale = 0
             while stale < PATIENCE:
+                effects, near = self.effects(base.ids, likely)
+                error = states - effects.sums(prompts)
+                sums = effects.whitened(self.observed.states[0], error)
+                drawing = (self.law, *sums, self.generator)
+                prompts, likely = cooled(prompts, free, *drawing)
                 states = last_states(self.start, prompts)
-                guess = self.read(prompts, states).or_closer(near)
+                guess = self.read(prompts, states).or_closer(near).or_closer(fresh)
                 yield guess
                 stale = 0 if guess.distance < base.distance else stale + 1
                 base = base.or_closer(guess)
                 free = everywhere
+                fresh = Guess(base.ids, torch.inf, 0)
                 if stale:
                     # Close to the base sums are more exact: change part of it only.
                     prompts, free = self.around(base.ids, likely)
                     states = last_states(self.start, prompts)
-                effects, near = self.effects(base.ids, likely)
-                error = states - effects.sums(prompts)
-                sums = effects.whitened(self.observed.states[0], error)
-                prompts, likely = cooled(prompts, free, self.law, *sums, self.generator)
+                    fresh = self.read(prompts, states)
 
     def around(self, ids: Tokens, likely: Likely) -> tuple[Prompts, Tensor]:
         """Prompts with two to two thirds of the tokens drawn anew, and which."""
