@@ -328,9 +328,8 @@ class Effects(NamedTuple):
         # Never singular, also where all prompts were predicted exactly.
         least = torch.finfo(goal.dtype).eps * self.state.square().mean() + 1e-30
         size = sample.diagonal().mean() + least
-        covariance = (sample + size * torch.eye(len(goal)).to(sample)) / 2
-        factor = torch.linalg.cholesky(covariance)
-        unit = torch.eye(len(goal)).to(factor)
+        unit = torch.eye(len(goal)).to(sample)
+        factor = torch.linalg.cholesky((sample + size * unit) / 2)
         whiten = torch.linalg.solve_triangular(factor, unit, upper=False).T
         for effects in self.each:  # one position at a time: the table is large
             effects.copy_(effects @ whiten)
