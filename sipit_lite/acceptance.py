@@ -111,8 +111,7 @@ def distance_to_stored(
     With half width zero it is the paper's ‖F(v) − ĥ_t‖₂; infinite for what overflowed.
     """
     beyond = ((candidates - observed).abs() - half_width).clamp(min=0)
-    distance = vector_norm(beyond.float(), dim=1)
-    return distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return vector_norm(beyond.float(), dim=1).nan_to_num(torch.inf, torch.inf)
 
 
 def check_states(states: object, model: LanguageModel) -> States:
@@ -121,9 +120,8 @@ def check_states(states: object, model: LanguageModel) -> States:
         kind = type(states).__name__
         raise StatesError(f"got states of type {kind}; expected a torch.Tensor")
     if not states.is_floating_point():
-        hint = "integers come times their scale, with half of it as half_width"
         got = f"got states of {states.dtype}; expected a floating-point format"
-        raise StatesError(f"{got} such as torch.float32 ({hint})")
+        raise StatesError(f"{got}: integers times a scale, half of it as half_width")
     fits = states.ndim == 2 and states.shape[1] == model.d_model
     if not fits or not 1 <= len(states) <= model.n_positions:
         got = f"got states of shape {tuple(states.shape)}"
@@ -150,8 +148,7 @@ def _check_bound(name: str, value: Bound, values: States, known: int) -> Distanc
         bound = torch.as_tensor(0.0 if value is None else value).to(values)
     except (TypeError, RuntimeError):  # not even a number
         bound = torch.full((), torch.nan)
-    fits = bound.shape in ((), (count,))
-    if not fits or not bool(((bound >= 0) & bound.isfinite()).all()):
+    if bound.shape not in ((), (count,)) or not ((bound >= 0) & bound.isfinite()).all():
         expected = "expected one finite number, not negative, or one for each of the"
         raise StatesError(f"got {name}={value}; {expected} {count} positions")
     return pad(bound.expand(count), (known, 0))
@@ -197,8 +194,7 @@ def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
         rows = step.tokens(sample).double()
         alone = step.tokens(ids[t : t + 1])[0].double()
         routes = torch.stack([states[t].double(), alone, rows[-1]])
-        differences = torch.cdist(routes, routes, compute_mode=EXACT)
-        spreads.append(differences.max() / routes[0].norm())
+        spreads.append(torch.pdist(routes).max() / routes[0].norm())
         pairs = torch.cdist(rows, rows, compute_mode=EXACT)
         same = sample[:, None] == sample  # drawn tokens may be each other's neighbours
         gaps.append(pairs.masked_fill(same, torch.inf).min())
@@ -322,7 +318,7 @@ def widen(observed: Observation, t: int, token: Tokens, near: float, step: OneSt
     if not radius < near <= APART / 2 * radius:
         return
     routes = torch.cat([step.tokens(token.expand(n))[-1:] for n in (1, 7, ROWS)])
-    spread = torch.cdist(routes.double(), routes.double(), compute_mode=EXACT).max()
+    spread = torch.pdist(routes.double()).max()
     if near <= SAFETY * spread:
         observed.radius[t] = min(SAFETY * float(spread), APART / 2 * radius)
 
@@ -342,20 +338,19 @@ def bit_for_bit(
     t = len(prefix)
     radius = float(observed.radius[t])
     within = (distance <= radius).nonzero()[:, 0]
-    if len(within) < 2:
-        return distance, radius  # the noise leaves nothing to decide
     # Up to the pass that holds t, with whatever tokens came behind.
     starts = accumulate(passes, initial=0)
     lengths = [n for n, start in zip(passes, starts, strict=False) if start <= t]
     row = pad(prefix, (0, sum(lengths) - t))
     anew = []
-    for token in within:
+    # Of fewer than two the noise leaves nothing to decide.
+    for token in within if len(within) > 1 else ():
         row[t] = token
         states = repeated(step.model, step.layer, row, lengths)
         anew.append(observed.distance(t, states[t : t + 1]))
-    if not any(bool(d == 0) for d in anew):
-        return distance, radius
-    return distance.index_copy(0, within, torch.cat(anew)), 0.0
+    if any(bool(d == 0) for d in anew):
+        return distance.index_copy(0, within, torch.cat(anew)), 0.0
+    return distance, radius
 
 
 def repeated(

@@ -111,10 +111,9 @@ def closest_pairs(
     # Equal rows collide without a search: the first of each group stands for it.
     first, group, sizes = _groups(x)
     x = x if len(first) == len(x) else x[first]
-    search = fitting(
-        lambda room: _Search(x, sizes, k, nearest, within, room).run(progress),
-        ROOM.get(x.device.type, 1),
-    )
+    task = (x, sizes, k, nearest, within)
+    room = ROOM.get(x.device.type, 1)
+    search = fitting(lambda room: _Search(*task, room).run(progress), room)
     pairs, distances = _pairs_of_rows(search, group)
     equal = int((sizes * (sizes - 1) // 2).sum())
     return CollisionReport(
@@ -196,9 +195,8 @@ class _Search:
         stop = 0
         for leaf in tqdm(self.leaves, disable=None if progress else True):
             stop += len(leaf)
-            for columns in self._close(leaf, self.order[stop:]).split(
-                self.room * COLUMNS
-            ):
+            close = self._close(leaf, self.order[stop:])
+            for columns in close.split(self.room * COLUMNS):
                 self.bounded += len(leaf) * len(columns)
                 self._visit(leaf, columns)
         return self
@@ -261,12 +259,11 @@ class _Search:
             # The part before may have lowered the limits.
             limits = torch.maximum(self._limits(i[part]), self._limits(j[part]))
             part = part[bounds[part] <= limits]
-            rows = i[part]
-            columns = j[part]
-            distances = self._lower_near(rows, columns)
+            pairs = torch.stack([i[part], j[part]])
+            distances = self._lower_near(*pairs)
             self.recomputed += len(part)
-            self._count(rows, columns, distances)
-            self.pairs = torch.cat([self.pairs, torch.stack([rows, columns], 1)])
+            self._count(*pairs, distances)
+            self.pairs = torch.cat([self.pairs, pairs.T])
             self.distances = torch.cat([self.distances, distances])
             best = self.distances.argsort(stable=True)[: self.k]
             self.pairs = self.pairs[best]
@@ -281,8 +278,8 @@ class _Search:
         maybe = distances <= torch.maximum(self.floor[i], self.floor[j])
         a = self.x[i[maybe]].double()
         b = self.x[j[maybe]].double()
-        alike = ((a - b).abs() <= ATOL + RTOL * b.abs()).all(1)
-        alike |= ((a - b).abs() <= ATOL + RTOL * a.abs()).all(1)
+        alike = torch.isclose(a, b, RTOL, ATOL).all(1)
+        alike |= torch.isclose(b, a, RTOL, ATOL).all(1)
         self.practical += int(weights[maybe][alike].sum())
 
     def _lower_near(self, i: Tensor, j: Tensor) -> Float64[Tensor, " m"]:

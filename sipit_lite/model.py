@@ -154,8 +154,7 @@ class LanguageModel:
         for name, weight in self.decoder.state_dict().items():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             # As bytes, since bfloat16 and 8-bit formats have no NumPy counterpart.
-            bits = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(bits.numpy())
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def encode(self, text: str) -> Int[Tensor, " pos"]:
@@ -215,8 +214,7 @@ class LanguageModel:
         with torch.no_grad(), advised(size, self.dtype, ModelError):
             rows = self.embeddings[ids.reshape(-1, ids.shape[-1])]
             output = self.cut(layer)(inputs_embeds=rows, use_cache=False)
-        states = output.last_hidden_state.to(self.device)
-        return states.reshape(*ids.shape, self.d_model)
+        return output.last_hidden_state.to(self.device).reshape(*ids.shape, -1)
 
     def cut(self, layer: int) -> nn.Module:
         """The decoder with its first blocks, no final norm; all weights shared."""

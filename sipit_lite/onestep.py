@@ -80,12 +80,11 @@ class OneStepMap:
     def tokens(self, tokens: Int[Tensor, " rows"]) -> Rows:
         """F(v) for each candidate token, shape (candidates, d_model)."""
         copied = sum(keys.numel() + values.numel() for keys, values in self.past)
-        size = max(1, min(ROWS, FLOAT_ROOM // max(copied, 1)))
+        cap = max(1, min(ROWS, FLOAT_ROOM // max(copied, 1)))
         one = f"one candidate after {self.position} tokens"
         with torch.no_grad(), advised(one, self.model.dtype, ModelError):
-            rows = self.model.embeddings[tokens]
-            scan = fitting(lambda n: [*map(self.embedding, rows.split(n))], size)
-            return torch.cat(scan)
+            e = self.model.embeddings[tokens]
+            return fitting(lambda n: torch.cat([*map(self.embedding, e.split(n))]), cap)
 
     @plain_settings()
     def embedding(self, e: Float[Tensor, "rows inputs"]) -> Rows:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sipit_lite.model import LanguageModel, SipItError
@@ -72,14 +72,13 @@ class Gradient:
         untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
         left = len(table)
         e = table[int(torch.randint(left, (), generator=generator))].clone()
-        window = self.window
-        if step.position == 0:
-            window *= 1 + len(table) // FIRST_WINDOW
+        longer = len(table) // FIRST_WINDOW if step.position == 0 else 0
+        window = self.window * (1 + longer)
         for taken in range(self.max_steps):
             if taken and taken % window == 0:
                 e = table[nearest(table, e, untried, 1)][0]
             rate = self.step_size * (1 - 0.99 * (taken % window) / max(window - 1, 1))
-            e = e - rate * clipped_gradient(step, e, observed, mean=self.mean)
+            e = e - rate * clipped_gradient(step, e, observed, self.mean)
             batch = nearest(table, e, untried, min(self.proposals_per_step, left))
             untried[batch] = False
             left -= len(batch)
@@ -89,9 +88,7 @@ class Gradient:
         yield from nearest(table, e, untried, left).split(ROWS)
 
 
-def clipped_gradient(
-    step: OneStepMap, e: State, observed: Tensor, *, mean: bool = False
-) -> State:
+def clipped_gradient(step: OneStepMap, e: State, observed: Tensor, mean: bool) -> State:
     """∇_e ½‖F(e) − ĥ_t‖², or that of the mean squared error, its norm clipped at 1."""
     with torch.enable_grad():
         e = e.detach().clone().requires_grad_()
@@ -101,9 +98,7 @@ def clipped_gradient(
     return gradient / gradient.norm().clamp(min=1.0)
 
 
-def nearest(
-    table: Tensor, e: State, allowed: Bool[Tensor, " vocab"], count: int
-) -> Int[Tensor, " cand"]:
+def nearest(table: Tensor, e: State, allowed: Tensor, count: int) -> Tensor:
     """The ``count`` allowed tokens whose embeddings are nearest; so many are left."""
     distance = torch.linalg.vector_norm((table - e).float(), dim=1)
     # A proxy that ran off to NaN must not end the enumeration: huge, but not tried.

@@ -51,11 +51,10 @@ class NotVerified(SipItError):
     ``distance``, and ``radius`` the ε_t that it missed.
     """
 
-    def __init__(self, message: str, nearest: int, *known: "float | Recovery") -> None:
+    def __init__(self, message: str, *known: "int | float | Recovery") -> None:
         # All of them go to the base: so the error can travel between processes.
-        super().__init__(message, nearest, *known)
-        self.nearest = nearest
-        self.distance, self.radius, self.recovered = known
+        super().__init__(message, *known)
+        self.nearest, self.distance, self.radius, self.recovered = known
         self.position = len(self.recovered.tokens)
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 One loop, for one prompt and for many: draft (nothing, without a lens), read the draft,
 accept what agrees (``acceptance``), search for the first token that does not, read on.
+What cannot be verified is an error that carries the verified prefix.
 """
 
 import time
@@ -51,13 +52,16 @@ def invert(
         searches by the lens's own policy for what it misses. Without one it is
         ``Gradient()``, or where tokens are many what ``extensions.fitted`` offers;
         ``False`` lets it fit none
-    epsilon: bound on noise ‖ĥ_t − h_t‖₂ added on purpose, one number or one a position
+    epsilon: bound on noise ‖ĥ_t − h_t‖₂ that was added on purpose, one number or one a
+        position; without it ε_t is the measured noise floor alone
     half_width: how far rounding may have moved the numbers of each position, where it
         is not that of their format: half the scale, of what was 8-bit integers
     passes: for 16 bits, how many positions each pass computed; one pass by default
     prefix: token ids known to stand before ``states``; recovered with them, 0 tested
-    certify: test all tokens, as with noise and in 16 bits; measure the accepted margin
-    on_fail: ``"nearest"`` takes the nearest token, unverified, if none or several do
+    certify: test all tokens and measure the margin of the accepted one; all are tested
+        anyway with ``epsilon``, in 16 bits, and for states stored more coarsely
+    on_fail: ``"nearest"`` takes the nearest token where none or several verify, marks
+        it as not ``verified``, and goes on
 
     Returns
     -------
@@ -66,7 +70,7 @@ def invert(
     Raises
     ------
     StatesError, ModelError, LensError: no such states or layer, another model's lens
-    NotVerified, Ambiguous, Interrupted: with a verified prefix; the last on Ctrl-C
+    NotVerified, Ambiguous, Interrupted: with the verified prefix; the last on Ctrl-C
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -83,22 +87,36 @@ def invert(
 
 
 def invert_many(
-    states: Sequence | Tensor,
+    states: Any,
     model: LanguageModel,
     layer: int,
     *,
+    mask: Any = None,
     epsilon: float | Sequence | None = None,
     half_width: Sequence[Tensor | None] | None = None,
     passes: Sequence[Sequence[int] | None] | None = None,
     progress: bool = False,
     **options: object,
 ) -> list[Outcome]:
-    """Recover many prompts of any lengths: one outcome a prompt, in their order.
+    """Recover many prompts of any lengths together, with the options of ``invert``.
 
-    Takes what ``invert`` takes, ``half_width`` and ``passes`` with one entry a prompt.
-    The outcome of a prompt that cannot be recovered is the error that ``invert``
-    raises. Raises ``ModelError``, ``LensError``, ``Interrupted`` with all outcomes.
+    Parameters
+    ----------
+    states: for each prompt what ``invert`` takes, or with ``mask`` one padded batch
+    mask: the attention mask (prompts, pos) of a batch (prompts, pos, d_model)
+    epsilon, half_width, passes: the last two with one entry a prompt
+
+    Returns
+    -------
+    One outcome a prompt, in order: a ``Recovery``, or the error that ``invert`` raises
+
+    Raises
+    ------
+    StatesError: a mask that does not fit the states; an option that is none
+    ModelError, LensError: no such layer, another model's lens
+    Interrupted: on Ctrl-C, with all outcomes
     """
+    states = states if mask is None else _unpadded(states, mask)
     prompts: list[_Prompt] = []
     try:
         with plain_settings():
@@ -107,10 +125,9 @@ def invert_many(
             if shared.lens:
                 shared.lens.check(model, layer)
             for i, rows in enumerate(states):
-                prompts.append(_Prompt(shared))
                 noise = epsilon[i] if isinstance(epsilon, Sequence) else epsilon
-                width = half_width and half_width[i]
-                prompts[i].observe(rows, noise, width, passes and passes[i])
+                half = half_width and half_width[i]
+                prompts.append(_Prompt(shared, rows, noise, half, passes and passes[i]))
             _recover(prompts, shared, progress)
         return [prompt.error or prompt.recovered() for prompt in prompts]
     except KeyboardInterrupt:
@@ -119,6 +136,15 @@ def invert_many(
         stopped = [prompt for prompt in prompts if not prompt.done] or prompts[:1]
         best = [prompt.recovered() for prompt in stopped] or [_blank(torch.zeros(0))]
         raise Interrupted(best[0], outcomes) from None
+
+
+def _unpadded(states: object, mask: object) -> list[Tensor]:
+    """The rows of each prompt of a padded batch."""
+    shapes = [tuple(getattr(x, "shape", ())) for x in (states, mask)]
+    if len(shapes[1]) != 2 or shapes[0][:-1] != shapes[1]:
+        got = f"got states of shape {shapes[0]} with a mask of shape {shapes[1]}"
+        raise StatesError(f"{got}; expected (prompts, pos, d) and (prompts, pos)")
+    return [x[m] for x, m in zip(states, torch.as_tensor(mask).bool(), strict=True)]
 
 
 @dataclass
@@ -145,9 +171,6 @@ class _Options:
             self.prefix = self.model.vocabulary[:0]  # no token, on the right device
         if not isinstance(self.prefix, Tensor):
             raise StatesError(f"got prefix={self.prefix!r:.40}; expected a tensor")
-        self.drafts = self.policy == "auto"
-        if self.policy == "auto":
-            self.policy = Gradient()  # a lens brings one of its own for each prompt
 
 
 class _Prompt:
@@ -156,20 +179,17 @@ class _Prompt:
     ``recovery`` has a row for every position; ``tokens`` are those settled and drafted.
     """
 
-    def __init__(self, options: _Options) -> None:
+    def __init__(self, options: _Options, states, noise, width, passes) -> None:
         self.options = options
         self.started = time.perf_counter()
         self.generator = torch.Generator().manual_seed(options.seed + SALT)
         self.recovery = _blank(torch.zeros(0))
         self.tokens = options.prefix.to(options.model.device)
-        self.policy = options.policy
+        # A lens brings one of its own for each prompt.
+        self.policy = Gradient() if options.policy == "auto" else options.policy
         self.length = 0
         self.searched = False  # if not, one pass has read it all
         self.error: StatesError | NotVerified | None = None  # ends the prompt
-
-    def observe(self, states: object, noise: Any, width: Any, passes: Any) -> None:
-        """Check what was observed; ``error`` says what is wrong with it."""
-        options = self.options
         where = (options.model, options.layer, noise, width, options.prefix)
         try:
             self.observed = acceptance.Observation.of(states, *where)
@@ -189,7 +209,7 @@ class _Prompt:
         # Where two tokens could fit one stored state, only a scan can tell.
         coarse = noise is not None or bool(self.observed.half_width.any())
         coarse = coarse or options.certify or options.on_fail == "nearest"
-        self.drafts = options.drafts and not coarse
+        self.drafts = options.policy == "auto" and not coarse
         self.exhaustive = coarse or options.model.sixteen_bits
         known = len(self.tokens)  # nothing is drafted yet
         self.recovery.tokens[:known] = self.tokens.cpu()
@@ -292,15 +312,14 @@ class _Prompt:
     def read_once_more(self, states: Float[Tensor, "pos d_model"]) -> None:
         """Compare all verified positions with the states of the prompt in one pass."""
         count = len(self.observed.states)  # padding stands behind
-        apart = self.observed.distance(slice(count), states[:count]).tolist()
-        for t, distance in enumerate(apart):
-            if self.recovery.verified[t] and not distance <= self.observed.radius[t]:
-                self.length = t
-                self.recovery.distance[t] = distance
-                self.recovery.radius[t] = self.observed.radius[t]
-                what = f"the recovered prompt, read in one pass, is {distance:.3g} away"
-                self._refuse(NotVerified, what)
-                return
+        apart = self.observed.distance(slice(count), states[:count]).cpu()
+        agrees = apart <= self.observed.radius
+        for t in (self.recovery.verified & ~agrees).nonzero()[:1, 0]:
+            self.length = int(t)
+            self.recovery.distance[t] = apart[t]
+            self.recovery.radius[t] = self.observed.radius[t]
+            what = f"the recovered prompt, read in one pass, is {apart[t]:.3g} away"
+            self._refuse(NotVerified, what)
 
     def _refuse(self, kind: type[NotVerified], what: str) -> None:
         """End with an error at the first open position that carries the prefix."""

@@ -95,7 +95,7 @@ def test_the_stream_of_transformer_lens(pocket: LanguageModel) -> None:
 
 
 def test_a_padded_batch_with_its_mask(pocket: LanguageModel) -> None:
-    """Of caches and of states, padded on either side: a line takes it apart."""
+    """Of caches and of states, padded on either side; another mask is refused."""
     texts = ["hidden states", "give back the prompt"]
     rows = [pocket.encode(text) for text in texts]
     length = max(map(len, rows))
@@ -114,9 +114,19 @@ def test_a_padded_batch_with_its_mask(pocket: LanguageModel) -> None:
         values = leaked.rows(output.past_key_values, 3)
         pairs = ((output.hidden_states[3], pocket), (values, leaked))
         for batch, model in pairs:
-            unpadded = [x[m] for x, m in zip(batch, mask.bool(), strict=True)]
-            outcomes = invert_many(unpadded, model, 3)
+            outcomes = invert_many(batch, model, 3, mask=mask)
             assert [outcome.text for outcome in outcomes] == texts
+    arrays = (output.hidden_states[3].cpu().numpy(), mask.cpu().numpy())
+    outcomes = invert_many(arrays[0], pocket, 3, mask=arrays[1])
+    assert [outcome.text for outcome in outcomes] == texts
+    for wrong in (mask[0], mask[:1], mask[:, 1:], mask[..., None], mask[:0]):
+        got = r"got states of shape \(2, \d+, 256\) with a mask of shape \("
+        with pytest.raises(StatesError, match=got) as refusal:
+            invert_many(output.hidden_states[3], pocket, 3, mask=wrong)
+        assert "expected (prompts, pos, d) and (prompts, pos)" in str(refusal.value)
+    blank = torch.zeros_like(mask)
+    [outcome, _] = invert_many(output.hidden_states[3], pocket, 3, mask=blank)
+    assert isinstance(outcome, StatesError)
 
 
 def test_static_caches_and_sliding_windows(family: Family, prompt: Tensor) -> None:
