@@ -138,7 +138,7 @@ def invert_many(
         raise Interrupted(best[0], outcomes) from None
 
 
-def _unpadded(states: object, mask: object) -> list[Tensor]:
+def _unpadded(states: object, mask: object) -> list:
     """The rows of each prompt of a padded batch."""
     shapes = [tuple(getattr(x, "shape", ())) for x in (states, mask)]
     if len(shapes[1]) != 2 or shapes[0][:-1] != shapes[1]:
