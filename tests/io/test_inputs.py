@@ -227,7 +227,7 @@ def test_a_tokenizer_that_appends_a_token(pocket: LanguageModel) -> None:
 
 
 def test_rows_of_a_padded_batch(pocket: LanguageModel) -> None:
-    """The rows of the mask, as book/package.md says; positions count from 0 in each."""
+    """With its mask, as book/package.md says; positions count from 0 in each."""
     texts = ["hidden states", "give back the prompt"]
     rows = [pocket.encode(text) for text in texts]
     length = max(map(len, rows))
@@ -245,6 +245,5 @@ def test_rows_of_a_padded_batch(pocket: LanguageModel) -> None:
         model = GPT2LMHeadModel.from_pretrained(POCKET, dtype=torch.float32).eval()
         with torch.no_grad():
             states = model(**inputs, output_hidden_states=True).hidden_states[3]
-        kept = [states[i][mask[i].bool()] for i in range(2)]
-        outcomes = invert_many(kept, pocket, 3)
+        outcomes = invert_many(states, pocket, 3, mask=mask)
         assert [outcome.text for outcome in outcomes] == texts
