@@ -431,15 +431,15 @@ class Search:
         for _ in range(RESTARTS):
             prompts, likely = self.law.draw(CHAINS, length, self.generator)
             states = last_states(self.start, prompts)
-            base = fresh = self.read(prompts, states)
+            base = self.read(prompts, states)
+            fresh = base
             free = everywhere
             stale = 0
             while stale < PATIENCE:
                 effects, near = self.effects(base.ids, likely)
                 error = states - effects.sums(prompts)
                 sums = effects.whitened(self.observed.states[0], error)
-                drawing = (self.law, *sums, self.generator)
-                prompts, likely = cooled(prompts, free, *drawing)
+                prompts, likely = cooled(prompts, free, self.law, *sums, self.generator)
                 states = last_states(self.start, prompts)
                 guess = self.read(prompts, states).or_closer(near).or_closer(fresh)
                 yield guess
