@@ -16,7 +16,7 @@ ifeq ($(CHROMIUM),)
 IN_A_BROWSER := echo "not run: the pages and the printed book in a browser; for them: apt-get install chromium, then make site"
 else
 # In such an order that two processes end together.
-IN_A_BROWSER := $(PYTEST) -o addopts= -n 2 --dist loadfile --no-loadscope-reorder \
+IN_A_BROWSER := $(PYTEST) -o addopts= -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder \
 	$(patsubst %,tests/site/test_%.py,print pages widgets slides)
 endif
 

@@ -6,16 +6,17 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sipit_lite import LanguageModel, load
-from sipit_lite.experiments.families import configuration, randomised
-from sipit_lite.io import text
+# The process that hands tests out reads this file as well, and needs no torch: what
+# takes seconds is imported where it is used.
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from sipit_lite import LanguageModel
 
 VOCAB = 60
 NAMES = {
@@ -27,15 +28,13 @@ NAMES = {
     "phi3": "Phi3",
     "qwen3": "Qwen3",
 }
-FAMILIES = {
-    short: configuration(name, vocabulary=VOCAB, width=32, context=40)
-    for short, name in NAMES.items()
-}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def little_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Text of the standard library alone: that of all packages takes ten seconds."""
+    from sipit_lite.io import text
+
     paths = {"stdlib": sysconfig.get_path("stdlib")}
     paths["purelib"] = str(tmp_path_factory.mktemp("packages"))
     with pytest.MonkeyPatch.context() as patch:
@@ -44,18 +43,29 @@ def little_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pocket() -> LanguageModel:
+def pocket() -> "LanguageModel":
     """The bundled trained model, on the CPU or on CUDA where there is one; read-only."""
+    from sipit_lite import load
+
     return load("pocket-gpt2")
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=NAMES)
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PreTrainedModel, LanguageModel]:
+) -> "tuple[PreTrainedModel, LanguageModel]":
     """A small random model of each architecture: untouched in transformers, and ours, loaded from its folder."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from sipit_lite import load
+    from sipit_lite.experiments.families import configuration, randomised
+
     folder = tmp_path_factory.mktemp(request.param)
-    untouched = randomised(FAMILIES[request.param], AutoModelForCausalLM)
+    name = NAMES[request.param]
+    config = configuration(name, vocabulary=VOCAB, width=32, context=40)
+    untouched = randomised(config, AutoModelForCausalLM)
     untouched.save_pretrained(folder)
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(
@@ -66,8 +76,10 @@ def family(
 
 
 @pytest.fixture
-def prompt(family: tuple[PreTrainedModel, LanguageModel]) -> torch.Tensor:
+def prompt(family: "tuple[PreTrainedModel, LanguageModel]") -> "torch.Tensor":
     """Thirteen random token ids for the small models, longer than their windows."""
+    import torch
+
     return torch.randint(VOCAB, (13,), generator=torch.Generator().manual_seed(1)).to(
         family[1].device
     )

@@ -1,6 +1,7 @@
 """What the repository promises outside the code: pins, the model, the README."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FAMILIES
+from conftest import NAMES
 from packaging.requirements import Requirement
 from pybtex.database import parse_file, parse_string
 from test_book import MAX_LINES
@@ -102,6 +103,27 @@ def test_readme_is_true() -> None:
         assert re.search(rf"^{re.escape(target)}:", makefile, re.M), target
 
 
+@pytest.mark.parametrize("browser", ["", "chromium"])
+def test_without_a_browser_the_last_line_says_what_was_not_run(browser: str) -> None:
+    """``make test`` still ends green; where there is one, the line is not there."""
+    # Lint and the unit tests count as done, and what make starts is not started.
+    words = ["--old-file=lint", "--old-file=unit", "MAKE=true", f"CHROMIUM={browser}"]
+    outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
+    done = subprocess.run(
+        ["make", "--no-print-directory", *words, "test"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in outer},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    started, *last = done.stdout.splitlines()
+    assert started == f"true -j 2 notebooks {'site' if browser else 'pages'}"
+    assert len(last) == (0 if browser else 1)
+    for line in last:
+        assert re.fullmatch(r"not run: .* in a browser; for them: .* make site", line)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -159,7 +181,7 @@ def test_status_page_names_the_pins() -> None:
 def test_status_page_names_the_architectures() -> None:
     """The rows are the small models of the tests, with their configuration classes."""
     told = re.findall(r"^\| ([\w-]+) \| `(\w+Config)` \| .* \|$", STATUS, re.MULTILINE)
-    assert told == [(name, type(config).__name__) for name, config in FAMILIES.items()]
+    assert told == [(short, f"{name}Config") for short, name in NAMES.items()]
 
 
 def test_package_says_who_where_and_what() -> None:
