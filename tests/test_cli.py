@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -457,11 +458,9 @@ def test_guesses_are_announced(tmp_path: Path, capsys: Output) -> None:
     assert err.strip().endswith(f"positions {list(range(count))}")
 
 
-def program(
-    *words: str, module: str = "sipit_lite", **variables: str
-) -> subprocess.CompletedProcess[str]:
+def program(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """``python -m sipit_lite`` in a process with these variables."""
-    command = [sys.executable, "-m", module, *words]
+    command = [sys.executable, "-m", "sipit_lite", *words]
     return subprocess.run(
         command,
         env=os.environ | variables,
@@ -496,12 +495,16 @@ def test_layers_are_one_option_by_two_names(tmp_path: Path, capsys: Output) -> N
     assert strict(capsys.readouterr().out)["layers"] == [2, 3, 4]
 
 
-def test_the_module_of_the_command_line_runs_it() -> None:
+def test_the_module_of_the_command_line_runs_it(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As ``sipit-lite`` does, bad input in one line among it."""
-    done = program("fly", module="sipit_lite.cli")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1
-    assert "No such command 'fly'" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["sipit_lite/cli.py", "fly"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(cli.__file__, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (left.value.code, out) == (2, "")
+    assert len(err.splitlines()) == 1 and "No such command 'fly'" in err
 
 
 def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:

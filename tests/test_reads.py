@@ -104,10 +104,13 @@ def test_the_counter_counts() -> None:
     assert (seen, sum(reads.reads.values())) == (8, 9)
 
 
-@pytest.mark.parametrize("layer", [1, 6])
-@pytest.mark.parametrize("policy", [Gradient(), Gradient(4), Random(64)])
+# A read a layer would show with the first; a read a batch, or a proposal, with the others.
+@pytest.mark.parametrize(
+    ("layer", "policy"),
+    [(6, Gradient()), (1, Gradient()), (1, Gradient(4)), (1, Random(64))],
+)
 def test_one_read_a_pass_and_one_a_search(
-    pocket: LanguageModel, policy: Any, layer: int
+    pocket: LanguageModel, layer: int, policy: Any
 ) -> None:
     """Of a batch its nearest token, of a search how it ended; then a few of a prompt."""
     reads, done = counted(pocket, layer, policy=policy, lens=False)

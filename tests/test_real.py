@@ -36,6 +36,8 @@ def run(asked: str, *options: str) -> subprocess.CompletedProcess[str]:
         "addopts=",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "no:nbval",
         "-q",
         "tests/real",
         # What is installed beside is none of these.

@@ -4,9 +4,7 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tomllib
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -122,43 +120,6 @@ def test_without_a_browser_the_last_line_says_what_was_not_run(browser: str) -> 
     assert len(last) == (0 if browser else 1)
     for line in last:
         assert re.fullmatch(r"not run: .* in a browser; for them: .* make site", line)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sipit_lite/pocket_gpt2/model.safetensors",
-        "sipit_lite/pocket_gpt2/held_out.json",
-        "sipit_lite/teaching/book.mplstyle",
-        *(
-            path.relative_to(ROOT).as_posix()
-            for path in sorted((ROOT / "sipit_lite/teaching/widgets").iterdir())
-        ),
-    ],
-)
-def test_wheel_carries_the_data(name: str, wheel: Path) -> None:
-    """The model, its prompts and the scripts of the widgets travel with the package."""
-    assert name in zipfile.ZipFile(wheel).namelist()
-
-
-def test_wheel_runs_the_demo(wheel: Path, tmp_path: Path) -> None:
-    """Away from the repository, with the packages of this environment."""
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    program = (
-        "import sys, sipit_lite.cli as c; assert sys.argv[1] in c.__file__; "
-        "sys.exit(c.main(sys.argv[2:]))"
-    )
-    words = ["demo", "--layer", "0", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), *words],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(site), "PATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and "4 of 4 exact" in done.stdout, done.stderr
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[

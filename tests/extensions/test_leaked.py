@@ -32,6 +32,12 @@ Family = tuple[PreTrainedModel, LanguageModel]
 TEXT = "Read this."
 
 
+@pytest.fixture(scope="module")
+def narrow() -> LanguageModel:
+    """A GPT-2 of 500 tokens and three blocks, for what no training changes."""
+    return small("GPT2", device="cpu")
+
+
 @plain_settings()
 @torch.no_grad()
 def cache_of(hf: PreTrainedModel, ids: Tensor, cache: object = None) -> object:
@@ -80,18 +86,18 @@ def processed(model: LanguageModel) -> GPT2LMHeadModel:
     return decoder
 
 
-def test_the_stream_of_transformer_lens(pocket: LanguageModel) -> None:
+def test_the_stream_of_transformer_lens(narrow: LanguageModel) -> None:
     """Computed by weights that were centred, not by ours; named where it is not said."""
-    decoder = processed(pocket)
-    ids = pocket.encode(TEXT)
+    decoder = processed(narrow)
+    ids = torch.tensor([5, 71, 300, 5])
     with torch.no_grad():
         states = decoder(input_ids=ids[None], output_hidden_states=True).hidden_states
-    leaked = Leaked(pocket, "centred")
-    for layer in (0, 1, 3, 5):
+    leaked = Leaked(narrow, "centred")
+    for layer in range(narrow.n_layers):
         assert states[layer].mean(-1).abs().max() < 1e-4
-        assert invert(states[layer], leaked, layer).text == TEXT
+        assert torch.equal(invert(states[layer], leaked, layer).tokens, ids)
     with pytest.raises(NotVerified, match=r"centred ones Leaked\(model, 'centred'\)"):
-        invert(states[3], pocket, 3)
+        invert(states[2], narrow, 2)
 
 
 def test_a_padded_batch_with_its_mask(pocket: LanguageModel) -> None:
@@ -148,18 +154,21 @@ def test_static_caches_and_sliding_windows(family: Family, prompt: Tensor) -> No
             torch.testing.assert_close(rows, leaked.rows(whole, layer))
 
 
-def test_a_known_prefix_and_a_policy(pocket: LanguageModel) -> None:
+def test_a_known_prefix_and_a_policy(narrow: LanguageModel) -> None:
     """All options of ``invert`` go on as they do for states."""
-    ids = pocket.encode(TEXT)
-    leaked = Leaked(pocket, "keys")
-    rows = leaked.rows(cache_of(pocket.decoder, ids), 2)[0]
-    assert invert(rows[1:], leaked, 2, prefix=ids[:1]).text == TEXT
-    for policy in (Newton(), "auto"):
-        assert invert(rows, leaked, 2, policy=policy).text == TEXT
+    ids = torch.tensor([5, 71, 300, 5])
+    leaked = Leaked(narrow, "keys")
+    rows = leaked.rows(cache_of(narrow.decoder, ids), 2)[0]
     noise = 1e-3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
-    assert invert(rows + noise.to(rows), leaked, 2, epsilon=0.1).text == TEXT
+    for back in (
+        invert(rows[1:], leaked, 2, prefix=ids[:1]),
+        invert(rows, leaked, 2, policy=Newton()),
+        invert(rows, leaked, 2, policy="auto"),
+        invert(rows + noise, leaked, 2, epsilon=0.1),
+    ):
+        assert torch.equal(back.tokens, ids)
     certified = invert(rows[:2], leaked, 2, certify=True)
-    assert certified.certified and (certified.tested == pocket.vocab_size).all()
+    assert certified.certified and (certified.tested == narrow.vocab_size).all()
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Llama"])
@@ -205,15 +214,17 @@ def test_narrow_caches_of_many_tokens(
             assert torch.equal(recovered.tokens, prompt.cpu())
 
 
-def test_tokens_that_share_a_cache_are_refused(pocket: LanguageModel) -> None:
+def test_tokens_that_share_a_cache_are_refused(narrow: LanguageModel) -> None:
     """Twins by their embeddings, and those that the values alone do not tell apart."""
-    ids = pocket.encode(TEXT)
-    same = twins(pocket, int(ids[2]), 7)
-    merging = copy.deepcopy(pocket.decoder)
+    ids = torch.tensor([5, 71, 300, 5])
+    same = twins(narrow, int(ids[2]), 7)
+    merging = copy.deepcopy(narrow.decoder)
+    # Queries, keys and values stand side by side.
+    values = slice(2 * narrow.d_model, None)
     with torch.no_grad():
-        merging.h[3].attn.c_attn.weight[:, 512:] = 0
-        merging.h[3].attn.c_attn.bias[512:] = 1
-    for model, layer in ((same, 2), (LanguageModel(merging, pocket.tokenizer), 3)):
+        merging.h[2].attn.c_attn.weight[:, values] = 0
+        merging.h[2].attn.c_attn.bias[values] = 1
+    for model, layer in ((same, 1), (LanguageModel(merging), 2)):
         leaked = Leaked(model, "values")
         with pytest.raises(Ambiguous, match="tokens verify, among them"):
             invert(leaked.rows(cache_of(model.decoder, ids), layer), leaked, layer)

