@@ -130,7 +130,7 @@ def test_inversions_keep_all_outcomes(
     model: LanguageModel, prompts: list[torch.Tensor], drafts: bool
 ) -> None:
     """One a prompt, in their order: a verified prefix, or the complete prompt."""
-    prompts = prompts[:4]
+    prompts = prompts[:3]
     states = [model.states(ids, 2) for ids in prompts]
     lens = fitted(model) if drafts else None
     before = settings()

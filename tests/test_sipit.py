@@ -358,10 +358,10 @@ def alarm() -> Iterator[None]:
 def test_ctrl_c_at_any_moment_loses_nothing(pocket: LanguageModel, alarm: None) -> None:
     """Signals at random times: all outcomes, each a prefix; settings are restored."""
     ids = [pocket.encode(text) for text in ("one, two", "three, four", "five")]
-    states = [pocket.states(row, 2) for row in ids]
-    invert_many(states, pocket, 2)  # measures what is measured once
+    states = [pocket.states(row, 1) for row in ids]
+    invert_many(states, pocket, 1)  # measures what is measured once
     started = time.perf_counter()
-    invert_many(states, pocket, 2)
+    invert_many(states, pocket, 1)
     usual = time.perf_counter() - started
     draws = random.Random(0)
     format_before = torch.get_default_dtype()
@@ -370,7 +370,7 @@ def test_ctrl_c_at_any_moment_loses_nothing(pocket: LanguageModel, alarm: None) 
         # A timer sends what Ctrl-C sends; from within the call to just behind it.
         signal.setitimer(signal.ITIMER_REAL, draws.uniform(0.05, 0.9) * usual)
         try:
-            outcomes = invert_many(states, pocket, 2)
+            outcomes = invert_many(states, pocket, 1)
             signal.setitimer(signal.ITIMER_REAL, 0)
         except Interrupted as stop:
             outcomes = stop.outcomes
@@ -531,18 +531,26 @@ def test_twins_in_sixteen_bits_are_refused_with_a_lens(pocket: LanguageModel) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_known_prefix_stands_before(dtype: torch.dtype) -> None:
+def test_a_known_prefix_stands_before(
+    dtype: torch.dtype,
+    pocket: LanguageModel,
+    sixteen_bits: LanguageModel,
+    lens_of_sixteen_bits: Lens,
+) -> None:
     """Rows from some position on: the prompt, and nothing searched for before them."""
-    model = load("pocket-gpt2", dtype=dtype)
+    model = sixteen_bits
+    lens = lens_of_sixteen_bits
+    if dtype == torch.float32:
+        model = pocket
+        lens = Lens.fit(pocket, 3, tokens=6000, features=128)
     ids = next(prompts(model.tokenizer, "code", 7))
-    states = model.states(ids, 2)
-    lens = Lens.fit(model, 2, tokens=6000, features=128)
+    states = model.states(ids, 3)
     ways = [{}, {"lens": lens}, {"half_width": torch.full((2,), 1e-6)}]
     # Where all tokens are scanned, two positions show it.
     cases = [(1, ways[0]), (1, ways[1]), *((5, way) for way in ways)]
     for known, options in [*cases, (5, {"certify": True})]:
         prefix = ids[:known]
-        recovery = invert(states[known:], model, 2, prefix=prefix, **options)
+        recovery = invert(states[known:], model, 3, prefix=prefix, **options)
         assert recovery.tokens.tolist() == ids.tolist()
         assert recovery.tested[:known].tolist() == [0] * known
         assert recovery.verified.all() and (recovery.tested[known:] > 0).all()

@@ -78,7 +78,7 @@ def device(
         name = f"closest pair over float32 products, {name}"
         figures[name] = row["gemm"] / row["seconds"]
     few = sample(model, "random", 2 if quick else 30, 20, seed)
-    many = sample(model, "prose", 8 if quick else 64, 20, seed)
+    many = sample(model, "prose", 2 if quick else 64, 20, seed)
     step = OneStepMap.after(model, last, few[0])
     took, _ = work(lambda: step.tokens(model.vocabulary))
     figures["scan, share of the matrix rate"] = token * model.vocab_size / took / rate

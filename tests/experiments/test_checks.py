@@ -41,7 +41,7 @@ def test_quick_run_keeps_the_contract(
     """Every check has a value, a target and a verdict, which follows from them."""
     for setting, value in {"FOLDER": tmp_path, "TOKENS": 3000, "FEATURES": 0}.items():
         monkeypatch.setattr(fitted, setting, value)
-    monkeypatch.setattr(safety, "STRIDE", 31)  # a prompt or two for each model
+    monkeypatch.setattr(safety, "STRIDE", 47)  # a prompt or two for each model
     words = ["--quick", "--json", "--device", "cpu"]
     # Where searches are long, the trained model is the quicker one.
     words += ["--model", "pocket-gpt2" if name == "real" else small]
