@@ -148,7 +148,7 @@ def test_equal_to_float64_brute_force(
 @pytest.mark.parametrize("number", range(len(CLOUDS)))
 def test_equal_to_float64_brute_force_at_full_size_leaves(number: int) -> None:
     """The constants that are shipped, several leaves, more columns than axes."""
-    x = cloud(CLOUDS[number], 1100, 24, 7)
+    x = cloud(CLOUDS[number], 1040, 18, 7)
     # Neighbours of every other cloud: the test above has all combinations.
     agree(closest_pairs(x, 20, nearest=number % 2 == 0), x)
 
@@ -286,7 +286,7 @@ def test_the_same_pairs_through_16_bits(
     monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """The filter of a GPU, emulated: its sizes, float16, the same certificate."""
-    x = cloud(CLOUDS[number], 1100, 24, 7)
+    x = cloud(CLOUDS[number], 1040, 18, 7)
     nearest = number % 2 == 1
     expected = closest_pairs(x, 20, nearest=nearest)
     monkeypatch.setattr(collisions, "ROOM", {"cpu": 4})

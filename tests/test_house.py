@@ -170,6 +170,18 @@ def test_imports_run_one_way() -> None:
         assert not wrong, f"{path.relative_to(PACKAGE)} imports {sorted(wrong)}"
 
 
+def test_only_installed_text_is_remembered_by_a_module() -> None:
+    """What is computed of a model is a field of it, and goes when the model goes."""
+    for path in sources():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names |= {getattr(node, "module", "")}
+                names |= {alias.name for alias in node.names}
+        remembers = names & {"cache", "lru_cache", "weakref"}
+        assert not remembers or path.name == "text.py", path
+
+
 def test_lines_fit_the_page() -> None:
     """At most 88 columns."""
     for path in sources():

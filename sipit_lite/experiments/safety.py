@@ -7,7 +7,6 @@ first block was not probed, only a scan can tell: there it is ``certify=True``.
 
 import copy
 from collections import defaultdict
-from functools import lru_cache, partial
 from itertools import chain, product
 
 import torch
@@ -30,7 +29,6 @@ CELLS = list(product((0, 1, 2), (*FORMATS, torch.int8), WAYS))  # depth, states,
 ROUNDS = 6  # through all of them
 STRIDE = 17  # of a sample: prime to the numbers of all choices, so that each occurs
 ENDS = ("right", "refused", "wrong")
-fitted = lru_cache(3)(partial(Lens.fit, tokens=2000, features=0))  # once a layer
 
 
 def safety(
@@ -78,7 +76,7 @@ def attempt(
     ids[place % 9] = (*PAIR, ids[place % 9])[which % 3]
     states = model.states(ids, layer).float()
     options = {"certify": model.name == UNPROBED}
-    options |= {"lens": fitted(model, layer)} if way == "lens" else {}
+    options |= {"lens": small_lens(model, layer)} if way == "lens" else {}
     options |= {"policy": Random()} if way == "random order" else {}
     if way == "noise":
         # From a tenth of the state's norm to a hundred-thousandth.
@@ -91,6 +89,14 @@ def attempt(
         row = judged(ids, error)
     ends = [row["exact"], bool(row["refused"]), row["silent error"]]
     return row | {"end": ends.index(True), "ids": ids.tolist()}
+
+
+def small_lens(model: LanguageModel, layer: int) -> Lens:
+    """A lens of few tokens, once a model and layer."""
+    key = ("small lens", layer)
+    if key not in model.measured:
+        model.measured[key] = Lens.fit(model, layer, tokens=2000, features=0)
+    return model.measured[key]
 
 
 def adversaries() -> dict[str, LanguageModel]:
