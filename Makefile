@@ -100,6 +100,8 @@ clean:
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+# On all cores; as with pip, what packages carry for other versions of Python is no error.
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@

@@ -15,7 +15,7 @@ def test_nearest_is_marked(pocket: LanguageModel) -> None:
     assert found.verified.tolist() == [True] * (len(ids) - 1) + [False]
     assert torch.equal(found.tokens[:-1], ids[:-1].cpu())
     step = OneStepMap.after(pocket, 3, ids[:-1])
-    everything = step.tokens(torch.arange(pocket.vocab_size, device=ids.device))
+    everything = step.tokens(pocket.vocabulary)
     assert int(found.tokens[-1]) == int((everything - states[-1]).norm(dim=1).argmin())
     assert float(found.distance[-1]) > float(found.radius[-1])
 

@@ -605,7 +605,7 @@ def test_the_fingerprint_covers_the_configuration(change: dict, tmp_path: Path) 
     found = last_states(other, [ids], [2], folder=tmp_path)
     assert not torch.equal(kept, found)
     assert torch.equal(found, last_states(other, [ids], [2]))
-    rows = torch.arange(one.vocab_size).repeat(20).split(12)
+    rows = one.vocabulary.repeat(20).split(12)
     Lens.fit(one, 2, prompts=rows, features=0).save(tmp_path / "lens")
     with pytest.raises(LensError, match="other weights"):
         Lens.load(tmp_path / "lens", other)

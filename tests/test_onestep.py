@@ -24,9 +24,7 @@ def test_cached_step_is_the_full_pass(family: Family, prompt: Tensor) -> None:
     for layer in range(model.n_layers + 1):
         whole, step = model.states(prompt, layer), OneStepMap.after(model, layer)
         for t, token in enumerate(prompt.tolist()):
-            found = step.tokens(torch.arange(model.vocab_size, device=model.device))[
-                token
-            ]
+            found = step.tokens(model.vocabulary)[token]
             assert (found - whole[t]).norm() <= noise_floor(model, layer) * whole[
                 t
             ].norm()

@@ -106,7 +106,7 @@ class Spy:
         self.drawn.append(
             int(torch.randint(step.model.vocab_size, (), generator=generator))
         )
-        yield torch.arange(step.model.vocab_size, device=step.model.device)
+        yield step.model.vocabulary
 
 
 def test_random_starts_are_not_the_answers(pocket: LanguageModel) -> None:
@@ -133,9 +133,7 @@ def test_certified_means_the_whole_vocabulary(pocket: LanguageModel) -> None:
     ids = pocket.encode("certify")
     recovery = invert(pocket.states(ids, 2), pocket, 2, certify=True)
     assert (recovery.tested == pocket.vocab_size).all()
-    states = OneStepMap.after(pocket, 2).tokens(
-        torch.arange(pocket.vocab_size, device=pocket.device)
-    )
+    states = OneStepMap.after(pocket, 2).tokens(pocket.vocabulary)
     expected = (states - states[ids[0]]).norm(dim=1).topk(2, largest=False).values[1]
     assert float(recovery.runner_up[0]) == pytest.approx(float(expected), rel=1e-3)
 
@@ -311,7 +309,7 @@ class StopsAt:
         """The vocabulary, until the position comes."""
         if step.position == self.position:
             raise KeyboardInterrupt
-        yield torch.arange(step.model.vocab_size, device=step.model.device)
+        yield step.model.vocabulary
 
 
 def test_ctrl_c_keeps_the_prefix(pocket: LanguageModel) -> None:

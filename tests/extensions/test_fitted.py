@@ -34,8 +34,9 @@ def model(
 
 
 def forget(model: LanguageModel) -> None:
-    """What was fitted and counted; the noise of the weights stays as it was measured."""
-    for key in [key for key in model.measured if key[0] not in ("noise", "related")]:
+    """What was fitted and counted: neither the noise of the weights, nor text."""
+    kept = ("noise", "related", "prompts of a lens")
+    for key in [key for key in model.measured if key[0] not in kept]:
         del model.measured[key]
 
 

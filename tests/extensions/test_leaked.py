@@ -117,21 +117,21 @@ def test_a_padded_batch_with_its_mask(pocket: LanguageModel) -> None:
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         with torch.no_grad():
             output = pocket.decoder(**inputs, use_cache=True, output_hidden_states=True)
-        values = leaked.rows(output.past_key_values, 3)
-        pairs = ((output.hidden_states[3], pocket), (values, leaked))
+        values = leaked.rows(output.past_key_values, 1)
+        pairs = ((output.hidden_states[1], pocket), (values, leaked))
         for batch, model in pairs:
-            outcomes = invert_many(batch, model, 3, mask=mask)
+            outcomes = invert_many(batch, model, 1, mask=mask)
             assert [outcome.text for outcome in outcomes] == texts
-    arrays = (output.hidden_states[3].cpu().numpy(), mask.cpu().numpy())
-    outcomes = invert_many(arrays[0], pocket, 3, mask=arrays[1])
+    arrays = (output.hidden_states[1].cpu().numpy(), mask.cpu().numpy())
+    outcomes = invert_many(arrays[0], pocket, 1, mask=arrays[1])
     assert [outcome.text for outcome in outcomes] == texts
     for wrong in (mask[0], mask[:1], mask[:, 1:], mask[..., None], mask[:0]):
         got = r"got states of shape \(2, \d+, 256\) with a mask of shape \("
         with pytest.raises(StatesError, match=got) as refusal:
-            invert_many(output.hidden_states[3], pocket, 3, mask=wrong)
+            invert_many(output.hidden_states[1], pocket, 1, mask=wrong)
         assert "expected (prompts, pos, d) and (prompts, pos)" in str(refusal.value)
     blank = torch.zeros_like(mask)
-    [outcome, _] = invert_many(output.hidden_states[3], pocket, 3, mask=blank)
+    [outcome, _] = invert_many(output.hidden_states[1], pocket, 1, mask=blank)
     assert isinstance(outcome, StatesError)
 
 
