@@ -20,7 +20,7 @@ from sipit_lite.experiments import checks, paper, perturb, safety, survey
 from sipit_lite.experiments import reproduce as lab
 from sipit_lite.experiments.collision_speed import detector, device
 from sipit_lite.experiments.inversion import inversion
-from sipit_lite.experiments.last_states import laststate, reach
+from sipit_lite.experiments.last_states import laststate
 from sipit_lite.experiments.real import real
 from sipit_lite.io.corpora import SOURCES, from_source
 from sipit_lite.io.loading import POCKET, REAL
@@ -28,7 +28,7 @@ from sipit_lite.io.loading import POCKET, REAL
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
 POLICIES |= {"published": sl.Published(), "random": sl.Random()}
 BENCHES = {"inversion": inversion, "safety": safety.safety, "real": real}
-BENCHES |= {"laststate": laststate, "reach": reach, "collisions": detector}
+BENCHES |= {"laststate": laststate, "collisions": detector}
 BENCHES["device"] = device
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt comes back, word for word.",

@@ -212,9 +212,9 @@ def bad_commands(folder: Path) -> dict[str, tuple[list, str]]:
         "source": ([*many, 4, "--source", "poems"], "'poems' is not one of 'bundled'"),
         "shards": ([*many, 4, "--shards", folder / "text" / "l"], "can be written"),
         "bench": (["bench", "unknown"], "'unknown' is not one of 'inversion'"),
-        "layer of a bench": (["bench", "reach", "--layer", 99], "No such option"),
+        "layer of a bench": (["bench", "laststate", "--layer", 99], "No such option"),
         "policy of a bench": (
-            ["bench", "reach", "--policy", "random"],
+            ["bench", "laststate", "--policy", "random"],
             "No such option",
         ),
         "no prompts": (["reproduce", "layers", "--prompts", 0], "got prompts=0"),

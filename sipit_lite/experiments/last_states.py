@@ -1,22 +1,18 @@
-"""How often the last state alone gives the prompt back, and what limits that."""
+"""How often the last state alone gives the prompt back."""
 
-import copy
 import statistics
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
 
 from sipit_lite.acceptance import Tokens
 from sipit_lite.experiments.baselines import greedy_coordinate, hard_prompts
 from sipit_lite.experiments.checks import Check, progress_bar
 from sipit_lite.experiments.defences import wilson
 from sipit_lite.experiments.inversion import sample
-from sipit_lite.experiments.perturb import noisy
 from sipit_lite.extensions.laststate import (
     Collision,
     Ends,
@@ -24,17 +20,12 @@ from sipit_lite.extensions.laststate import (
     fitted_ends,
     invert_last,
 )
-from sipit_lite.io.loading import OURS
-from sipit_lite.io.text import prompts
 from sipit_lite.model import LanguageModel
 
 KINDS = ("prose", "random")
 PROMPTS = dict.fromkeys((1, 2, 3, 4, 6, 8), 60) | {12: 30, 16: 30}  # for each kind
 SECONDS = {1: 10.0, 2: 30.0}  # the budget of a prompt by its length; longer ones: 120
 BESIDE = {2: 20.0, 3: 20.0, 6: 30.0}  # for the comparison, of 30 prompts of each kind
-WIDTHS = (64, 128, 256)  # of models with random weights
-NOISES = (0.1, 1.0, 3.0)
-FEW = 512  # tokens that are called frequent in the bundled text, and as many rare
 BRIEF = partial(Ends.fit, tokens=2000, features=0)  # for quick runs: a second
 
 
@@ -108,15 +99,11 @@ def summary(runs: list[dict]) -> dict:
     return row | {"runs": runs}
 
 
-def one(
-    ends: Ends, ids: Tokens, limit: float, length: int | None = None, noise: float = 0.0
-) -> dict:
-    """What comes of one prompt by ``invert_last``, after noise of this ℓ2 norm."""
+def one(ends: Ends, ids: Tokens, limit: float, length: int | None = None) -> dict:
+    """What comes of one prompt by ``invert_last``."""
     state = ends.model.states(ids, ends.layer)[-1]
-    if noise:
-        state = noisy(state[None], noise)[0]
-    options = {"ends": ends, "longest": ends.longest, "epsilon": noise or None}
-    options |= {"layer": ends.layer, "length": length, "seconds": limit}
+    options = {"ends": ends, "longest": ends.longest, "seconds": limit}
+    options |= {"layer": ends.layer, "length": length}
     started = time.perf_counter()
     error = None
     try:
@@ -145,80 +132,3 @@ def compared(ends: Ends, drawn: Iterable[Tensor], seconds: float) -> dict:
             same = torch.equal(attempt.tokens, ids.cpu())
             exact[name] += attempt.finished and same
     return {"seconds": seconds, "exact": exact}
-
-
-@dataclass(frozen=True, eq=False)
-class Condition:
-    """What is changed, to what, and the prompts that are looked for."""
-
-    what: str
-    value: str | int | float
-    model: LanguageModel
-    layer: int
-    prompts: list[Tokens]
-    noise: float = 0.0
-
-
-def reach(
-    model: LanguageModel, *, quick: bool = False, seed: int = 0, progress: bool = False
-) -> tuple[list[Check], dict]:
-    """``invert_last`` under one changed condition after another; lengths are known."""
-    length, count, seconds = (2, 1, 2.0) if quick else (5, 12, 15.0)
-    fit = BRIEF if quick else fitted_ends
-    rows = []
-    values = {}
-    # A quick run takes one condition of most sorts.
-    changes = list(conditions(model, length, count, seed))[:: 5 if quick else 1]
-    for change in progress_bar(changes, "reach", progress):
-        longest = len(change.prompts[0]) if quick else 16
-        ends = fit(change.model, change.layer, longest)
-        run = partial(one, ends, limit=seconds, noise=change.noise)
-        runs = [run(ids, length=len(ids)) for ids in change.prompts]
-        row = {"what": change.what, "value": change.value} | summary(runs)
-        for name in ("runs", "other length", "local minimum"):
-            del row[name]
-        rows.append(row)
-        name = f"exact, T = {row['length']}, {row['what']} {row['value']}"
-        values[name] = row["exact"] / row["prompts"]
-    wrong = Check.of("false successes", sum(row["false successes"] for row in rows))
-    return [wrong], {"reported": values, "rows": rows}
-
-
-def conditions(
-    model: LanguageModel, length: int, count: int, seed: int = 0
-) -> Iterator[Condition]:
-    """The plain case, random tokens at the last layer, and what is changed in it."""
-    plain = sample(model, "random", count, length, seed)
-    last = model.n_layers
-    yield Condition("plain", "random tokens", model, last, plain)
-    for layer in range(1, last):
-        yield Condition("layer", layer, model, layer, plain)
-    text = []
-    for kind in ("prose", "code"):
-        text += prompts(model.tokenizer, kind, 32)  # all that is bundled, in pieces
-        drawn = sample(model, kind, count, length, seed)
-        yield Condition("kind", kind, model, last, drawn)
-    counts = torch.bincount(torch.cat(text), minlength=model.vocab_size)
-    ranked = counts.argsort(descending=True, stable=True)  # ties by number of token
-    for name, few in {"frequent": ranked[:FEW], "rare": ranked[-FEW:]}.items():
-        generator = torch.Generator().manual_seed(seed)
-        which = torch.randint(len(few), (count, length), generator=generator)
-        drawn = list(few[which].to(model.device))
-        yield Condition("tokens", name, model, last, drawn)
-    for noise in NOISES:
-        yield Condition("noise", noise, model, last, plain, noise)
-    # Longer prompts too: at the plain length no width is too small.
-    for drawn in (plain, sample(model, "random", count, 8, seed)):
-        for width in WIDTHS:
-            yield Condition("width", width, untrained(model, width, seed), last, drawn)
-
-
-def untrained(model: LanguageModel, width: int, seed: int = 0) -> LanguageModel:
-    """A model of another width with random weights."""
-    config = copy.deepcopy(model.decoder.config)
-    config.hidden_size = width  # heads get narrower, not fewer
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        decoder = AutoModel.from_config(config, **OURS).eval().requires_grad_(False)
-    decoder = decoder.to(model.device)
-    return LanguageModel(decoder, model.tokenizer, name=f"untrained, width {width}")

@@ -28,8 +28,10 @@ from sipit_lite.sipit import SALT
 
 LONGEST = 16  # tokens of the longest prompt looked for, where no length is given
 CHAINS = 256  # prompts cooled at once
-MEASURED = 256  # tokens read at each position, half the likeliest, half drawn
-RIDGE = 0.1  # of the regression for the others, beside a kernel that is 1 at most
+MEASURED = 512  # tokens read at the last position, half the likeliest, half drawn
+SHALLOW = 2  # layers after which tokens are compared
+WIDTH = 2.0  # of the kernel that compares them, in median distances
+RIDGE = 0.01  # of the regression for the others, beside a kernel that is 1 at most
 SWEEPS = 8  # visits to each position while a prompt is cooled
 HOT = 0.1  # share of the log-likelihood that counts in the first sweep
 COLD = 2.5  # the same in the last sweep, of the coldest prompt; of the hottest 1
@@ -40,6 +42,7 @@ LARGEST = 16_384  # vocabulary whose table of neighbours, a gigabyte then, is ma
 TRUST = 0.5  # share of a regression's log-likelihood: its residuals are not normal
 CALM = 0.16  # of that for the last token: where held-out last tokens are likeliest
 HOPE = 1e-3  # least share of the prior in any belief about the last token
+LEAST = -20.0  # log-probability of any token where part of a prompt is drawn anew
 FAR = 8.0  # distance that a length is taken to have before its first step
 RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's place
 
@@ -48,6 +51,8 @@ OverVocab = Float[Tensor, " vocab"]
 Rows = Float[Tensor, "row vocab"]
 Likely = Float[Tensor, "pos vocab"]
 Each = Float[Tensor, "pos vocab numbers"]
+Known = dict[int, tuple[Tensor, Tensor]]  # tokens of a position, their effects
+Imprints = Float[Tensor, "vocab numbers"]
 
 
 class LastStateError(SipItError):
@@ -247,9 +252,7 @@ def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
 class Law:
     """What is expected of a prompt before its state is looked at: a Markov chain."""
 
-    first: (
-        OverVocab  # log-probability of a token: the first one, or any without a chain
-    )
+    first: OverVocab  # log-probability of the first token, or of any without a chain
     after: Tensor | None = None  # by the token before, where these are not independent
     before: Tensor | None = None  # the same table transposed: rows are read faster
     last: OverVocab | None = None  # log-evidence about the last token
@@ -290,19 +293,24 @@ class Law:
         ids = torch.zeros(count, length, dtype=torch.long, device=self.first.device)
         likely = []
         for t in range(length):
-            ids[:, t], law = sampled(self.forward(ids, t), generator)
-            likely.append(law.mean(0))
+            law = self.forward(ids, t)
+            ids[:, t] = sampled(law, generator)
+            likely.append(mean_law(law))
         return ids, torch.stack(likely)
 
 
-def sampled(score: Rows, generator: Generator) -> tuple[Tokens, Rows]:
-    """A token for each row of log-probabilities up to constants, and their law."""
-    law = score.softmax(-1)
-    sums = law.cumsum(-1)
-    chance = torch.rand(len(law), 1, generator=generator, device=law.device).to(law)
+def sampled(score: Rows, generator: Generator) -> Tokens:
+    """A token for each row of log-probabilities up to constants."""
+    sums = score.softmax(-1).cumsum(-1)
+    chance = torch.rand(len(sums), 1, generator=generator, device=sums.device)
     # Where the sums pass this share of all: one random number for each row.
-    place = torch.searchsorted(sums, chance * sums[:, -1:])[:, 0]
-    return place.clamp_max(law.shape[1] - 1), law
+    place = torch.searchsorted(sums, chance.to(sums) * sums[:, -1:])[:, 0]
+    return place.clamp_max(sums.shape[1] - 1)
+
+
+def mean_law(score: Rows) -> OverVocab:
+    """Log-probabilities of a row drawn blindly: no token is ever rounded to zero."""
+    return score.log_softmax(-1).logsumexp(0) - math.log(len(score))
 
 
 class Effects(NamedTuple):
@@ -336,15 +344,31 @@ class Effects(NamedTuple):
         return self.each, (goal - self.state - centre) @ whiten
 
 
-def regressed(
-    table: Float[Tensor, "vocab d_model"], read: Tokens, effects: States
-) -> Float[Tensor, "vocab d_model"]:
-    """Effects of all tokens from those of tokens read, by the distance of embeddings.
+def imprints(model: LanguageModel, layer: int, w: int) -> Imprints:
+    """How the model takes each token v: the states of v and of the last in ⟨w, v, w⟩.
 
-    Kernel ridge regression with exp(−‖E_v − E_w‖² / 2s²), s the median distance.
+    After at most ``SHALLOW`` layers, less their means, in units of their spread.
+    """
+    layer = min(layer, SHALLOW)
+    key = ("imprints", layer, w)
+    if key not in model.measured:
+        context = torch.tensor([w], device=model.device)
+        start = OneStepMap.after(model, layer, context)
+        rows = torch.stack([model.vocabulary, context.expand(model.vocab_size)], 1)
+        states = torch.cat([start.branch(part)[0] for part in rows.split(ROWS)])
+        states -= states.mean(0)
+        states /= states.square().mean((0, 2), keepdim=True).sqrt()
+        model.measured[key] = states.flatten(1)
+    return model.measured[key]
+
+
+def regressed(table: Imprints, read: Tokens, effects: States) -> Tensor:
+    """Effects of all tokens from those of tokens read, by the distance of imprints.
+
+    Kernel ridge regression with exp(−‖x_v − x_w‖² / 2s²), s ``WIDTH`` median distances.
     """
     apart = torch.cdist(table, table[read])
-    scale = apart[read].median().clamp_min(torch.finfo(table.dtype).tiny)
+    scale = WIDTH * apart[read].median().clamp_min(torch.finfo(table.dtype).tiny)
     kernel = (-(apart / scale).square() / 2).exp()
     square = kernel[read] + RIDGE * torch.eye(len(read)).to(table)
     centre = effects.mean(0)
@@ -365,7 +389,7 @@ def cooled(
 
     Draws the tokens at the ``free`` positions of each prompt, one position after the
     other, given the rest. ``each`` and ``goal`` are in units of the error. Returns the
-    prompts and the mean law of each position in the last sweep.
+    prompts and the mean law of each position in the last sweep, in logarithms.
     """
     length = prompts.shape[1]
     prompts = prompts.clone()
@@ -380,9 +404,9 @@ def cooled(
             rest = goal - total + each[t, prompts[:, t]]
             # −½ ‖rest − effect‖², less what is the same for all tokens.
             score = share * (rest @ each[t].T - half[t]) + law.given(prompts, t)
-            drawn, chances = sampled(score, generator)
             if sweep == SWEEPS - 1:
-                likely[t] = chances.mean(0)
+                likely[t] = mean_law(score)
+            drawn = sampled(score, generator)
             drawn = torch.where(free[:, t], drawn, prompts[:, t])
             total += each[t, drawn] - each[t, prompts[:, t]]
             prompts[:, t] = drawn
@@ -435,8 +459,9 @@ class Search:
             fresh = base
             free = everywhere
             stale = 0
+            known: Known = {}
             while stale < PATIENCE:
-                effects, near = self.effects(base.ids, likely)
+                effects, near = self.effects(base.ids, likely, known)
                 error = states - effects.sums(prompts)
                 sums = effects.whitened(self.observed.states[0], error)
                 prompts, likely = cooled(prompts, free, self.law, *sums, self.generator)
@@ -444,6 +469,7 @@ class Search:
                 guess = self.read(prompts, states).or_closer(near).or_closer(fresh)
                 yield guess
                 stale = 0 if guess.distance < base.distance else stale + 1
+                known = known if stale else {}
                 base = base.or_closer(guess)
                 free = everywhere
                 fresh = Guess(base.ids, torch.inf, 0)
@@ -456,33 +482,44 @@ class Search:
     def around(self, ids: Tokens, likely: Likely) -> tuple[Prompts, Tensor]:
         """Prompts with two to two thirds of the tokens drawn anew, and which."""
         drawing = {"generator": self.generator, "device": ids.device}
-        most = max(2, 2 * len(ids) // 3)
-        size = torch.randint(2, most + 1, (CHAINS, 1), **drawing)
+        most = max(1, 2 * len(ids) // 3)
+        size = torch.randint(min(2, most), most + 1, (CHAINS, 1), **drawing)
         order = torch.rand(CHAINS, len(ids), **drawing).argsort(1).argsort(1)
         free = order < size
         # Flatter than what is believed, which has led here.
-        flat = likely.clamp_min(1e-9).sqrt()
-        count = {"replacement": True, "generator": self.generator}
-        drawn = torch.multinomial(flat, CHAINS, **count).T
+        flat = (likely.clamp_min(LEAST) / 2).exp()
+        drawn = torch.multinomial(flat, CHAINS, True, generator=self.generator).T
         return torch.where(free, drawn, ids), free
 
-    def effects(self, ids: Tokens, likely: Likely) -> tuple[Effects, Guess]:
-        """Effects at a prompt, and the closest prompt with one token changed."""
-        table = self.start.model.embeddings
+    def effects(
+        self, ids: Tokens, likely: Likely, known: Known
+    ) -> tuple[Effects, Guess]:
+        """Effects at a prompt, the closest with one token changed; fills ``known``."""
+        model = self.start.model
+        table = model.embeddings
+        alike = imprints(model, self.start.layer, int(self.law.first.argmax()))
         drawing = {"generator": self.generator, "device": ids.device}
         state = last_states(self.start, ids[None])[0]
         each = table.new_empty(len(ids), *table.shape)
         near = Guess(ids, torch.inf, 0)
         step = self.start
         for t in range(len(ids)):
-            best = likely[t].topk(min(MEASURED // 2, len(table))).indices
-            others = torch.randperm(len(table), **drawing)[: MEASURED // 2]
-            read = torch.cat([best, others, ids[t : t + 1]]).unique()
+            # Fewer where more tokens follow, which are passed for each of them.
+            half = MEASURED // (2 * (len(ids) - t))
+            before, measured = known.get(t, (ids[:0], table[:0]))
+            fresh = likely[t].index_fill(0, before, -torch.inf)
+            best = fresh.topk(min(half, len(table))).indices
+            others = torch.randperm(len(table), **drawing)[:half]
+            read = torch.cat([best, others]).unique()
+            # The token there once more: there is a row at least.
+            read = torch.cat([read[~torch.isin(read, before)], ids[t : t + 1]])
             rows = ids.repeat(len(read), 1)
             rows[:, t] = read
             states = last_states(step, rows[:, t:])
             near = near.or_closer(self.read(rows, states))
-            each[t] = regressed(table, read, states - state)
+            measured = torch.cat([measured, states - state])
+            known[t] = torch.cat([before, read]), measured
+            each[t] = regressed(alike, *known[t])
             step = step.follow(ids[t : t + 1])[1]
         return Effects(state, each), near
 

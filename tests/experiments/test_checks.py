@@ -71,8 +71,8 @@ def test_counts_are_printed_below_the_table(
         check = Check.of("silent errors", 1)
         return [check], {"reported": {"plain forward, seconds": 0.5}}
 
-    monkeypatch.setitem(cli.BENCHES, "reach", measured)
-    assert main(["bench", "reach", "--quick", "--device", "cpu"]) == 0
+    monkeypatch.setitem(cli.BENCHES, "laststate", measured)
+    assert main(["bench", "laststate", "--quick", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["check", "value", "target", "verdict"]
     assert lines[-1].startswith("plain forward, seconds:")

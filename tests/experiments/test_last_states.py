@@ -1,7 +1,6 @@
 """What the benches of the last state count."""
 
-from sipit_lite import LanguageModel
-from sipit_lite.experiments.last_states import conditions, summary
+from sipit_lite.experiments.last_states import summary
 
 
 def test_missed_prompts_are_counted_by_their_cause() -> None:
@@ -14,10 +13,3 @@ def test_missed_prompts_are_counted_by_their_cause() -> None:
     assert (row["prompts"], row["exact"], row["other length"]) == (4, 1, 1)
     assert row["local minimum"] == 2 and row["false successes"] == 0
     assert row["seconds"] == 1.5 and row["low"] < 0.25 < row["high"]
-
-
-def test_one_condition_changes_at_a_time(pocket: LanguageModel) -> None:
-    """What is changed, in its order."""
-    changes = conditions(pocket, 2, 1)
-    expected = ["plain", "layer", "kind", "tokens", "noise", "width"]
-    assert list(dict.fromkeys(change.what for change in changes)) == expected

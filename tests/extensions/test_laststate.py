@@ -33,6 +33,7 @@ from sipit_lite.extensions.laststate import (
     Search,
     cooled,
     followers,
+    imprints,
     last_states,
     regressed,
     rivals,
@@ -107,19 +108,59 @@ def test_effects_are_exact_for_one_token(
 
     Of two changed tokens the sum is wrong by their interaction, which is not zero.
     """
-    monkeypatch.setattr(laststate, "MEASURED", 2 * gpt2.vocab_size)
+    monkeypatch.setattr(laststate, "MEASURED", 6 * gpt2.vocab_size)
     ids = torch.tensor([3, 400, 77])
     search = a_search(gpt2, torch.tensor([3, 12, 77]), 2)
-    likely = torch.full((3, gpt2.vocab_size), 1 / gpt2.vocab_size)
-    effects, near = search.effects(ids, likely)
+    likely = torch.zeros(3, gpt2.vocab_size)
+    effects, near = search.effects(ids, likely, {})
     assert near.ids.tolist() == [3, 12, 77] and search.agrees(near)
-    assert near.tested == 3 * gpt2.vocab_size
+    assert near.tested == 3 * (gpt2.vocab_size + 1)  # the token there, once more
     changed = ids.repeat(7, 1)
     changed[range(1, 7), [0, 1, 2, 0, 1, 2]] = torch.tensor([9, 9, 9, 499, 0, 250])
     states = gpt2.states(changed, 2)[:, -1]
     assert torch.allclose(effects.sums(changed), states, atol=1e-4)
     two = torch.tensor([[9, 9, 77]])
     assert (effects.sums(two) - gpt2.states(two, 2)[:, -1]).norm() > 0.01
+
+
+def test_what_was_measured_is_kept(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The likeliest tokens that were not read before come next; all known are exact."""
+    monkeypatch.setattr(laststate, "MEASURED", 48)
+    ids = torch.tensor([3, 400, 77])
+    search = a_search(gpt2, torch.tensor([3, 12, 77]), 2)
+    likely = torch.arange(gpt2.vocab_size).float().repeat(3, 1)
+    known: dict = {}
+    for first, last in ((492, 500), (484, 492)):
+        effects, _ = search.effects(ids, likely, known)
+        assert set(range(first, last)) <= set(known[0][0].tolist())
+    counts = [len(known[t][0]) for t in range(3)]
+    assert 30 < counts[0] <= 34 < 58 < counts[2] <= 98
+    for t in range(3):
+        tokens, measured = known[t]
+        changed = ids.repeat(len(tokens), 1)
+        changed[:, t] = tokens
+        expected = gpt2.states(changed, 2)[:, -1] - gpt2.states(ids, 2)[-1]
+        assert torch.allclose(measured, expected, atol=1e-4)
+        assert torch.allclose(effects.each[t, tokens], expected, atol=1e-4)
+
+
+def test_imprints_are_states_of_transformers(family: Family) -> None:
+    """Of v and of the last in ⟨w, v, w⟩, centred and scaled by hand."""
+    untouched, model = family
+    vocab = model.vocab_size
+    rows = torch.tensor([[7, v, 7] for v in range(vocab)])
+    with torch.no_grad():
+        read = untouched(rows, output_hidden_states=True).hidden_states[1]
+    expected = []
+    for t in (1, 2):
+        away = read[:, t].double() - read[:, t].double().mean(0)
+        expected.append(away / away.square().mean().sqrt())
+    found = imprints(model, 1, 7)
+    assert torch.allclose(found.double(), torch.cat(expected, 1), atol=1e-4)
+    deeper = imprints(model, model.n_layers, 7)
+    assert deeper is imprints(model, laststate.SHALLOW, 7) and deeper is not found
 
 
 def test_regression_written_out() -> None:
@@ -131,7 +172,8 @@ def test_regression_written_out() -> None:
     others = regressed(table, read, effects)
     assert torch.equal(others[read], effects)
     apart = [float((table[v] - table[w]).norm()) for v in read for w in read]
-    scale = sorted(apart)[4]  # of nine, three of which are zero
+    # Of nine distances, three of which are zero.
+    scale = laststate.WIDTH * sorted(apart)[4]
 
     def alike(v: int, w: int) -> float:
         return math.exp(-float((table[v] - table[w]).square().sum()) / 2 / scale**2)
@@ -219,7 +261,7 @@ def test_cooled_prompts_follow_the_law_of_sums(
     # The mean laws of the last sweep are the marginals, with less noise.
     for t, marginal in enumerate(likely):
         counted = expected.view(4, 4, 4).transpose(0, t).sum((1, 2))
-        assert torch.allclose(marginal.float(), counted, atol=0.01)
+        assert torch.allclose(marginal.exp().float(), counted, atol=0.01)
 
 
 def test_positions_that_are_not_free_stay() -> None:
@@ -245,16 +287,21 @@ def test_prompts_drawn_follow_the_law() -> None:
         expected[u, v, w] = (law.first[u] + law.after[u, v]).exp() * ending
     spread = (expected * (1 - expected) / count).sqrt().flatten()
     assert ((shares(drawn, 4) - expected.flatten()).abs() < 5 * spread).all()
-    assert torch.allclose(likely[2], expected.sum((0, 1)), atol=0.01)
+    assert torch.allclose(likely[2].exp(), expected.sum((0, 1)), atol=0.01)
 
 
 def test_a_part_of_a_prompt_is_drawn_anew(gpt2: LanguageModel) -> None:
-    """Two to two thirds of its positions, each prompt its own, the rest stays."""
+    """Two to two thirds of its positions, each prompt its own, the rest stays.
+
+    Of two positions one. A token that nothing speaks for is still drawn at times.
+    """
     ids = torch.arange(9)
-    likely = torch.zeros(9, gpt2.vocab_size)
-    likely[:, 400] = 1
-    prompts, free = a_search(gpt2, ids, 1).around(ids, likely)
-    assert set(free.sum(1).tolist()) == {2, 3, 4, 5, 6}
+    likely = torch.full((9, gpt2.vocab_size), -torch.inf)
+    likely[:, 400] = 0
+    search = a_search(gpt2, ids, 1)
+    for count, sizes in ((2, {1}), (3, {2}), (9, {2, 3, 4, 5, 6})):
+        prompts, free = search.around(ids[:count], likely[:count])
+        assert set(free.sum(1).tolist()) == sizes
     assert torch.equal(prompts[~free], ids.expand_as(prompts)[~free])
     assert 0.5 < float((prompts[free] == 400).double().mean()) < 1
 
