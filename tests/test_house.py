@@ -27,8 +27,8 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1115,
-    "extensions": 1650,
-    "experiments": 2580,
+    "extensions": 1680,
+    "experiments": 2555,
     "teaching": 1000,
     "cli": 430,
     "all": 8600,

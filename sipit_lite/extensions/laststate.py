@@ -199,7 +199,7 @@ class Ends(Regression):
     def read(self, state: State) -> Float[Tensor, "vocab longest"]:
         """Log-probabilities of each last token and length together."""
         whiten = self.whiten.double()  # a direction without residual cancels there
-        tokens, lengths = whiten.split([self.model.d_model, self.longest])
+        tokens, lengths = whiten.tensor_split([-self.longest])
         away = self.model.embeddings.double() @ tokens
         away -= self.predict(state).double() @ whiten
         squares = away.square().sum(1)[:, None] + 2 * away @ lengths.T
@@ -500,13 +500,13 @@ class Search:
         alike = imprints(model, self.start.layer, int(self.law.first.argmax()))
         drawing = {"generator": self.generator, "device": ids.device}
         state = last_states(self.start, ids[None])[0]
-        each = table.new_empty(len(ids), *table.shape)
+        each = state.new_empty(len(ids), len(table), len(state))
         near = Guess(ids, torch.inf, 0)
         step = self.start
         for t in range(len(ids)):
             # Fewer where more tokens follow, which are passed for each of them.
             half = MEASURED // (2 * (len(ids) - t))
-            before, measured = known.get(t, (ids[:0], table[:0]))
+            before, measured = known.get(t, (ids[:0], each[0, :0]))
             fresh = likely[t].index_fill(0, before, -torch.inf)
             best = fresh.topk(min(half, len(table))).indices
             others = torch.randperm(len(table), **drawing)[:half]

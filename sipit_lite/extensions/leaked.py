@@ -1,4 +1,6 @@
-"""What leaks of a layer in the place of its states: keys, values, states less a mean.
+"""What leaks in the place of states: keys, values, states less a mean or of length one.
+
+Or logits, from which the state after the final norm is solved for.
 
 The map s ↦ H^(ℓ)(s) ends in what leaked; noise floor, search and verification stay as
 they are. That no prompts share it is proved of states alone (Theorem 2.2): tokens that
@@ -22,7 +24,9 @@ class Leaked(LanguageModel):
 
     ``"keys"`` and ``"values"`` of layer ℓ, from 0 to L − 1, are what a cache keeps as
     ``past_key_values.layers[ℓ]``, all heads in one row; keys depend on the position.
-    ``"centred"`` states have no mean over their d_model numbers, as in TransformerLens.
+    ``"centred"`` states have no mean over their d_model numbers, as in TransformerLens;
+    ``"unit"`` states have length one, as services of embeddings give them; ``"logits"``
+    of the next token are taken for the state of layer L + 1 that they have come from.
     Raises ``ModelError`` for anything else, or layers that do not cache alike.
 
     >>> from sipit_lite import invert, load
@@ -41,7 +45,13 @@ class Leaked(LanguageModel):
         self.name = f"{model.name}, {what}"
         self.measured = {}  # what leaks has noise of its own
         self.hf_model = None  # no block goes on from it
-        self.cached = what != "centred"
+        self.cached = what not in ("centred", "unit", "logits")
+        head = model.hf_model and model.hf_model.get_output_embeddings()
+        tied = model.decoder.config.tie_word_embeddings
+        if what == "logits" and head is None and not tied:
+            got = f"got {model.name} without the matrix that makes its logits"
+            raise ModelError(f"{got}; expected a model with its head in memory")
+        self.unembedding = model.embeddings if head is None else head.weight
         if not self.cached:
             return
         one = {"inputs_embeds": model.embeddings[:1][None], "use_cache": True}
@@ -51,7 +61,8 @@ class Leaked(LanguageModel):
         shapes = {tuple(getattr(x, "shape", ())) for x in stored}
         if what not in ("keys", "values") or [*map(len, shapes)] != [4]:
             got = f"got {what!r} of {model.name}, with caches of shapes {shapes}"
-            expected = "'keys' or 'values', alike in all layers, or 'centred'"
+            expected = "'keys' or 'values', alike in all layers, or 'centred', 'unit', "
+            expected += "'logits'"
             raise ModelError(f"{got}; expected {expected}")
         [(_, self.heads, _, self.width)] = shapes
         self.d_model = self.heads * self.width
@@ -84,19 +95,26 @@ class Leaked(LanguageModel):
         if self.cached:
             inputs |= {"past_key_values": cache, "use_cache": True}
         h = cut(**inputs).last_hidden_state
-        leaked = h - h.mean(-1, keepdim=True)
+        leaked = h
+        if self.what == "centred":
+            leaked = h - h.mean(-1, keepdim=True)
+        if self.what == "unit":
+            leaked = nn.functional.normalize(h, dim=-1)
         if self.cached:
             leaked = getattr(cache.layers[layer], self.what)[:, :, -h.shape[1] :]
             leaked = leaked.transpose(1, 2).flatten(2)
         return SimpleNamespace(last_hidden_state=leaked)
 
-    def rows(self, cache: Any, layer: int) -> Float[Tensor, "*prompts pos d_model"]:
+    def rows(self, cache: Any, layer: int) -> Float[Tensor, "*rows d_model"]:
         """What ``invert`` takes of a layer of ``past_key_values``, a row a position.
 
-        Or of the tensor in it, (prompts, heads, pos, width). Raises ``StatesError`` for
+        Or of the tensor in it, (prompts, heads, pos, width); or of logits, also in the
+        form of log-probabilities: (…, vocab). Raises ``StatesError`` for
         a cache of another shape, or not of all positions, ``ModelError`` for a layer.
         """
         self.check_layer(layer)
+        if self.what == "logits":
+            return self._solved(cache, layer)
         if not self.cached:
             return cache
         stored = dict(enumerate(getattr(cache, "layers", ()))).get(layer)
@@ -112,3 +130,16 @@ class Leaked(LanguageModel):
             got = f"got the last {shape[-2]} of {seen} positions; expected all"
             raise StatesError(f"{got}: past_key_values=DynamicCache() keeps them")
         return x[..., :seen, :].transpose(-3, -2).flatten(-2)
+
+    def _solved(self, logits: Tensor, layer: int) -> Float[Tensor, "*prompts d_model"]:
+        """The states h with U h = logits + c, by least squares; c is any constant."""
+        vocab = len(self.unembedding)
+        if layer != self.n_layers + 1 or logits.shape[-1:] != (vocab,):
+            got = f"got logits of shape {tuple(logits.shape)} for layer {layer}"
+            expected = f"(…, {vocab}) and layer {self.n_layers + 1}"
+            raise StatesError(f"{got}; expected {expected}")
+        # Less its mean row it is orthogonal to constants, which therefore drop out.
+        table = self.unembedding.double()
+        table = table - table.mean(0)
+        weights = table @ torch.linalg.inv(table.T @ table)
+        return (logits.to(weights) @ weights).to(self.dtype)

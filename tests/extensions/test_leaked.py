@@ -1,4 +1,4 @@
-"""Keys, values and centred streams give the prompt back as states do, or one line."""
+"""Caches, centred streams, unit states and logits give the prompt back, or one line."""
 
 import copy
 
@@ -15,16 +15,19 @@ from sipit_lite import (
     LensError,
     ModelError,
     Newton,
+    NotRecovered,
     NotVerified,
     SipItError,
     StatesError,
     invert,
+    invert_last,
     invert_many,
     last_states,
 )
 from sipit_lite.experiments.families import small
 from sipit_lite.experiments.perturb import twins
 from sipit_lite.extensions import fitted
+from sipit_lite.extensions.laststate import Ends
 from sipit_lite.io.text import prompts
 from sipit_lite.model import plain_settings
 
@@ -259,3 +262,68 @@ def test_what_is_refused(pocket: LanguageModel) -> None:
         invert(values.rows(cache, 3), values, 2)
     with pytest.raises(SipItError):
         invert(values.rows(cache, 3), pocket, 3)
+
+
+# States of length one, and logits
+
+
+def test_states_of_length_one(family: Family, prompt: Tensor) -> None:
+    """What transformers gives after the final norm, divided by its length."""
+    hf, model = family
+    with torch.no_grad():
+        read = hf(prompt[None], output_hidden_states=True).hidden_states
+    leaked = Leaked(model, "unit")
+    for layer, states in ((1, read[1]), (model.n_layers + 1, read[-1])):
+        unit = states / states.square().sum(-1, keepdim=True).sqrt()
+        recovered = invert(unit, leaked, layer)
+        assert torch.equal(recovered.tokens, prompt.cpu()) and recovered.verified.all()
+        with pytest.raises(NotVerified):
+            invert(1.01 * unit, leaked, layer)
+
+
+@pytest.mark.parametrize("form", ["logits", "log-probabilities"])
+def test_next_token_logits_give_the_prompt_back(
+    narrow: LanguageModel, form: str
+) -> None:
+    """Of a head that is not tied, in float32; those of another prompt's are its own."""
+    torch.manual_seed(0)
+    head = GPT2LMHeadModel(copy.deepcopy(narrow.decoder.config))
+    head.config.tie_word_embeddings = False
+    head.lm_head.weight = torch.nn.Parameter(torch.randn(500, 64))
+    head.transformer.load_state_dict(narrow.decoder.state_dict())
+    model = LanguageModel(head.eval())
+    ids = torch.tensor([7, 300, 41, 7])
+    with torch.no_grad():
+        logits = head(ids[None]).logits[0]
+    if form != "logits":
+        logits = logits.log_softmax(-1)
+    leaked = Leaked(model, "logits")
+    layer = model.n_layers + 1
+    rows = leaked.rows(logits, layer)
+    assert torch.allclose(rows, model.states(ids, layer), atol=1e-4)
+    assert invert(rows, leaked, layer).tokens.tolist() == ids.tolist()
+    last = leaked.rows(logits[1], layer)
+    assert invert_last(last, leaked, layer, length=2).tokens.tolist() == [7, 300]
+    with pytest.raises(NotVerified):
+        invert(leaked.rows(logits.flip(1), layer), leaked, layer)
+    for bad, place in ((logits[:, :-1], layer), (logits, layer - 1)):
+        with pytest.raises(StatesError, match=r"expected \(…, 500\) and layer 4"):
+            leaked.rows(bad, place)
+    untied = LanguageModel(head.transformer)
+    with pytest.raises(ModelError, match="without the matrix that makes its logits"):
+        Leaked(untied, "logits")
+
+
+@pytest.mark.parametrize("what", ["unit", "values", "centred"])
+def test_one_row_of_what_leaked_gives_two_tokens(
+    narrow: LanguageModel, what: str
+) -> None:
+    """The last row alone, also of another width; a row of no prompt is refused."""
+    leaked = Leaked(narrow, what)
+    ids = torch.tensor([7, 300])
+    row = leaked.states(ids, 2)[-1]
+    ends = Ends.fit(leaked, 2, 2, tokens=2000, features=32)
+    found = invert_last(row, leaked, 2, longest=2, ends=ends)
+    assert found.tokens.tolist() == [7, 300]
+    with pytest.raises(NotRecovered):
+        invert_last(row.flip(0), leaked, 2, longest=2, ends=ends, seconds=0.5)
