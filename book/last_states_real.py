@@ -21,7 +21,8 @@ SECONDS = 120.0
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    layer, kind, length, count = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+    kind = sys.argv[2]
+    layer, length, count = map(int, [sys.argv[1], *sys.argv[3:]])
     model = load("smollm2", device="cpu")
     ends = fitted_ends(model, layer, LONGEST)
     runs = [one(ends, ids, SECONDS) for ids in tqdm(sample(model, kind, count, length, 0))]

@@ -357,7 +357,7 @@ def imprints(model: LanguageModel, layer: int, w: int) -> Imprints:
         rows = torch.stack([model.vocabulary, context.expand(model.vocab_size)], 1)
         states = torch.cat([start.branch(part)[0] for part in rows.split(ROWS)])
         states -= states.mean(0)
-        states /= states.square().mean((0, 2), keepdim=True).sqrt()
+        states /= states.square().mean((0, 2), keepdim=True).sqrt().clamp_min(1e-30)
         model.measured[key] = states.flatten(1)
     return model.measured[key]
 
@@ -480,7 +480,7 @@ class Search:
                     fresh = self.read(prompts, states)
 
     def around(self, ids: Tokens, likely: Likely) -> tuple[Prompts, Tensor]:
-        """Prompts with two to two thirds of the tokens drawn anew, and which."""
+        """Prompts with two to two thirds of the tokens, of two one, anew; and which."""
         drawing = {"generator": self.generator, "device": ids.device}
         most = max(1, 2 * len(ids) // 3)
         size = torch.randint(min(2, most), most + 1, (CHAINS, 1), **drawing)
@@ -495,9 +495,8 @@ class Search:
         self, ids: Tokens, likely: Likely, known: Known
     ) -> tuple[Effects, Guess]:
         """Effects at a prompt, the closest with one token changed; fills ``known``."""
-        model = self.start.model
-        table = model.embeddings
-        alike = imprints(model, self.start.layer, int(self.law.first.argmax()))
+        frequent = int(self.law.first.argmax())
+        table = imprints(self.start.model, self.start.layer, frequent)
         drawing = {"generator": self.generator, "device": ids.device}
         state = last_states(self.start, ids[None])[0]
         each = state.new_empty(len(ids), len(table), len(state))
@@ -519,7 +518,7 @@ class Search:
             near = near.or_closer(self.read(rows, states))
             measured = torch.cat([measured, states - state])
             known[t] = torch.cat([before, read]), measured
-            each[t] = regressed(alike, *known[t])
+            each[t] = regressed(table, *known[t])
             step = step.follow(ids[t : t + 1])[1]
         return Effects(state, each), near
 

@@ -26,7 +26,7 @@ class Leaked(LanguageModel):
     ``past_key_values.layers[ℓ]``, all heads in one row; keys depend on the position.
     ``"centred"`` states have no mean over their d_model numbers, as in TransformerLens;
     ``"unit"`` states have length one, as services of embeddings give them; ``"logits"``
-    of the next token are taken for the state of layer L + 1 that they have come from.
+    or log-probabilities of the next token stand for the state of layer L + 1.
     Raises ``ModelError`` for anything else, or layers that do not cache alike.
 
     >>> from sipit_lite import invert, load
@@ -52,6 +52,7 @@ class Leaked(LanguageModel):
             got = f"got {model.name} without the matrix that makes its logits"
             raise ModelError(f"{got}; expected a model with its head in memory")
         self.unembedding = model.embeddings if head is None else head.weight
+        self.bias = 0.0 if getattr(head, "bias", None) is None else head.bias
         if not self.cached:
             return
         one = {"inputs_embeds": model.embeddings[:1][None], "use_cache": True}
@@ -61,8 +62,7 @@ class Leaked(LanguageModel):
         shapes = {tuple(getattr(x, "shape", ())) for x in stored}
         if what not in ("keys", "values") or [*map(len, shapes)] != [4]:
             got = f"got {what!r} of {model.name}, with caches of shapes {shapes}"
-            expected = "'keys' or 'values', alike in all layers, or 'centred', 'unit', "
-            expected += "'logits'"
+            expected = "'keys' or 'values' of equal layers, 'centred', 'unit', 'logits'"
             raise ModelError(f"{got}; expected {expected}")
         [(_, self.heads, _, self.width)] = shapes
         self.d_model = self.heads * self.width
@@ -108,9 +108,9 @@ class Leaked(LanguageModel):
     def rows(self, cache: Any, layer: int) -> Float[Tensor, "*rows d_model"]:
         """What ``invert`` takes of a layer of ``past_key_values``, a row a position.
 
-        Or of the tensor in it, (prompts, heads, pos, width); or of logits, also in the
-        form of log-probabilities: (…, vocab). Raises ``StatesError`` for
-        a cache of another shape, or not of all positions, ``ModelError`` for a layer.
+        Or of the tensor in it, (prompts, heads, pos, width); or of logits (…, vocab).
+        Raises ``StatesError`` for another shape, or a cache not of all positions,
+        ``ModelError`` for a layer.
         """
         self.check_layer(layer)
         if self.what == "logits":
@@ -131,15 +131,18 @@ class Leaked(LanguageModel):
             raise StatesError(f"{got}: past_key_values=DynamicCache() keeps them")
         return x[..., :seen, :].transpose(-3, -2).flatten(-2)
 
-    def _solved(self, logits: Tensor, layer: int) -> Float[Tensor, "*prompts d_model"]:
-        """The states h with U h = logits + c, by least squares; c is any constant."""
+    def _solved(self, logits: Any, layer: int) -> Float[Tensor, "*rows d_model"]:
+        """The h with U h + b = logits + c, by least squares; c is any constant."""
         vocab = len(self.unembedding)
-        if layer != self.n_layers + 1 or logits.shape[-1:] != (vocab,):
-            got = f"got logits of shape {tuple(logits.shape)} for layer {layer}"
+        shape = tuple(getattr(logits, "shape", ()))
+        if layer != self.n_layers + 1 or shape[-1:] != (vocab,):
+            got = f"got logits of shape {shape} for layer {layer}"
             expected = f"(…, {vocab}) and layer {self.n_layers + 1}"
             raise StatesError(f"{got}; expected {expected}")
         # Less its mean row it is orthogonal to constants, which therefore drop out.
         table = self.unembedding.double()
         table = table - table.mean(0)
-        weights = table @ torch.linalg.inv(table.T @ table)
-        return (logits.to(weights) @ weights).to(self.dtype)
+        # Also with fewer tokens than numbers, where no h is the only one.
+        weights = table @ torch.linalg.pinv(table.T @ table, hermitian=True)
+        linear = torch.as_tensor(logits).to(weights) - self.bias
+        return (linear @ weights).to(self.dtype)

@@ -157,10 +157,10 @@ def test_imprints_are_states_of_transformers(family: Family) -> None:
     for t in (1, 2):
         away = read[:, t].double() - read[:, t].double().mean(0)
         expected.append(away / away.square().mean().sqrt())
-    found = imprints(model, 1, 7)
-    assert torch.allclose(found.double(), torch.cat(expected, 1), atol=1e-4)
+    ours = imprints(model, 1, 7)
+    assert torch.allclose(ours.double(), torch.cat(expected, 1), atol=1e-4)
     deeper = imprints(model, model.n_layers, 7)
-    assert deeper is imprints(model, laststate.SHALLOW, 7) and deeper is not found
+    assert deeper is imprints(model, laststate.SHALLOW, 7) and deeper is not ours
 
 
 def test_regression_written_out() -> None:

@@ -285,11 +285,11 @@ def test_states_of_length_one(family: Family, prompt: Tensor) -> None:
 def test_next_token_logits_give_the_prompt_back(
     narrow: LanguageModel, form: str
 ) -> None:
-    """Of a head that is not tied, in float32; those of another prompt's are its own."""
+    """Of a head of its own with a bias, in float32; what no prompt has is refused."""
     torch.manual_seed(0)
     head = GPT2LMHeadModel(copy.deepcopy(narrow.decoder.config))
     head.config.tie_word_embeddings = False
-    head.lm_head.weight = torch.nn.Parameter(torch.randn(500, 64))
+    head.lm_head = torch.nn.Linear(64, 500)
     head.transformer.load_state_dict(narrow.decoder.state_dict())
     model = LanguageModel(head.eval())
     ids = torch.tensor([7, 300, 41, 7])
@@ -306,7 +306,8 @@ def test_next_token_logits_give_the_prompt_back(
     assert invert_last(last, leaked, layer, length=2).tokens.tolist() == [7, 300]
     with pytest.raises(NotVerified):
         invert(leaked.rows(logits.flip(1), layer), leaked, layer)
-    for bad, place in ((logits[:, :-1], layer), (logits, layer - 1)):
+    assert torch.equal(leaked.rows(logits.numpy(), layer), rows)
+    for bad, place in ((logits[:, :-1], layer), (logits, layer - 1), ("x", layer)):
         with pytest.raises(StatesError, match=r"expected \(…, 500\) and layer 4"):
             leaked.rows(bad, place)
     untied = LanguageModel(head.transformer)
@@ -323,7 +324,7 @@ def test_one_row_of_what_leaked_gives_two_tokens(
     ids = torch.tensor([7, 300])
     row = leaked.states(ids, 2)[-1]
     ends = Ends.fit(leaked, 2, 2, tokens=2000, features=32)
-    found = invert_last(row, leaked, 2, longest=2, ends=ends)
-    assert found.tokens.tolist() == [7, 300]
+    recovered = invert_last(row, leaked, 2, longest=2, ends=ends)
+    assert recovered.tokens.tolist() == [7, 300]
     with pytest.raises(NotRecovered):
         invert_last(row.flip(0), leaked, 2, longest=2, ends=ends, seconds=0.5)
