@@ -62,7 +62,8 @@ class Leaked(LanguageModel):
         shapes = {tuple(getattr(x, "shape", ())) for x in stored}
         if what not in ("keys", "values") or [*map(len, shapes)] != [4]:
             got = f"got {what!r} of {model.name}, with caches of shapes {shapes}"
-            expected = "'keys' or 'values' of equal layers, 'centred', 'unit', 'logits'"
+            expected = "'keys' or 'values', alike in all layers, or 'centred', 'unit', "
+            expected += "'logits'"
             raise ModelError(f"{got}; expected {expected}")
         [(_, self.heads, _, self.width)] = shapes
         self.d_model = self.heads * self.width
@@ -109,8 +110,7 @@ class Leaked(LanguageModel):
         """What ``invert`` takes of a layer of ``past_key_values``, a row a position.
 
         Or of the tensor in it, (prompts, heads, pos, width); or of logits (…, vocab).
-        Raises ``StatesError`` for another shape, or a cache not of all positions,
-        ``ModelError`` for a layer.
+        Raises ``StatesError`` for another shape or positions, ``ModelError``: a layer.
         """
         self.check_layer(layer)
         if self.what == "logits":
