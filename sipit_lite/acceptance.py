@@ -11,9 +11,10 @@
    comes out bit for bit in a pass of the same length. A draft that does is spared too.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -94,8 +95,9 @@ class Observation:
         if half_width is None:
             # Numbers stored in the model's own format are compared in it, bit for bit.
             widths = rounding_half_width(states, model)
-            return cls(values.to(model.dtype), widths, radius, trusted)
-        widths = _check_bound("half_width", half_width, values, known)[:, None]
+            values = values.to(model.dtype)
+        else:
+            widths = _check_bound("half_width", half_width, values, known)[:, None]
         return cls(values, widths.expand_as(values), radius, trusted)
 
     def distance(self, t: int | slice, candidates: States) -> Distances:
@@ -158,17 +160,35 @@ def rounding_half_width(states: States, model: LanguageModel) -> States:
     """Half a unit of the stored format; zero if that is as fine as the model's."""
     stored = torch.finfo(states.dtype)
     values = states.to(model.device, torch.float32)
-    if stored.eps <= torch.finfo(model.dtype).eps:
-        return torch.zeros_like(values, dtype=model.dtype)
-    # A number 2^e · m with ½ ≤ m < 1 has its last digit at eps · 2^(e − 1).
-    exponent = torch.frexp(values).exponent
-    unit = torch.ldexp(torch.full_like(values, stored.eps), exponent - 1)
-    return (unit / 2).clamp(min=stored.tiny * stored.eps / 2).to(model.dtype)
+    half = torch.zeros_like(values)
+    if stored.eps > torch.finfo(model.dtype).eps:
+        # A number 2^e · m with ½ ≤ m < 1 has its last digit at eps · 2^(e − 1).
+        exponent = torch.frexp(values).exponent
+        unit = torch.ldexp(torch.full_like(values, stored.eps), exponent - 1)
+        half = (unit / 2).clamp(min=stored.tiny * stored.eps / 2)
+    return half.to(model.dtype)
 
 
 @plain_settings()
 def noise_floor(model: LanguageModel, layer: int) -> float:
-    """Float noise of a state over its norm, times ``SAFETY``, where it is largest."""
+    """Float noise of a state over its norm, times ``SAFETY``, where it is largest.
+
+    Parameters
+    ----------
+    model, layer: where it is measured, once; layers are 0 to L + 1
+
+    Returns
+    -------
+    The radius ε_t of a state, without announced noise, over ‖ĥ_t‖₂ (chapter 8)
+
+    Raises
+    ------
+    ModelError: no such layer, or states that differ by more than rounding
+
+    >>> from sipit_lite import load
+    >>> noise_floor(load(device="cpu"), layer=3) < 1e-4
+    True
+    """
     return float(_measured(model, layer)[0].max())
 
 
@@ -186,19 +206,18 @@ def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
     apart = torch.cdist(table[drawn], table).scatter(1, drawn[:, None], torch.inf)
     sample = torch.cat([drawn, apart.argmin(1)])
     states = model.states(ids, layer)
-    spreads = []
-    gaps = []
+    columns = []
     for t in [t for t in PROBES if t < length]:
         step = OneStepMap.after(model, layer, ids[:t])
         sample[-1] = ids[t]
         rows = step.tokens(sample).double()
         alone = step.tokens(ids[t : t + 1])[0].double()
         routes = torch.stack([states[t].double(), alone, rows[-1]])
-        spreads.append(torch.pdist(routes).max() / routes[0].norm())
         pairs = torch.cdist(rows, rows, compute_mode=EXACT)
         same = sample[:, None] == sample  # drawn tokens may be each other's neighbours
-        gaps.append(pairs.masked_fill(same, torch.inf).min())
-    spread = torch.stack(spreads)
+        noise = torch.pdist(routes).max() / routes[0].norm()
+        columns.append([noise, pairs.masked_fill(same, torch.inf).min()])
+    spread, gap = map(torch.stack, zip(*columns, strict=True))
     unit = torch.finfo(model.dtype).eps
     # Half of the digits are no rounding: such states depend on what comes later.
     if not spread.max() <= unit**0.5:  # NaN is no rounding either
@@ -206,7 +225,6 @@ def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
         expected = f"expected rounding alone, under {unit**0.5:.1e} (is it causal?)"
         raise ModelError(f"{got} {spread.max():.1e} in cached steps; {expected}")
     floor = SAFETY * spread.clamp(min=unit / 2)
-    gap = torch.stack(gaps)
     last = min(1, length - 1)  # a context of one position has no later ones
     columns = [floor[0], floor[last:].max(), gap[0], gap[last:].min()]
     return model.measured.setdefault(key, torch.stack(columns).reshape(2, 2))
@@ -221,18 +239,19 @@ def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
     """
     depth = min(layer, 1)
     key = ("related", depth)
-    if key in model.measured:
-        return model.measured[key]
-    near = torch.zeros_like(model.vocabulary, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
-    prefix = torch.randint(model.vocab_size, (LATER,), generator=generator)
-    for t in {0, min(LATER, model.n_positions - 1)} if len(near) > 1 else ():
-        states = OneStepMap.after(model, depth, prefix[:t]).tokens(model.vocabulary)
-        states = states.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        limit = RELATED * vector_norm(states - states.mean(0), dim=1).median()
-        report = closest_pairs(states, 1, nearest=True, within=float(limit))
-        near |= report.nearest.to(near.device) < float(limit)
-    return model.measured.setdefault(key, near)
+    if key not in model.measured:
+        near = torch.zeros_like(model.vocabulary, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(0)
+        prefix = torch.randint(model.vocab_size, (LATER,), generator=generator)
+        for t in {0, min(LATER, model.n_positions - 1)} if len(near) > 1 else ():
+            step = OneStepMap.after(model, depth, prefix[:t])
+            states = step.tokens(model.vocabulary).float()
+            states = states.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            limit = RELATED * vector_norm(states - states.mean(0), dim=1).median()
+            report = closest_pairs(states, 1, nearest=True, within=float(limit))
+            near |= report.nearest.to(near.device) < float(limit)
+        model.measured[key] = near
+    return model.measured[key]
 
 
 def agreeing(
@@ -255,14 +274,14 @@ def try_candidates(
     step: OneStepMap,
     observed: Observation,
     t: int,
-    batches: Iterable[Tokens],
-    learn: Callable[[Tokens, States], None] | None = None,
+    batches: Iterable,
+    learn: Any = None,
 ) -> Distances:
     """Distances of the tokens tested at position t, NaN for the others.
 
-    Batches are tested until one holds a token that verifies; then its rivals are.
-    ``learn``, of a drafter's search, receives each batch and its states; such a search
-    spares a clear token without twins its rivals, as a draft does.
+    Batches of tokens are tested until one verifies; then its rivals are. ``learn``, of
+    a drafter's search, receives each batch and its states; such a search spares a clear
+    token without twins its rivals, as a draft does.
     """
     table = step.model.embeddings
     twins = related(step.model, step.layer)

@@ -14,10 +14,9 @@ CUT = 4 * U  # what tensor cores lose a product: they cut where float32 rounds
 def float32_slack(axes: int, unit: float = U) -> float:
     """What ‖a‖² + ‖b‖² − 2a·b can lose in float32, as a share of ‖a‖² + ‖b‖².
 
-    Higham's γ for ``axes`` + 6 operations bounds the product and the sums, for norms
-    computed in float64 and added after the product; 6u is for the rounding of a and b
-    to float32, each moved by 3u/2 of its norm at most. Of 16-bit numbers tensor cores
-    sum exact products, and lose ``CUT`` a product as ``unit``. Chapter 6 proves both.
+    Higham's γ for ``axes`` + 6 operations bounds product and sums, for norms in float64
+    added after the product; 6u is for rounding a and b to float32, 3u/2 of each norm at
+    most. Of 16-bit numbers tensor cores lose ``CUT`` a product: ``unit`` (chapter 6).
     """
     return (axes + 6) * unit / (1 - (axes + 6) * unit) + 6 * U
 

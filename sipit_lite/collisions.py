@@ -6,7 +6,6 @@ distant from the box of a leaf of a k-d tree, or a pair whose distance as points
 what float32 or tensor cores can have lost, exceeds the best. Others: in float64.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice, product
@@ -39,16 +38,17 @@ ROOM = {"cuda": 4}  # with tensor cores: leaves, columns and parts so much large
 class CollisionReport:
     """The closest pairs of states, and what was done to be sure of them.
 
-    ``pairs`` are indices i < j into the rows given, ``distances`` sorted; no other pair
-    is closer. ``compared`` counts all pairs of distinct prompts, ``bounded`` those with
-    a bound, ``recomputed`` those let through, ``collisions`` those closer than 1e-6,
-    ``practical`` those ``torch.allclose`` in either order. Bounds were lowered by
-    ``slack`` · (‖a‖² + ‖b‖²), norms from the centre. ``rows`` are the rows compared; of
-    ``duplicates`` the prompt had occurred; ``nearest`` are distances of neighbours.
+    ``pairs`` are indices i < j into the rows given, ``distances`` sorted, ``minimum``
+    the first; no other pair is closer. ``compared`` counts all pairs of distinct
+    prompts, ``bounded`` those with a bound, lowered by ``slack`` · (‖a‖² + ‖b‖²) of
+    norms from the centre, ``recomputed`` those let through, ``collisions`` those closer
+    than 1e-6, ``practical`` those ``torch.allclose`` in either order. ``rows`` were
+    compared; of ``duplicates`` the prompt had occurred; ``nearest`` is how near others.
     """
 
     pairs: Int[Tensor, "k 2"]
     distances: Float64[Tensor, " k"]
+    minimum: float
     compared: int
     bounded: int
     recomputed: int
@@ -58,12 +58,6 @@ class CollisionReport:
     rows: Int[Tensor, " n"]
     duplicates: int
     nearest: Float64[Tensor, " n"] | None
-    seconds: float
-
-    @property
-    def minimum(self) -> float:
-        """The smallest distance of all."""
-        return float(self.distances[0])
 
 
 @plain_settings()
@@ -79,20 +73,27 @@ def closest_pairs(
 ) -> CollisionReport:
     """Find the k closest pairs of rows: those of all pairs compared in float64.
 
-    ``states`` are (N, d_model), float16, bfloat16, float32 or float64. Of ``prompts``,
-    one a row, those that occurred before are left out and counted; equal states of
-    different ones are collisions. ``nearest`` wants the nearest neighbour of every row
-    too; what is farther than ``within`` need not be found: far quicker.
+    Parameters
+    ----------
+    states: (N, d_model), in float16, bfloat16, float32 or float64
+    prompts: of each row; those that occurred before are left out and counted, while
+        equal states of different ones are collisions
+    nearest, within: finds the nearest neighbour of every row too, if no farther away
 
-    Raises ``StatesError`` for rows that are not finite (it says which), another format,
-    shape or number of prompts, or a k that is not between 1 and the number of pairs.
+    Returns
+    -------
+    The ``CollisionReport``: pairs, distances, and what was compared (chapter 6)
+
+    Raises
+    ------
+    StatesError: rows that are not finite (it says which), another format, shape or
+        number of prompts, or a k that is not between 1 and the number of pairs
 
     >>> rows = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.5]])
     >>> report = closest_pairs(rows, k=2)
     >>> report.pairs.tolist(), report.distances.tolist()
     ([[1, 2], [0, 1]], [0.5, 5.0])
     """
-    start = time.perf_counter()
     states = _checked(states)
     rows = torch.arange(len(states))
     if prompts is not None:
@@ -119,6 +120,7 @@ def closest_pairs(
     return CollisionReport(
         pairs=rows[pairs],
         distances=distances,
+        minimum=min(distances.tolist(), default=torch.inf),
         compared=possible,
         bounded=search.bounded,
         recomputed=search.recomputed,
@@ -128,7 +130,6 @@ def closest_pairs(
         rows=rows,
         duplicates=len(states) - len(rows),
         nearest=search.near.where(sizes == 1, 0.0)[group].cpu() if nearest else None,
-        seconds=time.perf_counter() - start,
     )
 
 
@@ -262,7 +263,14 @@ class _Search:
             pairs = torch.stack([i[part], j[part]])
             distances = self._lower_near(*pairs)
             self.recomputed += len(part)
-            self._count(*pairs, distances)
+            # Collisions are counted for all rows that are equal to these.
+            weights = self.sizes[pairs].prod(0)
+            self.collisions += int(weights[distances < COLLISION].sum())
+            maybe = distances <= self.floor[pairs].amax(0)
+            a, b = self.x[pairs[:, maybe]].double()
+            alike = torch.isclose(a, b, RTOL, ATOL).all(1)
+            alike |= torch.isclose(b, a, RTOL, ATOL).all(1)
+            self.practical += int(weights[maybe][alike].sum())
             self.pairs = torch.cat([self.pairs, pairs.T])
             self.distances = torch.cat([self.distances, distances])
             best = self.distances.argsort(stable=True)[: self.k]
@@ -270,17 +278,6 @@ class _Search:
             self.distances = self.distances[best]
             if len(best) == self.k:
                 self.kth = min(self.kth, float(self.distances[-1]))
-
-    def _count(self, i: Tensor, j: Tensor, distances: Float64[Tensor, " m"]) -> None:
-        """Count pairs that collide, for all rows that are equal to theirs."""
-        weights = self.sizes[i] * self.sizes[j]
-        self.collisions += int(weights[distances < COLLISION].sum())
-        maybe = distances <= torch.maximum(self.floor[i], self.floor[j])
-        a = self.x[i[maybe]].double()
-        b = self.x[j[maybe]].double()
-        alike = torch.isclose(a, b, RTOL, ATOL).all(1)
-        alike |= torch.isclose(b, a, RTOL, ATOL).all(1)
-        self.practical += int(weights[maybe][alike].sum())
 
     def _lower_near(self, i: Tensor, j: Tensor) -> Float64[Tensor, " m"]:
         """Float64 distances of pairs, a part at a time; the rows' nearest with them."""

@@ -87,19 +87,6 @@ def is_oom(error: BaseException) -> bool:
     return exhausted or "can't allocate memory" in str(error)
 
 
-@contextmanager
-def advised(what: str, dtype: torch.dtype, kind: type[Exception]) -> Iterator[None]:
-    """Turn running out of memory into an error of ``kind`` that says what may fit."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_oom(error):
-            raise
-        ways = "expected fewer or shorter ones at a time, or a lower layer"
-        ways += f", or torch.bfloat16 in place of {dtype}" * (dtype.itemsize > 2)
-        raise kind(f"got {what}, which do not fit into memory; {ways}") from error
-
-
 class LanguageModel:
     """A decoder-only transformer as the paper sees it: the map s ↦ H^(ℓ)(s).
 
@@ -122,11 +109,19 @@ class LanguageModel:
     """
 
     def __init__(self, hf_model, tokenizer=None, *, name: str | None = None):
-        self.decoder = decoder = decoder_of(hf_model)
-        self.parts = landmarks(decoder)
+        if hasattr(hf_model, "get_base_model"):  # PEFT: its adapters stay in place
+            hf_model = hf_model.get_base_model()
+        if not isinstance(hf_model, PreTrainedModel):
+            kind = type(hf_model).__name__
+            expected = "expected a model of transformers; load takes names"
+            raise ModelError(f"got an object {kind}; {expected}")
+        self.decoder = decoder = hf_model.get_decoder()
+        if any(weight.is_inference() for weight in decoder.parameters()):
+            raise ModelError("got weights made in inference mode; load it outside")
+        self.parts = parts_of(decoder)
         self.tokenizer = tokenizer
         self.name = name or decoder.config._name_or_path or type(decoder).__name__
-        self.begin, self._end = edge_tokens(tokenizer)
+        self.begin, self._end = edge_tokens(tokenizer) if tokenizer else (None, None)
         self.measured: dict[tuple, Any] = {}  # once, by what and layer: ("noise", 3)
         table = decoder.get_input_embeddings()
         self.hf_model = hf_model  # with the head; None where blocks were left out
@@ -174,12 +169,11 @@ class LanguageModel:
 
     def decode(self, ids: Int[Tensor, " pos"]) -> str:
         """The text that ``encode`` turned into these ids, or the ids themselves."""
+        ids = ids.tolist()
         if self.tokenizer is None:
-            return " ".join(map(str, ids.tolist()))
-        if len(ids) and int(ids[0]) == self.begin:
-            ids = ids[1:]
-        if len(ids) and int(ids[-1]) == self._end:
-            ids = ids[:-1]
+            return " ".join(map(str, ids))
+        ids = ids[1:] if ids[:1] == [self.begin] else ids
+        ids = ids[:-1] if ids[-1:] == [self._end] else ids
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def check_layer(self, layer: int) -> None:
@@ -211,10 +205,24 @@ class LanguageModel:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.device)
         self.check_ids(ids)
         size = f"{ids[..., 0].numel()} prompts of {ids.shape[-1]} tokens"
-        with torch.no_grad(), advised(size, self.dtype, ModelError):
+        with torch.no_grad(), self.advised(size):
             rows = self.embeddings[ids.reshape(-1, ids.shape[-1])]
             output = self.cut(layer)(inputs_embeds=rows, use_cache=False)
         return output.last_hidden_state.to(self.device).reshape(*ids.shape, -1)
+
+    @contextmanager
+    def advised(self, what: str) -> Iterator[None]:
+        """Turn running out of memory into a ``ModelError`` that says what may fit."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_oom(error):
+                raise
+            ways = "expected fewer or shorter ones at a time, or a lower layer"
+            coarser = f", or torch.bfloat16 in place of {self.dtype}"
+            ways += coarser * (not self.sixteen_bits)
+            got = f"got {what}, which do not fit into memory"
+            raise ModelError(f"{got}; {ways}") from error
 
     def cut(self, layer: int) -> nn.Module:
         """The decoder with its first blocks, no final norm; all weights shared."""
@@ -232,23 +240,8 @@ class LanguageModel:
         return cut
 
 
-def decoder_of(model: Any) -> PreTrainedModel:
-    """The decoder inside a model in memory; ``ModelError`` where there is none."""
-    if hasattr(model, "get_base_model"):  # PEFT: its adapters stay in place
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        expected = "a model of transformers; load takes names"
-        raise ModelError(f"got an object {type(model).__name__}; expected {expected}")
-    decoder = model.get_decoder()
-    if any(weight.is_inference() for weight in decoder.parameters()):
-        raise ModelError("got weights made in inference mode; load it outside")
-    return decoder
-
-
 def edge_tokens(tokenizer: Any) -> tuple[int | None, int | None]:
     """The special tokens that a tokenizer puts first and last, None for none."""
-    if tokenizer is None:
-        return None, None
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     begin = int(ids[0]) if ids[:1] != bare[:1] else None
@@ -256,7 +249,7 @@ def edge_tokens(tokenizer: Any) -> tuple[int | None, int | None]:
     return begin, end
 
 
-def landmarks(decoder: PreTrainedModel) -> tuple[str, str]:
+def parts_of(decoder: PreTrainedModel) -> tuple[str, str]:
     """Names of the list of blocks and of the final norm, recognised by structure."""
     depth = getattr(decoder.config, "num_hidden_layers", None)
     width = getattr(decoder.config, "hidden_size", None)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from sipit_lite.model import LanguageModel, ModelError, advised, is_oom, plain_settings
+from sipit_lite.model import LanguageModel, ModelError, is_oom, plain_settings
 
 ROWS = 256  # candidates a pass: enough to keep the matrix products busy
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -47,11 +47,11 @@ class OneStepMap:
         cls, model: LanguageModel, layer: int, prefix: Int[Tensor, " pos"] | None = None
     ) -> "OneStepMap":
         """The map after a prefix of token ids; no prefix means the first position."""
-        start = cls(model, layer, 0, model.cut(layer), ())
-        if prefix is None or prefix.numel() == 0:
-            return start
-        model.check_ids(prefix)
-        return start.follow(prefix.to(model.device))[1]
+        step = cls(model, layer, 0, model.cut(layer), ())
+        if prefix is not None and prefix.numel() > 0:
+            model.check_ids(prefix)
+            _, step = step.follow(prefix.to(model.device))
+        return step
 
     def follow(self, ids: Int[Tensor, " rows"]) -> tuple[Rows, "OneStepMap"]:
         """The states of further tokens, read in one pass, and the map after them."""
@@ -64,7 +64,7 @@ class OneStepMap:
         cache = self._cache(len(rows))
         position = self.position + rows.shape[1]
         size = f"{len(rows)} prompts of {position} tokens"
-        with torch.no_grad(), advised(size, self.model.dtype, ModelError):
+        with torch.no_grad(), self.model.advised(size):
             states = self._run(self.model.embeddings[rows], cache)
         steps = []
         for i in range(len(rows)):
@@ -82,7 +82,7 @@ class OneStepMap:
         copied = sum(keys.numel() + values.numel() for keys, values in self.past)
         cap = max(1, min(ROWS, FLOAT_ROOM // max(copied, 1)))
         one = f"one candidate after {self.position} tokens"
-        with torch.no_grad(), advised(one, self.model.dtype, ModelError):
+        with torch.no_grad(), self.model.advised(one):
             e = self.model.embeddings[tokens]
             return fitting(lambda n: torch.cat([*map(self.embedding, e.split(n))]), cap)
 

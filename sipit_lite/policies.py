@@ -78,7 +78,12 @@ class Gradient:
             if taken and taken % window == 0:
                 e = table[nearest(table, e, untried, 1)][0]
             rate = self.step_size * (1 - 0.99 * (taken % window) / max(window - 1, 1))
-            e = e - rate * clipped_gradient(step, e, observed, self.mean)
+            with torch.enable_grad():
+                proxy = e.clone().requires_grad_()
+                squares = (step.embedding(proxy[None])[0] - observed).square()
+                loss = squares.mean() if self.mean else squares.sum() / 2
+                gradient = torch.autograd.grad(loss, proxy)[0]
+            e = e - rate * (gradient / gradient.norm().clamp(min=1.0))
             batch = nearest(table, e, untried, min(self.proposals_per_step, left))
             untried[batch] = False
             left -= len(batch)
@@ -86,16 +91,6 @@ class Gradient:
             if not left:
                 return
         yield from nearest(table, e, untried, left).split(ROWS)
-
-
-def clipped_gradient(step: OneStepMap, e: State, observed: Tensor, mean: bool) -> State:
-    """∇_e ½‖F(e) − ĥ_t‖², or that of the mean squared error, its norm clipped at 1."""
-    with torch.enable_grad():
-        e = e.detach().clone().requires_grad_()
-        squares = (step.embedding(e[None])[0] - observed).square()
-        loss = squares.mean() if mean else squares.sum() / 2
-        gradient = torch.autograd.grad(loss, e)[0]
-    return gradient / gradient.norm().clamp(min=1.0)
 
 
 def nearest(table: Tensor, e: State, allowed: Tensor, count: int) -> Tensor:

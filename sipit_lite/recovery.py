@@ -12,13 +12,12 @@ from sipit_lite.model import SipItError, StatesError
 class Recovery:
     """What SipIt recovered, and how clearly: one entry a position, on the CPU.
 
-    ``distance`` is ‖F(v) − ĥ_t‖₂ of the accepted token v and ``radius`` the ε_t it had
-    to meet; ``runner_up`` the smallest distance of another token tested, infinite where
-    none was; ``tested`` counts them. ``verified`` is False only where a token that no
-    test accepted was taken (``on_fail="nearest"``), and ``twins`` lists by position the
-    tokens that verify where several do. ``margin`` is the distance from the state of v
-    to the nearest state of any other token, at least Δ_{π,t}, where ``certify=True``
-    measured it, else NaN; ``seconds`` is wall-clock time.
+    ``distance`` is ‖F(v) − ĥ_t‖₂ of the accepted token v, ``radius`` the ε_t it had to
+    meet, ``runner_up`` the least distance of another token tested, infinite where none
+    was, and ``tested`` their number. ``verified`` is False only where a token that no
+    test accepted was taken (``on_fail="nearest"``); ``twins`` lists by position the
+    tokens that verify where several do. ``margin`` is the distance from v's state to
+    the nearest of another token, at least Δ_{π,t}, with ``certify=True``, else NaN.
     """
 
     tokens: Int[Tensor, " pos"]

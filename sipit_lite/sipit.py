@@ -49,9 +49,8 @@ def invert(
     ----------
     states: (T, d_model) in any floating-point format; for layer L + 1 after the norm
     policy, lens, seed: the order of candidates: ``"auto"`` drafts with ``lens`` and
-        searches by the lens's own policy for what it misses. Without one it is
-        ``Gradient()``, or where tokens are many what ``extensions.fitted`` offers;
-        ``False`` lets it fit none
+        searches by its policy; without one by ``Gradient()``, or where tokens are many
+        by what ``extensions.fitted`` offers, which with ``False`` fits no lens
     epsilon: bound on noise ‖ĥ_t − h_t‖₂ that was added on purpose, one number or one a
         position; without it ε_t is the measured noise floor alone
     half_width: how far rounding may have moved the numbers of each position, where it
@@ -115,8 +114,20 @@ def invert_many(
     StatesError: a mask that does not fit the states; an option that is none
     ModelError, LensError: no such layer, another model's lens
     Interrupted: on Ctrl-C, with all outcomes
+
+    >>> from sipit_lite import load
+    >>> model = load(device="cpu")
+    >>> states = [model.states(text, 1) for text in ("one prompt", "two")]
+    >>> [outcome.text for outcome in invert_many(states, model, 1)]
+    ['one prompt', 'two']
     """
-    states = states if mask is None else _unpadded(states, mask)
+    if mask is not None:
+        shapes = [tuple(getattr(x, "shape", ())) for x in (states, mask)]
+        if len(shapes[1]) != 2 or shapes[0][:-1] != shapes[1]:
+            got = f"got states of shape {shapes[0]} with a mask of shape {shapes[1]}"
+            raise StatesError(f"{got}; expected (prompts, pos, d) and (prompts, pos)")
+        mask = torch.as_tensor(mask).bool()
+        states = [rows[shown] for rows, shown in zip(states, mask, strict=True)]
     prompts: list[_Prompt] = []
     try:
         with plain_settings():
@@ -136,15 +147,6 @@ def invert_many(
         stopped = [prompt for prompt in prompts if not prompt.done] or prompts[:1]
         best = [prompt.recovered() for prompt in stopped] or [_blank(torch.zeros(0))]
         raise Interrupted(best[0], outcomes) from None
-
-
-def _unpadded(states: object, mask: object) -> list:
-    """The rows of each prompt of a padded batch."""
-    shapes = [tuple(getattr(x, "shape", ())) for x in (states, mask)]
-    if len(shapes[1]) != 2 or shapes[0][:-1] != shapes[1]:
-        got = f"got states of shape {shapes[0]} with a mask of shape {shapes[1]}"
-        raise StatesError(f"{got}; expected (prompts, pos, d) and (prompts, pos)")
-    return [x[m] for x, m in zip(states, torch.as_tensor(mask).bool(), strict=True)]
 
 
 @dataclass
@@ -220,16 +222,27 @@ class _Prompt:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to do."""
         return self.error is not None or 0 < self.length == len(self.recovery.tokens)
 
     def recovered(self) -> Recovery:
-        """The positions that are settled."""
         rows = {k: x for k, x in vars(self.recovery).items() if isinstance(x, Tensor)}
         columns = {name: x[: self.length].clone() for name, x in rows.items()}
         text = self.options.model.decode(columns["tokens"])
         seconds = time.perf_counter() - self.started
         return replace(self.recovery, **columns, text=text, seconds=seconds)
+
+    def finish(self, states: Tensor, step: OneStepMap, bar: tqdm) -> None:
+        """Accept the draft, search for the first token it has wrong, read on behind."""
+        self.accept_draft(states)
+        bar.update(self.length)
+        while not self.done:
+            t = self.length
+            step = step.crop(t)
+            self.search(step)
+            if not self.done:
+                states, step = step.follow(self.tokens[t:])
+                self.accept_draft(states[1:])  # without that of the accepted token
+            bar.update(self.length - t)
 
     def accept_draft(self, states: Tensor) -> None:
         """Settle the drafted tokens that agree, up to the first that does not."""
@@ -363,28 +376,13 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
             if rows.shape[1] > 0:
                 together, steps = start.branch(rows)
             for prompt, states, step in zip(batch, together, steps, strict=True):
-                drafted = slice(prompt.length, len(prompt.tokens))
-                _finish(prompt, states[drafted], step, bar)
+                prompt.finish(states[prompt.length : len(prompt.tokens)], step, bar)
     searched = [prompt for prompt in prompts if prompt.searched and not prompt.error]
     for batch, rows in _batches(searched):
         # No cache this time: were the one-step map wrong, this pass would show it.
         together = options.model.states(rows, options.layer)
         for prompt, states in zip(batch, together, strict=True):
             prompt.read_once_more(states)
-
-
-def _finish(prompt: _Prompt, states: Tensor, step: OneStepMap, bar: tqdm) -> None:
-    """Accept the draft, search for the first token it has wrong, read on behind it."""
-    prompt.accept_draft(states)
-    bar.update(prompt.length)
-    while not prompt.done:
-        t = prompt.length
-        step = step.crop(t)
-        prompt.search(step)
-        if not prompt.done:
-            states, step = step.follow(prompt.tokens[t:])
-            prompt.accept_draft(states[1:])  # without that of the accepted token
-        bar.update(prompt.length - t)
 
 
 def _batches(prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], Tensor]]:

@@ -6,6 +6,7 @@ import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -16,8 +17,8 @@ CORE = {
     "__init__.py": 40,
     "model.py": 295,
     "onestep.py": 125,
-    "acceptance.py": 380,
-    "policies.py": 110,
+    "acceptance.py": 386,
+    "policies.py": 104,
     "recovery.py": 85,
     "sipit.py": 400,
     "bounds.py": 60,
@@ -200,6 +201,34 @@ def test_comments_stand_where_a_reader_stops() -> None:
     """At least eight in a hundred code lines."""
     total = totals()
     assert total["comments"] * 100 >= 8 * total["code"], total
+
+
+def test_a_model_passes_few_rooms_and_returns_in_one_inversion() -> None:
+    """At most five files and ten ``return`` in what takes it as an argument."""
+    from sipit_lite import invert, load
+
+    model = load("pocket-gpt2")
+    states = model.states("The secret is out.", 3)
+    passed = set()
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        given = [frame.f_locals.get(name) is model for name in names if name != "self"]
+        if event == "call" and any(given) and str(PACKAGE) in code.co_filename:
+            passed.add((code.co_filename, code.co_name))
+
+    sys.setprofile(look)
+    invert(states, model, 3)
+    sys.setprofile(None)
+    returns = 0
+    files = {file for file, _ in passed}
+    for file in files:
+        for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))):
+            if (file, getattr(node, "name", "")) in passed:
+                returns += sum(isinstance(x, ast.Return) for x in ast.walk(node))
+    assert 3 <= len(files) <= 5, files
+    assert 7 <= returns <= 10, passed
 
 
 def report() -> None:

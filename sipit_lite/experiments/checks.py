@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 
 import torch
 import transformers
@@ -111,15 +112,18 @@ def judged(ids: Int[Tensor, " pos"], outcome: Outcome) -> dict:
     return {"exact": exact, "refused": refused, "silent error": silent}
 
 
-def clock(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's queue emptied before and after."""
+def clock(work: Callable[[], object], device: torch.device, rounds: int = 1) -> float:
+    """Median seconds of a call, the device's queue emptied before and after."""
     # Kernels of a GPU run on after the call that starts them has returned.
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()  # else the work of earlier calls is counted
-    started = time.perf_counter()
-    work()
-    wait()  # else this work is not
-    return time.perf_counter() - started
+    seconds = []
+    for _ in range(rounds):
+        wait()  # else the work of earlier calls is counted
+        started = time.perf_counter()
+        work()
+        wait()  # else this work is not
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
 
 
 def report(bench: str, model: LanguageModel, checks: list[Check], data: dict) -> dict:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -114,7 +113,8 @@ def compare(x: Float[Tensor, "n d_model"], layer: int, repeats: int) -> dict:
     report = closest_pairs(x, 1)
     truth = gemm_minimum(x.double())
     row = {"layer": layer, "pairs": report.compared, "minimum": report.minimum}
-    row |= {"seconds": median_seconds(x, repeats), "gemm": product}
+    seconds = clock(lambda: closest_pairs(x, 1), x.device, repeats)
+    row |= {"seconds": seconds, "gemm": product}
     row |= {"cdist": cdist_seconds(x), "error": abs(report.minimum - truth)}
     row |= {"gemm error": abs(minima[0] - truth), "bounded": report.bounded}
     return row | {"recomputed": report.recomputed}
@@ -143,8 +143,3 @@ def cdist_seconds(x: Float[Tensor, "n d_model"], rows: int = 128) -> float:
         return torch.cdist(x[sample], x, compute_mode=EXACT).min()
 
     return clock(work, x.device) * len(x) / len(sample) / 2  # each pair once
-
-
-def median_seconds(x: Float[Tensor, "n d_model"], repeats: int = REPEATS) -> float:
-    """Median time of the detector."""
-    return median(clock(lambda: closest_pairs(x, 1), x.device) for _ in range(repeats))

@@ -1,6 +1,6 @@
 """Inversion side by side: the published loop, LM order and ``auto``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
@@ -143,7 +143,7 @@ def measure(
     verdicts = []
     for ids, x in zip(drawn, states, strict=True):
         # In the same minute: a machine may be busy in another.
-        forward = _repeated(partial(model.states, ids, layer), model, 5)
+        forward = clock(partial(model.states, ids, layer), model.device, 5)
         [outcome] = work([x])
         runs.append(getattr(outcome, "recovered", outcome))  # a refusal carries one
         passes.append(runs[-1].seconds / forward)
@@ -178,12 +178,7 @@ def together(
     layer = lens.layer
     states = [model.states(ids, layer) for ids in options]
     work = partial(invert_many, model=model, layer=layer, lens=lens)
-    alone = _repeated(lambda: [work([x]) for x in states], model, 3) / len(options)
-    batched = _repeated(partial(work, states), model, 3) / len(options)
+    alone = clock(lambda: [work([x]) for x in states], model.device, 3) / len(options)
+    batched = clock(partial(work, states), model.device, 3) / len(options)
     row = {"one at a time, seconds": alone, "all at once, seconds": batched}
     return row | {"speed-up": alone / batched}
-
-
-def _repeated(work: Callable[[], object], model: LanguageModel, rounds: int) -> float:
-    """The median of so many measurements."""
-    return median(clock(work, model.device) for _ in range(rounds))

@@ -102,8 +102,18 @@ def continuations(
 ) -> Iterator[CollisionReport]:
     """For each prompt, the closest of its |V| one-token continuations (Fig. 4).
 
-    Yields a report a prompt, whose rows are tokens: its ``minimum`` is the margin
-    Δ_{π,t}. Raises ``ModelError`` for a bad layer or prompt.
+    Parameters
+    ----------
+    prompts: token ids of each, shape (T,), with room for one token more
+    layer, progress: of the states, 0 to L + 1; whether a bar is shown
+
+    Yields
+    ------
+    A report a prompt, whose rows are tokens: its ``minimum`` is the margin Δ_{π,t}
+
+    Raises
+    ------
+    ModelError: a bad layer or prompt
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")

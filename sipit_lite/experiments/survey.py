@@ -91,7 +91,6 @@ def survey_layer(
     row = {"pairs": report.compared, "recomputed": report.recomputed}
     row |= {name: getattr(report, name) for name in ("minimum", *COUNTED[1:])}
     row["nearest"] = report.nearest.cpu().quantile(shares).tolist()
-    row["seconds"] = report.seconds
     return short(row | null_models(x, seed=seed)), report
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sipit_lite.model import ModelError, SipItError, advised, plain_settings
+from sipit_lite.model import SipItError, plain_settings
 from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Batches, Policy, State, check_settings, nearest
 
@@ -83,7 +83,7 @@ class Newton:
 def jacobian(step: OneStepMap, e: Float[Tensor, " inputs"]) -> Jacobian:
     """∂F/∂e at an embedding, row i of number i; ``ModelError`` where it has no room."""
     size = f"a Jacobian of {step.model.d_model} rows after {step.position} tokens"
-    with torch.enable_grad(), advised(size, step.model.dtype, ModelError):
+    with torch.enable_grad(), step.model.advised(size):
         # A clone: gradients through a view would drag the whole table along.
         e = e.detach().clone().requires_grad_()
         state = step.embedding(e[None])[0]

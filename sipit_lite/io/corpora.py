@@ -25,12 +25,7 @@ OTHERWISE = "or installed text, source='installed' (--source installed)"
 
 
 def from_source(
-    tokenizer: Any,
-    count: int,
-    length: int,
-    *,
-    source: str = "bundled",
-    seed: int = 0,
+    tokenizer: Any, count: int, length: int, *, source: str = "bundled", seed: int = 0
 ) -> list[Int[Tensor, " pos"]]:
     """``sampled`` from the corpora, else ``distinct``."""
     if tokenizer is None:

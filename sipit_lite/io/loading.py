@@ -26,13 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from sipit_lite.model import (
-    LanguageModel,
-    ModelError,
-    is_oom,
-    landmarks,
-    plain_settings,
-)
+from sipit_lite.model import LanguageModel, ModelError, is_oom, parts_of, plain_settings
 from sipit_lite.onestep import OneStepMap
 
 POCKET = "pocket-gpt2"
@@ -194,7 +188,7 @@ def footprint(
     with torch.device("meta"):  # shapes without numbers
         model = AutoModel.from_config(config, dtype=dtype, **OURS)
     decoder = model.get_decoder()
-    blocks = getattr(decoder, landmarks(decoder)[0])
+    blocks = getattr(decoder, parts_of(decoder)[0])
     width = (bits or 8 * dtype.itemsize) / 8  # bytes of a number in the blocks
     total = model.num_parameters()
     matrices = sum(w.numel() for w in blocks.parameters() if w.ndim == 2)

@@ -15,13 +15,7 @@ from tqdm import tqdm
 
 from sipit_lite.io.capture import tapped
 from sipit_lite.io.files import digest, read, replacing
-from sipit_lite.model import (
-    LanguageModel,
-    ModelError,
-    StatesError,
-    advised,
-    plain_settings,
-)
+from sipit_lite.model import LanguageModel, StatesError, plain_settings
 
 SHARD = 4096  # prompts in a file
 TOKENS = 2048  # tokens in a pass: enough for the matrix products, and still in cache
@@ -77,7 +71,7 @@ def _last_states(
     for length, group in groupby(prompts, key=len):
         for ids in torch.stack(list(group)).split(max(1, TOKENS // length)):
             size = f"{len(ids)} prompts of {length} tokens"
-            fits = advised(size, model.dtype, ModelError)
+            fits = model.advised(size)
             with fits, torch.inference_mode(), tapped(model, layers) as states:
                 rows = model.embeddings[ids.to(model.device)]
                 cut(inputs_embeds=rows, use_cache=False)
