@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ import sipit_lite as sl
 from sipit_lite.experiments import checks, paper, perturb, safety, survey
 from sipit_lite.experiments import reproduce as lab
 from sipit_lite.experiments.collision_speed import detector, device
-from sipit_lite.experiments.inversion import inversion
+from sipit_lite.experiments.inversion import inversion, sample
 from sipit_lite.experiments.last_states import laststate
 from sipit_lite.experiments.real import real
 from sipit_lite.io.corpora import SOURCES, from_source
@@ -28,8 +28,7 @@ from sipit_lite.io.loading import POCKET, REAL
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
 POLICIES |= {"published": sl.Published(), "random": sl.Random()}
 BENCHES = {"inversion": inversion, "safety": safety.safety, "real": real}
-BENCHES |= {"laststate": laststate, "collisions": detector}
-BENCHES["device"] = device
+BENCHES |= {"laststate": laststate, "collisions": detector, "device": device}
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt comes back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
@@ -160,8 +159,7 @@ def demo(session: Session, layer: Layer = None) -> int:
     model = session.open()
     layers = range(model.n_layers + 1) if layer is None else [layer]
     prompts = {name: model.encode(text) for name, text in DEMO_TEXTS.items()}
-    plan = lab.Plan(1, 20, seed=session.seed)
-    prompts["random tokens"] = lab.at_random(model, 1, plan)[0]
+    [prompts["random tokens"]] = sample(model, "random", 1, 20, session.seed)
     rows = []
     for (name, ids), at in product(prompts.items(), layers):
         recovered = sl.invert(model.states(ids, at), model, at, seed=session.seed)
@@ -176,8 +174,7 @@ def demo(session: Session, layer: Layer = None) -> int:
             place = f"{name}, layer {at}: {verdict} in {recovered.seconds:.2f} s"
             print(f"{place:44}{recovered.text!r:.40}", flush=True)
     exact = sum(row["exact"] for row in rows)
-    summary = {"model": model.name, "device": str(model.device)}
-    summary |= {"exact": exact == len(rows), "rows": rows}
+    summary = checks.setting(model) | {"exact": exact == len(rows), "rows": rows}
     session.show(summary, f"{exact} of {len(rows)} exact on {model.device}")
     return 0 if exact == len(rows) else 1
 
@@ -219,6 +216,7 @@ def invert(
     certify: Annotated[bool, Option("--certify", help="Test all tokens.")] = False,
     last: Annotated[bool, Option("--last", help="From the last state alone.")] = False,
     length: Annotated[int | None, Option(help="With --last: tokens.")] = None,
+    leaked: Annotated[str | None, Option(help="keys, values, unit, ...")] = None,
 ) -> int:
     """Print the prompt whose hidden states are in a file; surest with --certify.
 
@@ -243,12 +241,16 @@ def invert(
         session.model = session.model or captured.model
         deepest = max(captured.states) if layer is None else layer
     # A lens is of all blocks; without one, those above expect what comes next.
-    alone = policy != "auto" or lens == "none"
+    alone = not leaked and (policy != "auto" or lens == "none")
     model = session.open(deepest if alone else None)
+    model = sl.Leaked(model, leaked) if leaked else model
     if text is not None:
         layer = model.n_layers if layer is None else layer
         captured = sl.Captured({layer: model.states(text, layer)}, model.name)
     at = captured.layer if layer is None else layer
+    stored = captured.at(at)
+    rows = model.rows(stored, at) if leaked and text is None else stored
+    captured = replace(captured, states={**captured.states, at: rows})
     options = {"epsilon": epsilon, "seed": session.seed, "progress": True}
     if last:
         captured.check(model)
@@ -259,8 +261,7 @@ def invert(
         options["lens"] = lens and lens != "none" and lens_of(lens, model, at)
         # Without a layer, the cheapest one that does not refuse.
         recovered = captured.invert(model, layer, **options)
-        at = recovered.layer
-    more = {"model": model.name, "layer": at, "certified": recovered.certified}
+    more = {"model": model.name, "certified": recovered.certified}
     session.show(vars(recovered) | more, recovered.text)
     guesses = (~recovered.verified).nonzero()[:, 0].tolist()
     if last:
@@ -397,9 +398,8 @@ def reproduce(
         run = lab.reproduce(name, model, **common, **wanted)
         if output:
             lab.keep_result(run, paths[name])
-        lines = paper.side_by_side([run], name)
-        measured = [line for line in lines if line.measured is not None]
-        session.show(run, paper.comparison(measured))
+        lines = [x for x in paper.side_by_side([run], name) if x.measured is not None]
+        session.show(run, paper.comparison(lines))
 
 
 if __name__ == "__main__":

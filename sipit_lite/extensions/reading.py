@@ -238,14 +238,14 @@ def calibrated(lens: Any, prompts: Iterable[Tensor]) -> tuple[float, float]:
         if flat:
             continue
         law = reading.law(rows)
-        for weight in WEIGHTS:
+        # Random tokens say nothing of it, though a poor lens takes them for likely.
+        text = law.gather(1, ids[1:, None]).mean() > -math.log(law.shape[1])
+        for weight in WEIGHTS if text else ():
             score = near + weight * law
             ahead = score > score.gather(1, ids[1:, None])
             ranks[weight].append(ahead.sum(1).add(1).log2())
     if not right:
         return 0.0, 1.0
     hits = float(torch.cat(right).double().mean())
-    if not ranks[0.0]:
-        return 0.0, hits
-    mean = {weight: float(torch.cat(parts).mean()) for weight, parts in ranks.items()}
-    return min(mean, key=mean.get), hits
+    mean = {w: float(torch.cat(parts).mean()) for w, parts in ranks.items() if parts}
+    return min(mean, key=mean.get, default=0.0), hits

@@ -119,6 +119,50 @@ def test_a_prior_of_no_use_costs_nothing(
     assert torch.equal(sure.read([states])[0][0], lens.draft(states))
 
 
+class Plausible:
+    """A lens whose first token is always a likely one, and whose second is the true one.
+
+    Of text, the first prompt, it is the hundredth of the law, which lifts the true one.
+    """
+
+    fitted = True
+    weight = 1.0
+    layer = LAYER
+
+    def __init__(self, model: LanguageModel, prompts: list[torch.Tensor]) -> None:
+        self.model = model
+        self.prompts = [(ids, model.states(ids, LAYER)) for ids in prompts]
+        finals = [final_states(model, x, LAYER) for _, x in self.prompts]
+        self.laws = [log_law(model, x) for x in finals]
+
+    def nearness(self, states: torch.Tensor) -> torch.Tensor:
+        """Ten for a wrong token, and nearly as much for the true one."""
+        [i] = [i for i, (_, x) in enumerate(self.prompts) if torch.equal(x, states)]
+        ids = self.prompts[i][0]
+        before = self.laws[i].roll(1, 0)
+        wrong = before.topk(1 if i else 100).indices[:, -1]
+        near = torch.zeros_like(before)
+        rows = range(len(ids))
+        near[rows, wrong] = 10.0
+        near[rows, ids] = 9.9
+        return near
+
+
+def test_random_tokens_have_no_vote_on_the_weight(pocket: LanguageModel) -> None:
+    """Also where the lens reads them as likely ones; what it reads right counts all."""
+    kinds = ("prose", "random", "random", "random")
+    drawn = []
+    for seed, kind in enumerate(kinds):
+        ids = next(prompts(pocket.tokenizer, kind, 24, seed=seed))
+        drawn.append(ids.to(pocket.device))
+    lens = Plausible(pocket, drawn)
+    for ids in drawn:  # judged by what is read, all would be text
+        assert Reading(lens, pocket.states(ids, LAYER)).before is not None
+    weight, hits = calibrated(lens, drawn)
+    assert weight >= 1 and hits == 0
+    assert calibrated(lens, drawn[1:]) == (0.0, 0.0)
+
+
 def test_nothing_to_calibrate_on(lens: Lens) -> None:
     """Then the prior is not used, and the lens is taken at its word."""
     assert calibrated(lens, []) == (0.0, 1.0)

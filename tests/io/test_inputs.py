@@ -181,6 +181,38 @@ def test_the_command_line_reads_them(
     assert capsys.readouterr().out.strip() == TEXT
 
 
+def test_the_command_line_reads_what_leaked(
+    pocket: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One layer of a cache as it is, or states of length one; --leaked says which."""
+    ids = pocket.encode(TEXT)[None]
+    with torch.no_grad():
+        output = pocket.decoder(ids, use_cache=True, output_hidden_states=True)
+    stored = output.past_key_values.layers[3]
+    np.save(tmp_path / "values.npy", stored.values.cpu().numpy())
+    torch.save(stored.keys.cpu(), tmp_path / "keys.pt")
+    unit = torch.nn.functional.normalize(output.hidden_states[3][0].cpu(), dim=-1)
+    save_file({"embeddings": unit}, tmp_path / "unit.safetensors")
+    common = ["--layer", "3", "--model", "pocket-gpt2", "--device", "cpu"]
+    for name in ("values.npy", "keys.pt", "unit.safetensors"):
+        words = ["invert", str(tmp_path / name), *common]
+        what = name.partition(".")[0]
+        for more in ([], ["--lens", "none", "--policy", "gradient"]):
+            assert cli.main([*words, "--leaked", what, *more]) == 0, name
+            assert capsys.readouterr().out.strip() == TEXT
+        for wrong, expected in (
+            ([], "invert: "),
+            (["--leaked", "logits"], "got logits"),
+        ):
+            assert cli.main([*words, *wrong]) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and expected in err and err.count("\n") == 1, err
+    assert cli.main(["invert", "--text", TEXT, "--leaked", "values", *common]) == 0
+    assert capsys.readouterr().out.strip() == TEXT
+    assert cli.main([*words, "--leaked", "both"]) == 2
+    assert "expected 'keys' or 'values'" in capsys.readouterr().err
+
+
 def test_the_format_that_made_them_is_named(tmp_path: Path) -> None:
     """A plain ``from_pretrained`` keeps float16; compared in float32 it is refused."""
     # As pocket-gpt2 is stored, and smaller: float16 is slow on a CPU.
