@@ -22,7 +22,7 @@ from sipit_lite.experiments.collision_speed import detector, device
 from sipit_lite.experiments.inversion import inversion, sample
 from sipit_lite.experiments.last_states import laststate
 from sipit_lite.experiments.real import real
-from sipit_lite.io.corpora import SOURCES, from_source
+from sipit_lite.io.corpora import SOURCES
 from sipit_lite.io.loading import POCKET, REAL
 
 POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
@@ -36,7 +36,6 @@ DEMO_TEXTS = {
 }
 # The format that products are computed in, and the switch of transformers.
 WEIGHTS = {"int8": ("float16", "load_in_8bit"), "fp4": ("bfloat16", "load_in_4bit")}
-
 # Options that several commands share.
 Format = Literal["float32", "float16", "bfloat16", "float64"]
 Quantised = Literal[*WEIGHTS]
@@ -199,7 +198,7 @@ def capture(
     form = getattr(torch, dtype) if dtype else None
     saved = sl.write_states(output, model, text, layers or [model.n_layers], dtype=form)
     summary = {"file": output, "model": model.name, "layers": list(saved.states)}
-    summary["dtype"] = str(saved.at(saved.layer).dtype).removeprefix("torch.")
+    summary["dtype"] = str(saved.at(min(saved.states)).dtype).removeprefix("torch.")
     session.show(summary, "  ".join(f"{key}: {summary[key]}" for key in summary))
 
 
@@ -247,7 +246,7 @@ def invert(
     if text is not None:
         layer = model.n_layers if layer is None else layer
         captured = sl.Captured({layer: model.states(text, layer)}, model.name)
-    at = captured.layer if layer is None else layer
+    at = min(captured.states) if layer is None else layer
     stored = captured.at(at)
     rows = model.rows(stored, at) if leaked and text is None else stored
     captured = replace(captured, states={**captured.states, at: rows})
@@ -308,7 +307,7 @@ def collisions(
     model = session.open(max(layers) if layers else None)
     layers = layers or list(range(1, model.n_layers + 1))
     options = {"source": source, "seed": session.seed}
-    drawn = from_source(model.tokenizer, prompts, length, **options)
+    drawn = survey.from_source(model.tokenizer, prompts, length, **options)
     states = sl.last_states(model, drawn, layers, folder=shards, progress=True)
     rows = []
     for layer, x in zip(layers, states, strict=True):
@@ -389,7 +388,8 @@ def reproduce(
     names = list(lab.EXPERIMENTS) if experiment == "all" else [experiment]
     paths = {}
     for name in names if output else []:
-        paths[name] = lab.result_path(output, model, name, label, force=force)
+        file = f"{Path(model.name).name}-{name}-{label}.json".replace(", ", "-")
+        paths[name] = lab.free_path(Path(output, file.replace(" ", "-")), force=force)
     common = {"quick": quick, "weights": label, "seed": session.seed, "progress": True}
     for name in names:
         # One list of options for all: each experiment takes those it has.

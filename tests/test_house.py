@@ -1,7 +1,9 @@
 """The house stays small: capped lines, imports one way, lines that read."""
 
 import ast
+import inspect
 import io
+import re
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -229,6 +231,23 @@ def test_a_model_passes_few_rooms_and_returns_in_one_inversion() -> None:
                 returns += sum(isinstance(x, ast.Return) for x in ast.walk(node))
     assert 3 <= len(files) <= 5, files
     assert 7 <= returns <= 10, passed
+
+
+def test_public_functions_say_what_they_take_and_show_it() -> None:
+    """In sections; an example that runs stands there, or on the page of the package."""
+    import sipit_lite
+
+    page = (PACKAGE.parent / "book" / "package.md").read_text(encoding="utf-8")
+    functions = [name for name in sipit_lite.__all__ if name[0].islower()]
+    # Its sections come with the search that is being written.
+    functions.remove("invert_last")
+    assert len(functions) > 9
+    for name in functions:
+        doc = inspect.getdoc(getattr(sipit_lite, name))
+        for titles in ("Parameters", "Returns|Yields", "Raises"):
+            assert re.search(rf"^({titles})\n---", doc, re.MULTILINE), (name, titles)
+        lines = re.findall(r"^\s*(?:>>>|\.\.\.) .*", f"{doc}\n{page}", re.MULTILINE)
+        assert re.search(rf"\b{name}\(", "\n".join(lines)), name
 
 
 def report() -> None:

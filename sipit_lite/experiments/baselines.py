@@ -168,10 +168,8 @@ def hard_prompts(
     cut = model.cut(layer)
     table = model.embeddings
     generator = torch.Generator().manual_seed(seed)
-    best = torch.randint(
-        len(table), (length or len(observed.states),), generator=generator
-    )
-    best = best.to(table.device)
+    count = length or len(observed.states)
+    best = torch.randint(len(table), (count,), generator=generator).to(table.device)
     if length is None and steps is None:
         steps = len(observed.states) * len(table) // 4
     proxy = table[best].clone().requires_grad_()

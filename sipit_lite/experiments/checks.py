@@ -128,7 +128,7 @@ def clock(work: Callable[[], object], device: torch.device, rounds: int = 1) -> 
 
 def report(bench: str, model: LanguageModel, checks: list[Check], data: dict) -> dict:
     """The JSON object of one bench."""
-    lines = [asdict(check) for check in checks]
+    lines = [*map(asdict, checks)]
     return {"bench": bench, **setting(model), "checks": lines, "data": data}
 
 

@@ -70,18 +70,14 @@ def inversion(
     for name, row in rows.items():
         reported |= {f"{name}: {what}": value for what, value in row.items()}
     # Errors first: speed without exactness is nothing.
-    lines = [
-        Check.of("exact, auto", share(run["exact"] for run in exact)),
-        Check.of("silent errors", sum(run["silent error"] for run in exact)),
-    ]
+    lines = [Check.of("exact, auto", share(run["exact"] for run in exact))]
+    lines.append(Check.of("silent errors", sum(run["silent error"] for run in exact)))
     for kind in ("prose", "random"):
-        passes = [rows[f"{kind}, layer {n}"]["passes, median"] for n in timed]
+        *half, full = (rows[f"{kind}, layer {n}"]["passes, median"] for n in timed)
         gain = rows[f"{kind}, layer {last}"]["speed-up"]
-        lines += [
-            Check.of(f"{checks.PUBLISHED}, {kind}, last layer", gain),
-            Check.of(f"forward passes, {kind}, up to layer L/2", max(passes[:-1])),
-            Check.of(f"forward passes, {kind}, last layer", passes[-1]),
-        ]
+        lines.append(Check.of(f"{checks.PUBLISHED}, {kind}, last layer", gain))
+        lines.append(Check.of(f"forward passes, {kind}, up to layer L/2", max(half)))
+        lines.append(Check.of(f"forward passes, {kind}, last layer", full))
     # The exponent is the slope of log time against log length.
     slope = np.polyfit(np.log(list(lengths)), np.log(list(lengths.values())), 1)[0]
     lines.append(Check.of("growth exponent of time with T", float(slope)))

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from sipit_lite.experiments.survey import from_source
 from sipit_lite.extensions import distributed
-from sipit_lite.io.corpora import from_source
 from sipit_lite.io.loading import load
 from sipit_lite.model import SipItError
 

@@ -21,7 +21,6 @@ from sipit_lite.experiments import baselines, checks, null_models, survey
 from sipit_lite.experiments.paper import DEPTHS
 from sipit_lite.extensions.lens import Lens
 from sipit_lite.extensions.reading import unembedding
-from sipit_lite.io.corpora import from_source
 from sipit_lite.io.files import check_path, replacing
 from sipit_lite.io.loading import OURS
 from sipit_lite.io.shards import last_states
@@ -324,9 +323,8 @@ def _planned(
         names = list(EXPERIMENTS)
         raise PlanError(f"got the experiment {experiment!r}; expected one of {names}")
     chosen = EXPERIMENTS[experiment]
-    parts = chosen.parts
-    for name in changes.keys() - parts:
-        raise PlanError(f"got {name!r}; {experiment} takes {', '.join(parts)}")
+    for name in changes.keys() - chosen.parts:
+        raise PlanError(f"got {name!r}; {experiment} takes {', '.join(chosen.parts)}")
     plan = replace(chosen.quick if quick else chosen.full, **changes)
     least = {"prompts": 2, "length": 1, "closest": 1, "tokens": 2, "limit": 0}
     for name, smallest in least.items():
@@ -334,7 +332,7 @@ def _planned(
         # Not the other way round, so that NaN is refused as well.
         if not value >= smallest:
             raise PlanError(f"got {name}={value}; expected {smallest} or more")
-    if "lengths" in parts and not (plan.lengths and min(plan.lengths) >= 1):
+    if "lengths" in chosen.parts and not (plan.lengths and min(plan.lengths) >= 1):
         raise PlanError(f"got lengths={plan.lengths}; expected numbers from 1")
     if not plan.ways or not set(plan.ways) <= set(WAYS):
         raise PlanError(f"got ways={plan.ways}; expected {WAYS}")
@@ -343,12 +341,8 @@ def _planned(
     return plan
 
 
-def result_path(
-    folder: str, model: LanguageModel, experiment: str, weights: str, *, force: bool
-) -> Path:
-    """The file of a run; ``PlanError``, before the run, where it cannot be written."""
-    name = f"{Path(model.name).name}-{experiment}-{weights}.json"
-    path = Path(folder, name.replace(", ", "-").replace(" ", "-"))
+def free_path(path: Path, *, force: bool) -> Path:
+    """The path, or ``PlanError``, before a run, where it cannot be written."""
     check_path(path, PlanError, folders=True)
     if path.exists() and not force:
         raise PlanError(f"got {str(path)!r}, an earlier run; --force replaces it")
@@ -375,7 +369,7 @@ def texts(
     which = (model.tokenizer, count, plan.length + (model.begin is not None))
     options = {"seed": plan.seed, "source": plan.source}
     if plan.source == "corpora":
-        drawn = from_source(*which, **options)
+        drawn = survey.from_source(*which, **options)
     elif split is None:
         drawn = windows(*which, **options)[:count]
     else:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from sipit_lite.collisions import COLLISION, CollisionReport, closest_pairs
 from sipit_lite.experiments import null_models as nulls
+from sipit_lite.io import corpora
 from sipit_lite.io.shards import last_states
-from sipit_lite.io.text import different
+from sipit_lite.io.text import TextError, different, distinct
 from sipit_lite.model import LanguageModel, StatesError
 
 CLOSEST = 5  # pairs that are kept, with their texts
@@ -25,6 +26,18 @@ DIMENSION_ROWS = 4000  # the intrinsic dimension compares all their pairs
 COUNTED = ("compared", "collisions", "practical")  # of a detector's report
 GAUSSIAN_ROWS = 20_000  # rows that the normal null model draws
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def from_source(
+    tokenizer: Any, count: int, length: int, *, source: str = "bundled", seed: int = 0
+) -> list[Int[Tensor, " pos"]]:
+    """``sampled`` from the corpora, else ``distinct``."""
+    if tokenizer is None:
+        raise TextError("got a model without a tokenizer; expected one that has it")
+    if source != "corpora":
+        return distinct(tokenizer, count, length, seed=seed, source=source)
+    streams = corpora.open_corpora(seed)
+    return corpora.sampled(tokenizer, count, length, streams, seed=seed)
 
 
 def survey(
@@ -59,8 +72,8 @@ def survey(
         rows.append({"layer": layer, **row, "closest": short(closest)})
     n = len(distinct)
     summary = {"model": model.name, "prompts": len(prompts), "distinct": n}
-    summary |= {"duplicates": len(prompts) - n}
-    summary |= {"lengths": sorted(set(map(len, distinct))), "pairs": n * (n - 1) // 2}
+    summary |= {"duplicates": len(prompts) - n, "pairs": n * (n - 1) // 2}
+    summary["lengths"] = sorted(set(map(len, distinct)))
     return summary | {"quantiles": list(QUANTILES), "layers": rows}
 
 

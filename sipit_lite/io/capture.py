@@ -62,11 +62,6 @@ class Captured:
                 raise StatesError(f"got dtype {dtype}; expected {expected}")
         return cls(stored, model.name, scales, model.begin, tuple(passes))
 
-    @property
-    def layer(self) -> int:
-        """The cheapest layer to invert: the lowest."""
-        return min(self.states)
-
     def at(self, layer: int) -> Shaped[Tensor, "pos d_model"]:
         """The states of one layer as stored; ``StatesError`` for another."""
         if layer not in self.states:
@@ -223,11 +218,19 @@ def capture(
 ) -> Iterator[Tape]:
     """Record the hidden states of one prompt while any ``transformers`` decoder runs.
 
-    A generation adds its tokens pass by pass, all but the last, which no model reads,
-    and those tried in vain. An error or Ctrl-C inside leaves, and writes, the complete
-    passes. With a tokenizer, the file says which token it puts first; ``dtype``, as
-    ``torch.int8``, is a format to round to. Raises ``StatesError`` for a bad one or a
-    bad layer, and at the end for a batch, padding, dropout or a second prompt inside.
+    Parameters
+    ----------
+    model, tokenizer: of ``transformers``; the file says which token this puts first
+    path: a file, written at the end, with the complete passes also after an error
+    layers, dtype: by default the last; a format to round to, as ``torch.int8``
+
+    Yields
+    ------
+    A ``Tape``: its ``captured()`` are the states so far, of all that the model has read
+
+    Raises
+    ------
+    StatesError: a bad layer or format; at the end a batch, padding, a second prompt
     """
     ours = LanguageModel(model, tokenizer)
     wanted = [ours.n_layers] if layers is None else sorted(set(layers))
@@ -261,7 +264,17 @@ def write_states(
 ) -> Captured:
     """Write the hidden states of a text at one or more layers into a safetensors file.
 
-    Raises ``ModelError`` for a bad text or layer, ``StatesError`` for the rest.
+    Parameters
+    ----------
+    layers, dtype: from 0 to L + 1; a format to round to, as ``torch.int8``
+
+    Returns
+    -------
+    What ``read_states`` reads from ``path``, shape (T, d_model) at each layer
+
+    Raises
+    ------
+    ModelError, StatesError: a bad text or layer; a bad format, or no place for a file
     """
     layers = [layers] if isinstance(layers, int) else sorted(set(layers))
     ids = model.encode(text)
@@ -273,7 +286,20 @@ def write_states(
 
 
 def read_states(path: str | Path, layers: Sequence[int] | None = None) -> Captured:
-    """Read a file of states; ``layers`` for those of NumPy, PyTorch and vLLM."""
+    """Read a file of ``write_states``, ``capture``, NumPy, PyTorch or vLLM.
+
+    Parameters
+    ----------
+    path, layers: the file; the numbers of its layers where it does not say them
+
+    Returns
+    -------
+    The ``Captured``, states as stored; its ``invert`` recovers the prompt
+
+    Raises
+    ------
+    StatesError: no such file, a damaged one, or layers without their numbers
+    """
     got = f"got {str(path)!r}"
     try:
         tensors, metadata = arrays(Path(path))
@@ -320,7 +346,6 @@ def _numbered(got: str, tensors: Mapping, layers: Sequence[int] | None) -> dict:
 
 
 def _save(path: str | Path, captured: Captured) -> None:
-    """Write captured states in the format at the head of this file."""
     tensors = {f"layer.{layer}": x.contiguous() for layer, x in captured.states.items()}
     tensors |= {f"layer.{layer}.scale": x for layer, x in captured.scales.items()}
     metadata = {"format": FORMAT, "model": captured.model}

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sipit_lite.io.loading import hub_in_reach
-from sipit_lite.io.text import TextError, distinct
+from sipit_lite.io.text import TextError
 from sipit_lite.model import edge_tokens
 
 # Name on the hub, configuration, column of the text; The Pile in its public copy.
@@ -22,17 +22,6 @@ CORPORA = {
 }
 SOURCES = ("bundled", "installed", "corpora")
 OTHERWISE = "or installed text, source='installed' (--source installed)"
-
-
-def from_source(
-    tokenizer: Any, count: int, length: int, *, source: str = "bundled", seed: int = 0
-) -> list[Int[Tensor, " pos"]]:
-    """``sampled`` from the corpora, else ``distinct``."""
-    if tokenizer is None:
-        raise TextError("got a model without a tokenizer; expected one that has it")
-    if source != "corpora":
-        return distinct(tokenizer, count, length, seed=seed, source=source)
-    return sampled(tokenizer, count, length, open_corpora(seed), seed=seed)
 
 
 def sampled(
@@ -57,17 +46,22 @@ def sampled(
         raise TextError(f"{got}; expected one or more of each, and a length {more}")
     prompts: dict[tuple[int, ...], None] = {}  # a set that keeps its order
     texts = {name: _texts(name, stream) for name, stream in streams.items()}
+    size = length - len(first)
     bar = tqdm(total=count, desc="prompts", disable=None)
     while len(prompts) < count:
         name = list(streams)[len(prompts) % len(streams)]  # shares stay even
         for text in texts[name]:
-            window = _window(tokenizer, text, length - len(first), seed)
-            if window and first + window not in prompts:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            hashed = sha256(f"{seed} {text}".encode(errors="replace")).digest()
+            # One of the windows that do not overlap; of a text too short, all of it.
+            number = int.from_bytes(hashed[:8], "big") % max(1, len(ids) // size)
+            window = (*first, *ids[number * size : (number + 1) * size])
+            if len(window) == length and window not in prompts:
                 break
         else:
             got = f"got {name!r}, a stream that ended after {len(prompts)} prompts"
             raise TextError(f"{got} of {length} tokens; expected its share")
-        prompts[first + window] = None
+        prompts[window] = None
         bar.update()
     return [torch.tensor(ids) for ids in prompts]
 
@@ -97,16 +91,6 @@ def open_corpora(seed: int = 0) -> dict[str, Iterable[Mapping]]:
             stream = stream.rename_column(column, "text")
         streams[corpus] = stream.shuffle(seed=seed, buffer_size=1)  # of its files
     return streams
-
-
-def _window(tokenizer: Any, text: str, size: int, seed: int) -> tuple[int, ...]:
-    """One of the windows that do not overlap; empty where the text is too short."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < size:
-        return ()
-    hashed = sha256(f"{seed} {text}".encode(errors="replace")).digest()
-    start = int.from_bytes(hashed[:8], "big") % (len(ids) // size) * size
-    return tuple(ids[start : start + size])
 
 
 def _texts(name: str, stream: Iterable[Mapping]) -> Iterator[str]:

@@ -36,7 +36,6 @@ LESS = "expected one that fits: dtype=torch.bfloat16, layers= or device_map='aut
 GIB = 2**30
 OURS = {"trust_remote_code": False}  # code of others is never run, nor asked about
 LOADING = threading.Lock()
-
 # Numbers and bytes of all weights, bytes that are free, and a line that says so.
 Footprint = namedtuple("Footprint", "parameters bytes free line")
 
@@ -56,9 +55,6 @@ def load(
 ) -> LanguageModel:
     """Load pocket-gpt2, a model of the hub, or one in a local folder or GGUF file.
 
-    Code that comes with a model is never run. Raises ``ModelError`` for one out of
-    reach, gated, not causal, or too large for the memory.
-
     Parameters
     ----------
     name: by default ``SIPIT_LITE_MODEL`` of the environment, or else pocket-gpt2;
@@ -68,6 +64,14 @@ def load(
     device_map, quantization_config: of ``transformers``; ``sipit-lite[quantised]``
     random_init, seed: weights as the architecture draws them; no download for "gpt2"
     progress: say on standard error what the weights will take, before any is read
+
+    Returns
+    -------
+    The ``LanguageModel``, in evaluation mode, its weights frozen
+
+    Raises
+    ------
+    ModelError: out of reach, gated, not causal, with code of its own, or too large
 
     >>> load(device="cpu").name
     'pocket-gpt2'
@@ -156,11 +160,10 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 def hub_in_reach() -> bool:
     """Whether the hub has an address or a proxy, else transformers tries for long."""
-    try:
+    with suppress(OSError):
         socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return bool(getproxies())
-    return True
+        return True
+    return bool(getproxies())
 
 
 def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
@@ -231,9 +234,8 @@ def _reason(name: str, error: BaseException) -> str:
 
 def _stored(place: str, options: dict) -> nn.Module:
     """The model with its weights, none missing: transformers would draw those."""
-    options["output_loading_info"] = True
-    model, report = AutoModel.from_pretrained(place, **options)
-    if missing := sorted(report["missing_keys"]):
+    model, info = AutoModel.from_pretrained(place, **options, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
         lacking = f"{len(missing)} of its weights, among them {missing[0]!r}"
         raise ModelError(f"got {place!r} without {lacking}")
     return model
@@ -263,12 +265,10 @@ def _causal(model: LanguageModel) -> LanguageModel:
 
 def _tokenizer(place: str, common: dict) -> Any:
     """The tokenizer in the same place; None where there is none: ids still work."""
-    try:
+    with suppress(OSError, ValueError):
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
-    except (OSError, ValueError):
-        return None
-    # A folder without tokenizer files gives a tokenizer of special tokens alone.
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+        # A folder without tokenizer files gives a tokenizer of special tokens alone.
+        return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
 @contextmanager

@@ -32,10 +32,19 @@ def last_states(
 ) -> Float[Tensor, "layers prompts d_model"]:
     """Last-token states of many prompts of any lengths, on the CPU, in one pass each.
 
-    ``folder`` keeps them in files, which processes share and a stopped run goes on
-    from; those of another model, layer or prompt are made anew. Raises ``ModelError``
-    for a bad layer or prompt, or too little memory; ``StatesError`` for none of them,
-    or a folder that cannot be written to.
+    Parameters
+    ----------
+    prompts, layers: token ids of each, shape (T,); from 0 to L + 1
+    folder: keeps states in files, which processes share and a stopped run goes on
+        from; those of another model, layer or prompt are made anew
+
+    Returns
+    -------
+    In the order of ``layers`` and ``prompts``, in the format of the model
+
+    Raises
+    ------
+    ModelError, StatesError: a bad layer or prompt, no memory; none, or a bad folder
     """
     if len(prompts) == 0 or len(layers) == 0:
         raise StatesError("got no prompt or no layer; expected at least one of each")
@@ -64,7 +73,6 @@ def last_states(
 def _last_states(
     model: LanguageModel, prompts: Sequence[Tensor], layers: Sequence[int]
 ) -> Float[Tensor, "layers prompts d_model"]:
-    """The states of prompts sorted by length."""
     # Layer 0 is what enters the first block, so that one has to run.
     cut = model.cut(max(*layers, 1))
     parts = []

@@ -151,7 +151,6 @@ def is_prose(paragraph: str) -> bool:
 
 @cache
 def _held_out(kind: str) -> frozenset[str]:
-    """All paragraphs of the held-out documents."""
     documents = map(paragraphs, _documents(kind, "held-out"))
     return frozenset(map(str.strip, chain.from_iterable(documents)))
 

@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
 from sipit_lite import LanguageModel, cli, load
+from sipit_lite.experiments.survey import from_source
 from sipit_lite.io import corpora
 from sipit_lite.io.corpora import CORPORA, open_corpora, sampled
 from sipit_lite.io.text import TextError, bundled
@@ -271,11 +272,11 @@ def test_a_refusal_of_the_hub_is_one_line(
 def test_a_model_without_a_tokenizer_is_named() -> None:
     """Text without a tokenizer is no prompt."""
     with pytest.raises(TextError, match="got a model without a tokenizer"):
-        corpora.from_source(None, 5, 8)
+        from_source(None, 5, 8)
 
 
 def test_only_who_asks_imports_the_package() -> None:
     """Bundled and installed text need neither the package nor the network."""
     assert "datasets" not in sys.modules
-    assert torch.is_tensor(corpora.from_source(load(device="cpu").tokenizer, 1, 8)[0])
+    assert torch.is_tensor(from_source(load(device="cpu").tokenizer, 1, 8)[0])
     assert "datasets" not in sys.modules
