@@ -19,6 +19,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or "chromium"  # a command or a path
 # an address but this machine's: what bypasses the gate below, as a look-up ahead of a
 # click, finds nobody.
 NO_NAMES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+SCREEN = {"width": 1280, "height": 720}
 TYPESET = (
     "async () => { await window.MathJax?.startup?.promise; await document.fonts.ready }"
 )
@@ -90,48 +91,46 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def window(browser: Browser) -> Iterator[Visitor]:
-    """A fresh window, and what opens a page in it and waits for its formulas."""
+    """A fresh window, and what opens a page in it and waits for its formulas.
+
+    One page goes after the other, as a reader follows links: a new tab has a new
+    process, which reads the script of formulas anew.
+    """
     with browser.new_context(service_workers="block") as context:
+        page = context.new_page()
+        visit = Visit(page, [], [])
+        inside = ""
+
+        def gate(route: Route, request: Request) -> None:
+            if request.url.startswith((f"{inside}/", "data:", "blob:")):
+                route.continue_()
+            else:
+                visit.outside.append(request.url)
+                route.abort()
+
+        page.route("**/*", gate)
+        page.on(
+            "console",
+            lambda m: visit.errors.append(m.text) if m.type == "error" else None,
+        )
+        page.on("pageerror", lambda error: visit.errors.append(str(error)))
 
         def opened(book: str, name: str) -> Visit:
-            visit = Visit(context.new_page(), [], [])
-
-            def gate(route: Route, request: Request) -> None:
-                if request.url.startswith((f"{book}/", "data:", "blob:")):
-                    route.continue_()
-                else:
-                    visit.outside.append(request.url)
-                    route.abort()
-
-            visit.page.route("**/*", gate)
-            visit.page.on(
-                "console",
-                lambda m: visit.errors.append(m.text) if m.type == "error" else None,
-            )
-            visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
-            visit.page.goto(f"{book}/{name}", timeout=120_000)
-            visit.page.evaluate(TYPESET)
+            nonlocal visit, inside
+            page.goto("about:blank")  # what the last page still says is not the next's
+            page.set_viewport_size(SCREEN)
+            page.emulate_media(media="null", reduced_motion="null")
+            inside = book
+            visit = Visit(page, [], [])
+            page.goto(f"{book}/{name}", timeout=120_000)
+            page.evaluate(TYPESET)
             return visit
 
         yield opened
 
 
 @pytest.fixture(scope="session")
-def shared(browser: Browser) -> Iterator[Visitor]:
-    """One window for all tests, which so read the script of formulas once."""
+def visit(browser: Browser) -> Iterator[Visitor]:
+    """One window for all tests; a visit lasts until the next."""
     with window(browser) as opened:
         yield opened
-
-
-@pytest.fixture
-def visit(shared: Visitor) -> Iterator[Visitor]:
-    """What opens pages, and closes them behind the test."""
-    visits = []
-
-    def opened(book: str, name: str) -> Visit:
-        visits.append(shared(book, name))
-        return visits[-1]
-
-    yield opened
-    for each in visits:
-        each.page.close()
