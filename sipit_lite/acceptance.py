@@ -118,9 +118,10 @@ def distance_to_stored(
 
 def check_states(states: object, model: LanguageModel) -> States:
     """The states, in the model's format or a finer one; ``StatesError`` for none."""
+    cache = "; keys or values of a cache go through Leaked(model, 'values').rows"
     if not isinstance(states, Tensor):
-        kind = type(states).__name__
-        raise StatesError(f"got states of type {kind}; expected a torch.Tensor")
+        got = f"got states of type {type(states).__name__}"
+        raise StatesError(f"{got}; expected a torch.Tensor{cache}")
     if not states.is_floating_point():
         got = f"got states of {states.dtype}; expected a floating-point format"
         raise StatesError(f"{got}: integers times a scale, half of it as half_width")
@@ -128,6 +129,7 @@ def check_states(states: object, model: LanguageModel) -> States:
     if not fits or not 1 <= len(states) <= model.n_positions:
         got = f"got states of shape {tuple(states.shape)}"
         shape = f"(T, {model.d_model}) with T from 1 to {model.n_positions}"
+        shape += cache * (states.ndim > 3)
         raise StatesError(f"{got}; {model.name} has shape {shape}")
     try:
         values = states.detach().to(model.device)
@@ -327,7 +329,7 @@ def suspected(states: States, model: LanguageModel, layer: int) -> str:
         if model.dtype.itemsize > dtype.itemsize and (states.to(dtype) == states).all():
             hint += f"{dtype} numbers, {model.dtype} here: load(name, dtype={dtype})? "
     others = "noisy states need epsilon, centred ones Leaked(model, 'centred')"
-    return f"{hint}{others}; or another model, or another layer?"
+    return f"{hint}{others}; or another model, layer, or positions not from 0?"
 
 
 def widen(observed: Observation, t: int, token: Tokens, near: float, step: OneStepMap):

@@ -251,10 +251,9 @@ class _Prompt:
         if len(draft) == 0:
             return
         where = (self.options.model, self.options.layer)
-        clear = acceptance.CLEAR
+        clear = 0.0 if self.repeatable else acceptance.CLEAR
         if self.repeatable:  # to the last bit, which leaves no noise
             states = acceptance.repeated(*where, self.tokens, self.passes)[first:]
-            clear = 0.0
         drafted = (draft, states, acceptance.related(*where))
         accepted, read = acceptance.agreeing(self.observed, *drafted, clear)
         end = first + accepted
@@ -265,10 +264,9 @@ class _Prompt:
     def search(self, step: OneStepMap) -> None:
         """Test candidates at the first open position, and settle it or refuse."""
         t = self.length
-        options = self.options
         observed = self.observed
         if self.exhaustive:
-            states = step.tokens(options.model.vocabulary)
+            states = step.tokens(self.options.model.vocabulary)
             distance = observed.distance(t, states)
             near, token = distance.min(0, keepdim=True)
             acceptance.widen(observed, t, token, float(near), step)
@@ -280,7 +278,7 @@ class _Prompt:
         if self.repeatable:
             known = (self.tokens[:t], self.passes)
             distance, radius = acceptance.bit_for_bit(distance, observed, *known, step)
-        if options.certify:
+        if self.options.certify:
             best = distance.argmin()
             gaps = (states - states[best]).double().norm(dim=1)
             gaps[best] = torch.inf  # of all others the nearest, twins included

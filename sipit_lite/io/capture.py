@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ class Captured:
                 raise StatesError(f"got dtype {dtype}; expected {expected}")
         return cls(stored, model.name, scales, model.begin, tuple(passes))
 
-    def at(self, layer: int) -> Shaped[Tensor, "pos d_model"]:
+    def at(self, layer: int) -> Tensor:
         """The states of one layer as stored; ``StatesError`` for another."""
         if layer not in self.states:
             there = ", ".join(map(str, self.states))

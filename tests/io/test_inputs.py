@@ -181,6 +181,29 @@ def test_the_command_line_reads_them(
     assert capsys.readouterr().out.strip() == TEXT
 
 
+def test_caches_in_the_place_of_states_are_named(
+    pocket: LanguageModel, tmp_path: Path
+) -> None:
+    """All layers, one layer, and one in a file: the refusal says what reads them."""
+    with torch.no_grad():
+        cache = pocket.decoder(pocket.encode(TEXT)[None]).past_key_values
+    values = cache.layers[2].values.cpu()
+    np.save(tmp_path / "v.npy", values.numpy())
+    stored = read_states(tmp_path / "v.npy", [2])
+    for ask in (
+        lambda: invert(cache, pocket, 2),
+        lambda: invert(values, pocket, 2),
+        lambda: stored.invert(pocket),
+    ):
+        with pytest.raises(StatesError, match="got states of") as refusal:
+            ask()
+        line = str(refusal.value)
+        assert "through Leaked(model, 'values').rows" in line and "\n" not in line
+    with pytest.raises(StatesError, match="shape") as refusal:
+        invert(values[0, 0], pocket, 2)  # no cache, as far as one can see
+    assert "Leaked" not in str(refusal.value)
+
+
 def test_the_command_line_reads_what_leaked(
     pocket: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +224,7 @@ def test_the_command_line_reads_what_leaked(
             assert cli.main([*words, "--leaked", what, *more]) == 0, name
             assert capsys.readouterr().out.strip() == TEXT
         for wrong, expected in (
-            ([], "invert: "),
+            ([], "Leaked(model"),
             (["--leaked", "logits"], "got logits"),
         ):
             assert cli.main([*words, *wrong]) == 2
