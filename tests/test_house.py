@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "pocket_gpt2": {"core", "io", "pocket_gpt2"},
     "cli": {"core", "io", "extensions", "experiments", "cli"},
 }
+MANY_MEANINGS = set("whole asked told found crowd some kept begun own far".split())
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -197,6 +198,30 @@ def test_lines_hold_one_thing() -> None:
     total = totals()
     assert total["nested"] * 1000 <= 1 * total["code"], total
     assert total["packed"] * 1000 <= 5 * total["code"], total
+
+
+def test_names_say_one_thing_and_loops_are_loops() -> None:
+    """No word that had several meanings; no list of one item in place of an "=".
+
+    No name that is given a value amid an index, either.
+    """
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
+            stored = isinstance(getattr(node, "ctx", None), ast.Store)
+            names = {getattr(node, "arg", ""), getattr(node, "name", "")}
+            names |= (
+                {getattr(node, "id", ""), getattr(node, "attr", "")}
+                if stored
+                else set()
+            )
+            assert not names & MANY_MEANINGS, where
+            if isinstance(node, ast.For | ast.comprehension):
+                items = getattr(node.iter, "elts", (0, 0))
+                assert len(items) > 1 or isinstance(items[0], ast.Starred), where
+            if isinstance(node, ast.Subscript):
+                inside = map(type, ast.walk(node.slice))
+                assert ast.NamedExpr not in inside, where
 
 
 def test_comments_stand_where_a_reader_stops() -> None:

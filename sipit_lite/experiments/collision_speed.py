@@ -101,9 +101,9 @@ def device(
 
 def timed(place: torch.device, repeats: int, work: Callable[[], Any]) -> tuple:
     """The least seconds of a few calls, and what the last one returned."""
-    kept = []
-    seconds = min(clock(lambda: kept.append(work()), place) for _ in range(repeats))
-    return seconds, kept[-1]
+    results = []
+    seconds = min(clock(lambda: results.append(work()), place) for _ in range(repeats))
+    return seconds, results[-1]
 
 
 def compare(x: Float[Tensor, "n d_model"], layer: int, repeats: int) -> dict:

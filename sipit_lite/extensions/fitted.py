@@ -37,8 +37,8 @@ def offered(
     if large:  # a token may cost as much as the fit, so calls add up
         model.measured["bound", layer] = bound
     # The fingerprint reads all weights: only where some lens is there at all.
-    kept = large and any(FOLDER.glob(f"*-{layer}.safetensors"))
-    wanted = bound > BOUND or (kept and place(model, layer).exists())
+    stored = large and any(FOLDER.glob(f"*-{layer}.safetensors"))
+    wanted = bound > BOUND or (stored and place(model, layer).exists())
     lens = lens_of(model, layer) if fits and depth > 0 and wanted else None
     return lens or (Unfitted(model, layer, fits) if large else None)
 

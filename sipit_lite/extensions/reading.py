@@ -70,8 +70,8 @@ class Reading:
 
     def near(self, rows: slice) -> Float[Tensor, "rows vocab"]:
         """How near the lens takes each token to be at these positions."""
-        kept = self.opening and rows.stop <= JUDGED
-        return self.opening[0][rows] if kept else self.lens.nearness(self.states[rows])
+        held = self.opening and rows.stop <= JUDGED
+        return self.opening[0][rows] if held else self.lens.nearness(self.states[rows])
 
     def law(self, rows: slice) -> Float[Tensor, "rows vocab"]:
         """Log-probability of each token at these positions."""
