@@ -72,9 +72,11 @@ def close_in_torch(x: Tensor) -> Tensor:
     near = {"rtol": 1e-5, "atol": 1e-8}
     # Column by column, since few pairs agree in the first.
     i, j = torch.isclose(x[:, None, 0], x[:, 0], **near).nonzero().T
-    agreed = torch.isclose(x[i], x[j], **near).all(1)
+    for column in x.T[1:]:
+        agreed = torch.isclose(column[i], column[j], **near)
+        i, j = i[agreed], j[agreed]
     pair = torch.zeros(len(x), len(x), dtype=torch.bool)
-    pair[i[agreed], j[agreed]] = True
+    pair[i, j] = True
     return pair | pair.T
 
 
@@ -117,7 +119,7 @@ def small_leaves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -139,7 +141,7 @@ def test_equal_to_float64_brute_force(
     nearest: bool,
     data: st.DataObject,
 ) -> None:
-    """A hundred and fifty clouds; minimum and pairs are exact in all of them."""
+    """A hundred clouds; minimum and pairs are exact in all of them."""
     x = cloud(kind, n, d, seed)
     k = data.draw(st.integers(1, min(12, n * (n - 1) // 2)))
     agree(closest_pairs(x, k, nearest=nearest), x)
