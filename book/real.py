@@ -1,0 +1,107 @@
+"""SmolLM2's rows of ``real.json`` for ``fast``, in the processor time of one thread.
+
+    python real.py 15 code 30    # 30 prompts of 20 tokens from layer 15
+    python real.py 1 mixed 220   # of 1 to 64 tokens, kinds in turn: exactness alone
+    python real.py 15 mixed 80 prose code
+
+The file is written after each prompt, so that a run that is cut short loses nothing.
+A forward pass is timed beside each, and other work on the machine does not count.
+"""
+
+import json
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import torch
+from sipit_lite import LanguageModel, Lens, invert_many, load
+from sipit_lite.acceptance import related
+from sipit_lite.experiments import checks, real
+from sipit_lite.extensions.fitted import lens_of
+from sipit_lite.extensions.reading import final_states, log_law
+from sipit_lite.io.text import prompts
+from torch import Tensor
+from tqdm import tqdm
+
+PATH = Path(__file__).with_name("real.json")
+LONGEST = 64
+
+
+def mixed(model: LanguageModel, layer: int, count: int, kinds: list[str]) -> list[Tensor]:
+    """Prompts of these kinds in turn, of lengths spread evenly over 1 to ``LONGEST``."""
+    others = model.encode(real.OTHERS)
+    alone = (~related(model, 1)).nonzero()[:, 0]
+    drawn = []
+    for i in range(count):
+        kind = kinds[i % len(kinds)]
+        length = 1 + (37 * i + layer) % LONGEST
+        start = (97 * i + layer) % (len(others) - LONGEST)
+        if kind != "other languages":
+            seed = 10_000 + 1000 * layer + i
+            ids = next(prompts(model.tokenizer, kind, length, seed=seed))
+            drawn.append(alone[ids % len(alone)] if kind == "random" else ids)
+        else:
+            drawn.append(others[start : start + length])
+    return drawn
+
+
+def one(model: LanguageModel, lens: Lens, ids: Tensor) -> dict:
+    """Exactness, seconds, passes and tests of one prompt."""
+    states = model.states(ids, lens.layer)
+    passes = []
+    for _ in range(5):
+        passes.append(checks.clock(lambda: model.states(ids, lens.layer), model.device))
+    [outcome] = invert_many([states], model, lens.layer, lens=lens)
+    run = getattr(outcome, "recovered", outcome)  # a refusal carries one
+    row = checks.judged(ids, outcome) | {"seconds": run.seconds}
+    row |= {"passes": run.seconds / median(passes), "rank": 1.0}
+    row["tested"] = float(run.tested.double().mean())
+    if len(ids) > 1:
+        law = log_law(model, final_states(model, states, lens.layer))[:-1]
+        ahead = law > law.gather(1, ids[1:, None])
+        row["rank"] = 1 + float(ahead.sum(1).double().mean())
+    return row
+
+
+def summary(runs: list[dict]) -> dict:
+    """The row of a place."""
+    passes = sorted(run["passes"] for run in runs)
+    return {
+        "prompts": len(runs),
+        "exact": checks.share(run["exact"] for run in runs),
+        "silent errors": sum(run["silent error"] for run in runs),
+        "seconds": median(run["seconds"] for run in runs),
+        "passes, median": median(passes),
+        "passes, slowest 5 %": passes[int(0.95 * len(passes))],
+        "tests of a token": median(run["tested"] for run in runs),
+        "tests of a token, LM order": median(run["rank"] for run in runs),
+    }
+
+
+def main(layer: int, kind: str, count: int, kinds: list[str]) -> None:
+    """Measure one place, and keep what is there after each prompt."""
+    model = load("smollm2", device="cpu")
+    lens = lens_of(model, layer)
+    if kind == "mixed":
+        drawn = mixed(model, layer, count, kinds or list(real.KINDS))
+    else:
+        drawn = real.options(model, kind, count, 0)
+    one(model, lens, drawn[0][:2])  # what is measured once for a layer
+    runs = []
+    for ids in tqdm(drawn):
+        runs.append(one(model, lens, ids))
+        stored = json.loads(PATH.read_text("utf-8"))
+        part = stored["exact" if kind == "mixed" else "rows"]
+        row = summary(runs)
+        if kind == "mixed":
+            row = dict(islice(row.items(), 3))  # passes of such a mixture say little
+        part[f"{kind}, layer {layer}"] = row
+        PATH.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    time.perf_counter = time.process_time  # by which everything here is timed
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
