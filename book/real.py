@@ -77,6 +77,7 @@ def summary(runs: list[dict]) -> dict:
         "passes, slowest 5 %": passes[int(0.95 * len(passes))],
         "tests of a token": median(run["tested"] for run in runs),
         "tests of a token, LM order": median(run["rank"] for run in runs),
+        "timed by": "process_time",
     }
 
 
