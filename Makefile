@@ -5,7 +5,8 @@ CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || comman
 export CHROMIUM
 export HF_HUB_DISABLE_TELEMETRY = 1
 # Processes of one thread each: small models gain little from threads, and share caches badly.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+ALONE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python
+PYTEST := $(ALONE) -m pytest
 BUILD := $(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going
 # The longest first, so that two processes end together.
 LONG := $(patsubst %,book/%.ipynb,last_state gradient_policy privacy stress_tests floats from_scratch \
@@ -44,8 +45,9 @@ lint: .venv
 unit: .venv
 	$(PYTEST) -n 2 --dist worksteal
 
+# A process for each page, forked from one that has imported torch and transformers.
 notebooks: .venv
-	$(PYTEST) -o addopts= --nbval --nbval-current-env -n 2 --dist loadscope --no-loadscope-reorder \
+	$(ALONE) tests/kernels/forked/kernel.py -o addopts= --nbval -n 2 --dist loadscope --no-loadscope-reorder \
 		$(LONG) $(filter-out $(LONG),$(wildcard book/*.ipynb))
 
 book: .venv
