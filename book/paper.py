@@ -26,7 +26,7 @@ TITLE = "Hidden states that give back the prompt"
 MINUTES = 10 * 60 * 1000  # a busy machine takes its time
 TYPESET = "async () => { await MathJax.startup.promise; await document.fonts.ready }"
 # An outline, from its first move: moves, lines and curves, filled.
-OUTLINE = re.compile(rb"(?<! [mlcvy]\n)(?<!re\n)(?<!h\n)([-\d. ]+ m\n(?:[-\d. ]+ [mlcvy]\n|h\n)+f\*?\n)")
+OUTLINE = re.compile(rb"(?m)^(?<! [mlcvy]\n)(?<!re\n)(?<!h\n)([-\d. ]+ m\n(?:[-\d. ]+ [mlcvy]\n|h\n)+f\*?\n)")
 NUMBER = re.compile(rb"-?\d*\.?\d+")
 
 
@@ -115,7 +115,8 @@ def finish(path: Path) -> None:
             sheet["/Resources"]["/Font"][NameObject("/Helvetica")] = helvetica
         sheet["/Contents"].set_data(stream)
     paper.add_metadata({"/Title": TITLE, "/Author": "the sipit-lite authors"})
-    paper.write(path)
+    with path.open("wb") as file:  # a million small pieces, which this file collects
+        paper.write(file)
 
 
 def main() -> None:

@@ -216,8 +216,8 @@ def opened(name: str, visit: Visitor) -> tuple[Visit, Locator, dict]:
     """The page of a widget, the widget, and its data."""
     found = visit(DISK, WIDGETS[name][0])
     figure = found.page.locator(f'figure.widget[data-name="{name}"]').first
-    stored = figure.locator('script[type="application/json"]').text_content()
-    return found, figure, json.loads(stored)
+    values = figure.locator('script[type="application/json"]').text_content()
+    return found, figure, json.loads(values)
 
 
 def picture(figure: Locator) -> Locator:
@@ -225,13 +225,18 @@ def picture(figure: Locator) -> Locator:
     return figure.locator("xpath=ancestor::div[contains(@class, 'cell_output')]//img")
 
 
+def stored(name: str) -> list[str]:
+    """The widget as the file of its page has it, before any script runs."""
+    page = (BUILD / "html" / WIDGETS[name][0]).read_text(encoding="utf-8")
+    return re.findall(
+        rf'<figure class="widget" data-name="{name}">.*?</figure>', page, re.DOTALL
+    )
+
+
 @pytest.mark.parametrize("name", WIDGETS)
 def test_widget_is_small(name: str) -> None:
     """It travels inside the page, and the page stays small."""
-    page = (BUILD / "html" / WIDGETS[name][0]).read_text(encoding="utf-8")
-    found = re.findall(
-        rf'<figure class="widget" data-name="{name}">.*?</figure>', page, re.DOTALL
-    )
+    found = stored(name)
     assert found
     assert all(len(each.encode()) < 1000 * KILOBYTES for each in found)
 
@@ -239,11 +244,8 @@ def test_widget_is_small(name: str) -> None:
 @pytest.mark.parametrize("name", WIDGETS)
 def test_widget_paints_at_once(name: str, visit: Visitor, tmp_path: Path) -> None:
     """Alone on a page; what a page of the book needs besides is not its."""
-    _, figure, _ = opened(name, visit)
-    alone = figure.evaluate("e => { e.querySelector('[role=group]').remove();"
-                            "e.classList.remove('live'); return e.outerHTML }")  # fmt: skip
     head = "<!doctype html><meta charset=utf-8><title>widget</title>"
-    (tmp_path / "alone.html").write_text(head + alone, encoding="utf-8")
+    (tmp_path / "alone.html").write_text(head + stored(name)[0], encoding="utf-8")
     times = []
     for _ in range(3):  # other work may delay one of them, not what the widget needs
         found = visit(tmp_path.as_uri(), "alone.html")
@@ -258,13 +260,20 @@ def test_widget_paints_at_once(name: str, visit: Visitor, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", WIDGETS)
 def test_widget_takes_the_place_of_its_picture(name: str, visit: Visitor) -> None:
-    """The picture goes once it is painted; it fits a phone, and asks for nothing."""
+    """The picture goes once it is painted; it fits a phone, and asks for nothing.
+
+    On paper the picture is back, with a text that says what is on it, and no control.
+    """
     found, figure, _ = opened(name, visit)
+    still = picture(figure)
     assert figure.locator("[role=group]").is_visible()
-    assert picture(figure).count() == 1 and not picture(figure).is_visible()
+    assert still.count() == 1 and not still.is_visible()
     assert (
         sideways_scroll(found) + console_errors(found) + requests_outside(found) == []
     )
+    found.page.emulate_media(media="print")
+    assert not figure.is_visible()
+    assert still.is_visible() and len(still.get_attribute("alt")) > 40
 
 
 @pytest.mark.parametrize("name", WIDGETS)
@@ -315,16 +324,6 @@ def test_widget_keeps_up_with_the_hand(name: str, visit: Visitor) -> None:
         own = 1000 * (spent() - before) / len(frames)
         print(f"{name}: median frame {median(frames):.1f} ms, of it {own:.1f} its own")
         assert median(frames) <= 17 or own < OWN
-
-
-@pytest.mark.parametrize("name", WIDGETS)
-def test_widget_is_a_picture_on_paper(name: str, visit: Visitor) -> None:
-    """Its picture, with a text that says what is on it, and no control."""
-    found, figure, _ = opened(name, visit)
-    found.page.emulate_media(media="print")
-    assert not figure.is_visible()
-    still = picture(figure)
-    assert still.is_visible() and len(still.get_attribute("alt")) > 40
 
 
 @pytest.mark.parametrize("name", WIDGETS)
