@@ -1,9 +1,8 @@
 """The prompt from one vector: the state of its last token at a layer (``last_state``).
 
-The paper leaves an algorithm open. This one measures at a prompt what each token does
-to the state at each position, adds these effects up as a model of all other prompts,
-and cools many prompts at once until their sums explain the state. The closest prompt
-is where it measures next. Nothing is returned unverified.
+The paper leaves an algorithm open. This one measures at a prompt what tokens do to the
+state at each position, adds these effects up, and cools many prompts until their sums
+explain the state. At the closest it measures next. Nothing is returned unverified.
 """
 
 import math
@@ -28,7 +27,8 @@ from sipit_lite.sipit import SALT
 
 LONGEST = 16  # tokens of the longest prompt looked for, where no length is given
 CHAINS = 256  # prompts cooled at once
-MEASURED = 512  # tokens read at the last position, half the likeliest, half drawn
+MEASURED = 512  # tokens read at the last position, half the likeliest, half by law
+OPTIONS = 8192  # tokens that a position may have while prompts are cooled
 SHALLOW = 2  # layers after which tokens are compared
 WIDTH = 2.0  # of the kernel that compares them, in median distances
 RIDGE = 0.01  # of the regression for the others, beside a kernel that is 1 at most
@@ -36,13 +36,12 @@ SWEEPS = 8  # visits to each position while a prompt is cooled
 HOT = 0.1  # share of the log-likelihood that counts in the first sweep
 COLD = 2.5  # the same in the last sweep, of the coldest prompt; of the hottest 1
 PATIENCE = 4  # rounds in a row that may come no closer before a restart
-RESTARTS = 16  # how often a search begins
 NEIGHBOURS = 0.5  # share of a token's law that the token before has; the rest is prior
 LARGEST = 16_384  # vocabulary whose table of neighbours, a gigabyte then, is made
 TRUST = 0.5  # share of a regression's log-likelihood: its residuals are not normal
 CALM = 0.16  # of that for the last token: where held-out last tokens are likeliest
 HOPE = 1e-3  # least share of the prior in any belief about the last token
-LEAST = -20.0  # log-probability of any token where part of a prompt is drawn anew
+LEAST = -25.0  # log-probability of any token where part of a prompt is drawn anew
 FAR = 8.0  # distance that a length is taken to have before its first step
 RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's place
 
@@ -50,7 +49,8 @@ Prompts = Int[Tensor, "row pos"]
 OverVocab = Float[Tensor, " vocab"]
 Rows = Float[Tensor, "row vocab"]
 Likely = Float[Tensor, "pos vocab"]
-Each = Float[Tensor, "pos vocab numbers"]
+Each = Float[Tensor, "pos options numbers"]
+Options = Int[Tensor, "pos options"]
 Known = dict[int, tuple[Tensor, Tensor]]  # tokens of a position, their effects
 Imprints = Float[Tensor, "vocab numbers"]
 
@@ -97,11 +97,10 @@ def invert_last(
     ends: a regression for this model and layer; by default it is fitted, once
     seconds: wall-clock time after which to give up
 
-    It holds T · |V| · d_model numbers. Of the ``Recovery`` all positions but the last
-    are NaN; ``runner_up`` is the closest of ``rivals``. Raises ``StatesError``,
-    ``ModelError``, ``LastStateError`` for a bad state, layer, length or budget;
-    ``NotRecovered``, ``Collision``, ``Interrupted``, with the closest prompt, where
-    none agrees or several, or on Ctrl-C.
+    Of the ``Recovery`` all positions but the last are NaN; ``runner_up`` is the closest
+    of ``rivals``. Raises ``StatesError``, ``ModelError``, ``LastStateError`` for a bad
+    state, layer, length or budget; ``NotRecovered``, ``Collision``, ``Interrupted``,
+    with the closest prompt, where none agrees or several, or on Ctrl-C.
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -182,7 +181,8 @@ class Ends(Regression):
         generator = Generator().manual_seed(0)
         shape = (max(1, tokens // longest // 2), longest)
         drawn = torch.randint(model.vocab_size, shape, generator=generator)
-        written = _written(model, shape, generator)  # half random, half plausible
+        # Half random, half plausible.
+        written, frequency = _written(model, shape, generator)
         prompts = torch.cat([drawn.to(model.device), written])
 
         def pairs() -> Pairs:
@@ -192,20 +192,16 @@ class Ends(Regression):
                 yield model.states(ids, layer).flatten(0, 1), goals
 
         fields = vars(ridge(pairs(), features, generator))
-        # Half a sighting for all, so that no token is impossible.
-        counts = torch.bincount(written.flatten(), minlength=model.vocab_size) + 0.5
-        return cls(*fields.values(), model, layer, longest, counts / counts.sum())
+        return cls(*fields.values(), model, layer, longest, frequency)
 
     def read(self, state: State) -> Float[Tensor, "vocab longest"]:
         """Log-probabilities of each last token and length together."""
         whiten = self.whiten.double()  # a direction without residual cancels there
         tokens, lengths = whiten.tensor_split([-self.longest])
-        away = self.model.embeddings.double() @ tokens
-        away -= self.predict(state).double() @ whiten
-        squares = away.square().sum(1)[:, None] + 2 * away @ lengths.T
-        squares += lengths.square().sum(1)
-        likely = (-TRUST / 2 * squares).flatten().log_softmax(0)
-        return likely.view_as(squares).float()
+        away = self.predict(state).double() @ whiten
+        apart = torch.cdist(away - self.model.embeddings.double() @ tokens, lengths)
+        likely = (-TRUST / 2 * apart.square()).flatten().log_softmax(0)
+        return likely.view_as(apart).float()
 
 
 def fitted_ends(model: LanguageModel, layer: int, longest: int) -> Ends:
@@ -218,23 +214,25 @@ def fitted_ends(model: LanguageModel, layer: int, longest: int) -> Ends:
 
 def _next_law(model: LanguageModel, e: Tensor, cache: DynamicCache | None) -> Tensor:
     """The model's own law of the next token after rows of embeddings, (row, vocab)."""
-    use = cache is not None  # else every pass would make one
     table = model.decoder.get_input_embeddings().weight
     with torch.no_grad():
-        read = model.decoder(inputs_embeds=e, past_key_values=cache, use_cache=use)
+        options = {"past_key_values": cache, "use_cache": cache is not None}
+        read = model.decoder(inputs_embeds=e, **options)
         return (read.last_hidden_state[:, -1] @ table.T).softmax(-1)
 
 
-def _written(model: LanguageModel, shape: tuple, generator: Generator) -> Prompts:
-    """Prompts that the model writes itself after a random token; else random ones."""
+def _written(model: LanguageModel, shape: tuple, generator: Generator) -> tuple:
+    """Prompts that the model writes itself after a random token, and their mean law."""
     ids = torch.randint(model.vocab_size, shape, generator=generator).to(model.device)
+    total = torch.full((model.vocab_size,), 1 / model.vocab_size)
     cache = DynamicCache()
     tied = model.decoder.config.tie_word_embeddings
     for t in range(1, shape[1] if tied else 1):
         law = _next_law(model, model.embeddings[ids[:, t - 1 : t]], cache)
         law = law.float().cpu()  # the same prompts on every device
+        total += law.mean(0)
         ids[:, t] = torch.multinomial(law, 1, generator=generator)[:, 0]
-    return ids
+    return ids, (total / total.sum()).to(model.device)
 
 
 def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
@@ -286,9 +284,7 @@ class Law:
             return law
         return law + self.before[prompts[:, t + 1]]
 
-    def draw(
-        self, count: int, length: int, generator: Generator
-    ) -> tuple[Tensor, Rows]:
+    def draw(self, count: int, length: int, generator: Generator) -> tuple:
         """So many prompts of a length drawn from it, and the law of each position."""
         ids = torch.zeros(count, length, dtype=torch.long, device=self.first.device)
         likely = []
@@ -317,23 +313,21 @@ class Effects(NamedTuple):
     """What each token at each position of a prompt does to its last state."""
 
     state: State
+    options: Options  # tokens, sorted: all of them, or the likeliest
     each: Each  # the state with that token there, less the state
 
     def sums(self, prompts: Prompts) -> States:
         """The states of prompts if effects simply added up: exact for one change."""
-        rows = [self.each[t, prompts[:, t]] for t in range(len(self.each))]
-        return self.state + torch.stack(rows).sum(0)
+        columns = torch.searchsorted(self.options, prompts.T.contiguous())
+        positions = torch.arange(len(self.each))[:, None]
+        return self.state + self.each[positions, columns].sum(0)
 
     def whitened(self, goal: State, error: States) -> tuple[Each, State]:
-        """Effects and what they must add up to, in units of the error of their sums.
-
-        ``error`` is that of prompts read. Overwrites the table of effects.
-        """
+        """Effects, in place, and their goal in units of the ``error`` of prompts."""
         centre = error.mean(0)
         away = error - centre
         sample = away.T @ away / len(away)
-        # Fewer prompts than directions: half way to the same error in all of them.
-        # Never singular, also where all prompts were predicted exactly.
+        # Half way to the same error in all directions; never singular.
         least = torch.finfo(goal.dtype).eps * self.state.square().mean() + 1e-30
         size = sample.diagonal().mean() + least
         unit = torch.eye(len(goal)).to(sample)
@@ -381,6 +375,7 @@ def cooled(
     prompts: Prompts,
     free: Bool[Tensor, "row pos"],
     law: Law,
+    options: Options,
     each: Each,
     goal: Float[Tensor, " numbers"],
     generator: Generator,
@@ -393,23 +388,25 @@ def cooled(
     """
     length = prompts.shape[1]
     prompts = prompts.clone()
-    likely = torch.zeros(each.shape[:2]).to(each)
+    likely = (law.first + LEAST).repeat(length, 1)
     half = each.square().sum(-1) / 2
-    total = sum(each[t, prompts[:, t]] for t in range(length))
+    columns = torch.searchsorted(options, prompts.T.contiguous())
+    total = each[torch.arange(length)[:, None], columns].sum(0)
     coldest = torch.logspace(0, math.log10(COLD), len(prompts)).to(each)[:, None]
     for sweep in range(SWEEPS):
         share = coldest * HOT ** (1 - sweep / (SWEEPS - 1))
         order = torch.randperm(length, generator=generator, device=each.device)
         for t in order.tolist():
-            rest = goal - total + each[t, prompts[:, t]]
+            rest = goal - total + each[t, columns[t]]
             # −½ ‖rest − effect‖², less what is the same for all tokens.
-            score = share * (rest @ each[t].T - half[t]) + law.given(prompts, t)
+            score = share * (rest @ each[t].T - half[t])
+            score += law.given(prompts, t)[:, options[t]]
             if sweep == SWEEPS - 1:
-                likely[t] = mean_law(score)
-            drawn = sampled(score, generator)
-            drawn = torch.where(free[:, t], drawn, prompts[:, t])
-            total += each[t, drawn] - each[t, prompts[:, t]]
-            prompts[:, t] = drawn
+                likely[t, options[t]] = mean_law(score)
+            drawn = torch.where(free[:, t], sampled(score, generator), columns[t])
+            total += each[t, drawn] - each[t, columns[t]]
+            columns[t] = drawn
+            prompts[:, t] = options[t, drawn]
     return prompts, likely
 
 
@@ -451,27 +448,27 @@ class Search:
             prompts = model.vocabulary[:, None]
             yield self.read(prompts, last_states(self.start, prompts))
             return
-        everywhere = torch.ones(CHAINS, length, dtype=torch.bool, device=model.device)
-        for _ in range(RESTARTS):
+        while True:
             prompts, likely = self.law.draw(CHAINS, length, self.generator)
             states = last_states(self.start, prompts)
             base = self.read(prompts, states)
             fresh = base
-            free = everywhere
+            free = torch.ones_like(prompts, dtype=torch.bool)
             stale = 0
             known: Known = {}
             while stale < PATIENCE:
-                effects, near = self.effects(base.ids, likely, known)
+                effects, near = self.effects(base.ids, prompts, likely, known)
                 error = states - effects.sums(prompts)
                 sums = effects.whitened(self.observed.states[0], error)
-                prompts, likely = cooled(prompts, free, self.law, *sums, self.generator)
+                drawing = (effects.options, *sums, self.generator)
+                prompts, likely = cooled(prompts, free, self.law, *drawing)
                 states = last_states(self.start, prompts)
                 guess = self.read(prompts, states).or_closer(near).or_closer(fresh)
                 yield guess
                 stale = 0 if guess.distance < base.distance else stale + 1
                 known = known if stale else {}
                 base = base.or_closer(guess)
-                free = everywhere
+                free = torch.ones_like(free)
                 fresh = Guess(base.ids, torch.inf, 0)
                 if stale:
                     # Close to the base sums are more exact: change part of it only.
@@ -484,31 +481,31 @@ class Search:
         drawing = {"generator": self.generator, "device": ids.device}
         most = max(1, 2 * len(ids) // 3)
         size = torch.randint(min(2, most), most + 1, (CHAINS, 1), **drawing)
-        order = torch.rand(CHAINS, len(ids), **drawing).argsort(1).argsort(1)
-        free = order < size
+        free = torch.rand(CHAINS, len(ids), **drawing).argsort(1).argsort(1) < size
         # Flatter than what is believed, which has led here.
         flat = (likely.clamp_min(LEAST) / 2).exp()
         drawn = torch.multinomial(flat, CHAINS, True, generator=self.generator).T
         return torch.where(free, drawn, ids), free
 
     def effects(
-        self, ids: Tokens, likely: Likely, known: Known
+        self, ids: Tokens, prompts: Prompts, likely: Likely, known: Known
     ) -> tuple[Effects, Guess]:
         """Effects at a prompt, the closest with one token changed; fills ``known``."""
         frequent = int(self.law.first.argmax())
         table = imprints(self.start.model, self.start.layer, frequent)
-        drawing = {"generator": self.generator, "device": ids.device}
         state = last_states(self.start, ids[None])[0]
-        each = state.new_empty(len(ids), len(table), len(state))
+        each = state.new_empty(len(ids), min(OPTIONS, len(table)), len(state))
+        options = []
         near = Guess(ids, torch.inf, 0)
         step = self.start
         for t in range(len(ids)):
             # Fewer where more tokens follow, which are passed for each of them.
-            half = MEASURED // (2 * (len(ids) - t))
+            half = min(MEASURED // (2 * (len(ids) - t)), len(table))
             before, measured = known.get(t, (ids[:0], each[0, :0]))
-            fresh = likely[t].index_fill(0, before, -torch.inf)
-            best = fresh.topk(min(half, len(table))).indices
-            others = torch.randperm(len(table), **drawing)[:half]
+            best = likely[t].index_fill(0, before, -torch.inf).topk(half).indices
+            # Without regard to the state: effects not read may be predicted badly.
+            chances = self.law.first.exp().index_fill(0, before, 0) + 1e-12
+            others = torch.multinomial(chances, half, generator=self.generator)
             read = torch.cat([best, others]).unique()
             # The token there once more: there is a row at least.
             read = torch.cat([read[~torch.isin(read, before)], ids[t : t + 1]])
@@ -516,11 +513,16 @@ class Search:
             rows[:, t] = read
             states = last_states(step, rows[:, t:])
             near = near.or_closer(self.read(rows, states))
-            measured = torch.cat([measured, states - state])
-            known[t] = torch.cat([before, read]), measured
-            each[t] = regressed(table, *known[t])
+            tokens = torch.cat([before, read])
+            known[t] = tokens, torch.cat([measured, states - state])
+            needed = torch.cat([tokens, prompts[:, t]])
+            ranked = likely[t].index_fill(0, needed, torch.inf)
+            few = ranked.topk(each.shape[1]).indices.sort().values
+            columns = torch.searchsorted(few, tokens)
+            each[t] = regressed(table[few], columns, known[t][1])
+            options.append(few)
             step = step.follow(ids[t : t + 1])[1]
-        return Effects(state, each), near
+        return Effects(state, torch.stack(options), each), near
 
 
 def last_states(step: OneStepMap, rows: Prompts) -> States:
@@ -552,12 +554,11 @@ def _recovery(search: Search, guess: Guess, started: float, *rival: float) -> Re
     columns = torch.full((4, len(ids)), torch.nan)
     known = [guess.distance, min(rival, default=torch.inf), search.observed.radius[0]]
     columns[:3, -1] = torch.tensor(known)
-    *measured, margin = columns
     tested = torch.zeros_like(ids)
     tested[-1] = guess.tested
-    unsure = torch.zeros_like(ids).bool()
-    rest = (search.start.model.decode(ids), time.perf_counter() - started)
-    return Recovery(ids, *measured, tested, unsure, margin, *rest, search.start.layer)
+    model = search.start.model
+    rest = (model.decode(ids), time.perf_counter() - started, search.start.layer)
+    return Recovery(ids, *columns[:3], tested, tested < 0, columns[3], *rest)
 
 
 def checked(search: Search, best: Guess, started: float, most: int | None) -> Recovery:

@@ -112,7 +112,7 @@ def test_effects_are_exact_for_one_token(
     ids = torch.tensor([3, 400, 77])
     search = a_search(gpt2, torch.tensor([3, 12, 77]), 2)
     likely = torch.zeros(3, gpt2.vocab_size)
-    effects, near = search.effects(ids, likely, {})
+    effects, near = search.effects(ids, ids[None], likely, {})
     assert near.ids.tolist() == [3, 12, 77] and search.agrees(near)
     assert near.tested == 3 * (gpt2.vocab_size + 1)  # the token there, once more
     changed = ids.repeat(7, 1)
@@ -133,7 +133,7 @@ def test_what_was_measured_is_kept(
     likely = torch.arange(gpt2.vocab_size).float().repeat(3, 1)
     known: dict = {}
     for first, last in ((492, 500), (484, 492)):
-        effects, _ = search.effects(ids, likely, known)
+        effects, _ = search.effects(ids, ids[None], likely, known)
         assert set(range(first, last)) <= set(known[0][0].tolist())
     counts = [len(known[t][0]) for t in range(3)]
     assert 30 < counts[0] <= 34 < 58 < counts[2] <= 98
@@ -144,6 +144,53 @@ def test_what_was_measured_is_kept(
         expected = gpt2.states(changed, 2)[:, -1] - gpt2.states(ids, 2)[-1]
         assert torch.allclose(measured, expected, atol=1e-4)
         assert torch.allclose(effects.each[t, tokens], expected, atol=1e-4)
+
+
+def test_options_are_those_of_prompts_those_read_and_the_likeliest(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 500 tokens 60 a position; sums of changed ones by other passes."""
+    monkeypatch.setattr(laststate, "MEASURED", 24)
+    monkeypatch.setattr(laststate, "OPTIONS", 60)
+    ids = torch.tensor([3, 400, 77])
+    search = a_search(gpt2, torch.tensor([3, 12, 77]), 2)
+    likely = torch.arange(500).float().log().repeat(3, 1)
+    prompts = torch.tensor([[0, 1, 2], [5, 1, 77]])
+    known: dict = {}
+    effects, _ = search.effects(ids, prompts, likely, known)
+    assert effects.options.shape == (3, 60) and effects.each.shape[:2] == (3, 60)
+    assert (effects.options.diff() > 0).all()
+    for t in range(3):
+        read = known[t][0].tolist()
+        options = effects.options[t].tolist()
+        others = sorted(set(options) - set(read) - set(prompts[:, t].tolist()))
+        rest = [v for v in range(499, -1, -1) if v not in read]
+        assert set(read) | set(prompts[:, t].tolist()) <= set(options)
+        assert others == sorted(rest[: len(others)])
+        changed = ids.repeat(len(read), 1)
+        changed[:, t] = known[t][0]
+        sums = torch.searchsorted(effects.options[t], known[t][0])
+        states = gpt2.states(changed, 2)[:, -1]
+        assert torch.allclose(effects.each[t, sums] + effects.state, states, atol=1e-4)
+        assert torch.allclose(effects.sums(changed)[-1], states[-1], atol=1e-3)
+
+
+def test_cooling_keeps_to_the_options() -> None:
+    """Tokens drawn are options of their position; the law of others is least."""
+    generator = torch.Generator().manual_seed(4)
+    options = torch.tensor([[0, 2], [1, 3], [0, 3]])
+    start = options[:, 1].repeat(300, 1)
+    each = torch.zeros(3, 2, 1).double()
+    law = a_law(4)
+    free = torch.ones_like(start, dtype=torch.bool)
+    goal = torch.zeros(1).double()
+    drawn, likely = cooled(start, free, law, options, each, goal, generator)
+    for t in range(3):
+        assert set(drawn[:, t].tolist()) == set(options[t].tolist())
+        outside = [v for v in range(4) if v not in options[t]]
+        least = law.first[outside] + laststate.LEAST
+        assert torch.equal(likely[t, outside], least)
+        assert float(likely[t].exp().sum()) == pytest.approx(1.0)
 
 
 def test_imprints_are_states_of_transformers(family: Family) -> None:
@@ -193,7 +240,8 @@ def test_whitened_distances_are_mahalanobis() -> None:
     each = torch.randn(2, 5, 4, generator=generator).double()
     error = 0.3 * torch.randn(40, 4, generator=generator).double() + 1
     goal = torch.randn(4, generator=generator).double()
-    effects = laststate.Effects(torch.zeros(4).double(), each.clone())
+    options = torch.arange(5).repeat(2, 1)
+    effects = laststate.Effects(torch.zeros(4).double(), options, each.clone())
     prompt = torch.tensor([[3, 1]])
     left = goal - effects.sums(prompt)[0] - error.mean(0)
     sample = (error - error.mean(0)).T.cov(correction=0)
@@ -203,7 +251,7 @@ def test_whitened_distances_are_mahalanobis() -> None:
     seen = (aim - units[0, 3] - units[1, 1]).square().sum()
     assert float(seen) == pytest.approx(float(left @ covariance.inverse() @ left))
     # Prompts predicted without error leave numbers, if large ones.
-    flat = laststate.Effects(torch.zeros(4).double(), each.clone())
+    flat = laststate.Effects(torch.zeros(4).double(), options, each.clone())
     units, aim = flat.whitened(goal, torch.zeros(40, 4).double())
     assert units.isfinite().all() and aim.isfinite().all()
 
@@ -247,7 +295,8 @@ def test_cooled_prompts_follow_the_law_of_sums(
     goal = torch.tensor([0.5, -1.0]).double()
     start = torch.zeros(count, 3, dtype=torch.long)
     free = torch.ones_like(start, dtype=torch.bool)
-    drawn, likely = cooled(start, free, law, each, goal, generator)
+    options = torch.arange(vocab).repeat(3, 1)
+    drawn, likely = cooled(start, free, law, options, each, goal, generator)
     weights = []
     for s in itertools.product(range(vocab), repeat=3):
         log = float(law.first[s[0]] + law.last[s[2]])
@@ -271,7 +320,8 @@ def test_positions_that_are_not_free_stay() -> None:
     free = torch.rand(500, 3, generator=generator) < 0.5
     each = torch.zeros(3, 4, 1).double()
     goal = torch.zeros(1).double()
-    drawn, _ = cooled(start, free, a_law(4), each, goal, generator)
+    options = torch.arange(4).repeat(3, 1)
+    drawn, _ = cooled(start, free, a_law(4), options, each, goal, generator)
     assert torch.equal(drawn[~free], start[~free])
     assert 0.5 < float((drawn != start)[free].double().mean()) < 1
 
@@ -303,7 +353,9 @@ def test_a_part_of_a_prompt_is_drawn_anew(gpt2: LanguageModel) -> None:
         prompts, free = search.around(ids[:count], likely[:count])
         assert set(free.sum(1).tolist()) == sizes
     assert torch.equal(prompts[~free], ids.expand_as(prompts)[~free])
-    assert 0.5 < float((prompts[free] == 400).double().mean()) < 1
+    drawn = [search.around(ids, likely) for _ in range(20)]
+    same = torch.cat([prompts[free] == 400 for prompts, free in drawn])
+    assert 0.9 < float(same.double().mean()) < 1
 
 
 def test_followers_are_the_next_token_law(pocket: LanguageModel) -> None:
