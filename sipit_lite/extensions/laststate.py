@@ -97,10 +97,14 @@ def invert_last(
     ends: a regression for this model and layer; by default it is fitted, once
     seconds: wall-clock time after which to give up
 
-    Of the ``Recovery`` all positions but the last are NaN; ``runner_up`` is the closest
-    of ``rivals``. Raises ``StatesError``, ``ModelError``, ``LastStateError`` for a bad
-    state, layer, length or budget; ``NotRecovered``, ``Collision``, ``Interrupted``,
-    with the closest prompt, where none agrees or several, or on Ctrl-C.
+    Returns
+    -------
+    Recovery: NaN at all positions but the last; the ``runner_up`` is one of ``rivals``
+
+    Raises
+    ------
+    StatesError, ModelError, LastStateError: a bad state, layer, length or budget
+    NotRecovered, Collision, Interrupted: with the closest prompt; none or several agree
 
     >>> from sipit_lite import load
     >>> model = load(device="cpu")
@@ -382,20 +386,18 @@ def cooled(
 ) -> tuple[Prompts, Likely]:
     """Simulated annealing by Gibbs sampling: a normal likelihood of sums, and a law.
 
-    Draws the tokens at the ``free`` positions of each prompt, one position after the
-    other, given the rest. ``each`` and ``goal`` are in units of the error. Returns the
-    prompts and the mean law of each position in the last sweep, in logarithms.
+    Draws the ``free`` positions one after the other, given the rest; ``each`` and
+    ``goal`` are in units of the error. Returns the mean log-law of the last sweep too.
     """
-    length = prompts.shape[1]
     prompts = prompts.clone()
-    likely = (law.first + LEAST).repeat(length, 1)
+    likely = (law.first + LEAST).repeat(len(each), 1)
     half = each.square().sum(-1) / 2
     columns = torch.searchsorted(options, prompts.T.contiguous())
-    total = each[torch.arange(length)[:, None], columns].sum(0)
+    total = each[torch.arange(len(each))[:, None], columns].sum(0)
     coldest = torch.logspace(0, math.log10(COLD), len(prompts)).to(each)[:, None]
     for sweep in range(SWEEPS):
         share = coldest * HOT ** (1 - sweep / (SWEEPS - 1))
-        order = torch.randperm(length, generator=generator, device=each.device)
+        order = torch.randperm(len(each), generator=generator, device=each.device)
         for t in order.tolist():
             rest = goal - total + each[t, columns[t]]
             # −½ ‖rest − effect‖², less what is the same for all tokens.
@@ -443,9 +445,8 @@ class Search:
 
     def steps(self, length: int) -> Iterator[Guess]:
         """Yield the closest prompt of each round; a restart forgets all but the law."""
-        model = self.start.model
         if length == 1:
-            prompts = model.vocabulary[:, None]
+            prompts = self.start.model.vocabulary[:, None]
             yield self.read(prompts, last_states(self.start, prompts))
             return
         while True:
@@ -575,9 +576,8 @@ def checked(search: Search, best: Guess, started: float, most: int | None) -> Re
         raise NotRecovered(f"{line}, after {recovered.seconds:.0f} s", recovered)
     rival = Guess(best.ids, torch.inf, 0)
     for prompts in rivals(model, best.ids, most):
-        rival = rival.or_closer(
-            search.read(prompts, last_states(search.start, prompts))
-        )
+        states = last_states(search.start, prompts)
+        rival = rival.or_closer(search.read(prompts, states))
     recovered = _recovery(search, again, started, rival.distance)
     if search.agrees(rival):
         other = rival.ids.cpu()
@@ -592,8 +592,7 @@ def rivals(model: LanguageModel, ids: Tokens, longest: int | None) -> list[Tenso
     count = min(RIVALS, model.vocab_size - 1)
     apart = torch.cdist(table[ids], table).scatter(1, ids[:, None], torch.inf)
     near = ids.repeat(len(ids), count, 1)
-    positions = torch.arange(len(ids))
-    near[positions, :, positions] = apart.topk(count, largest=False).indices
+    near.diagonal(dim1=0, dim2=2)[:] = apart.topk(count, largest=False).indices.T
     # Models of relative positions cannot always count repeated tokens (``positions``).
     resized = (ids[1:], torch.cat([ids[:1], ids]))
     fitting = [rows[None] for rows in resized if 1 <= len(rows) <= (longest or 0)]
