@@ -169,7 +169,7 @@ class LanguageModel:
 
     def decode(self, ids: Int[Tensor, " pos"]) -> str:
         """The text that ``encode`` turned into these ids, or the ids themselves."""
-        ids = torch.as_tensor(ids).tolist()
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if self.tokenizer is None:
             return " ".join(map(str, ids))
         ids = ids[1:] if ids[:1] == [self.begin] else ids
