@@ -1,6 +1,7 @@
 """The prompt from the last state alone: exact, or an error."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import pickle
@@ -31,6 +32,7 @@ from sipit_lite.extensions.laststate import (
     Ends,
     Law,
     Search,
+    _written,
     cooled,
     followers,
     imprints,
@@ -173,6 +175,50 @@ def test_options_are_those_of_prompts_those_read_and_the_likeliest(
         states = gpt2.states(changed, 2)[:, -1]
         assert torch.allclose(effects.each[t, sums] + effects.state, states, atol=1e-4)
         assert torch.allclose(effects.sums(changed)[-1], states[-1], atol=1e-3)
+
+
+def test_half_of_what_is_read_is_drawn_by_frequency(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model writes fifty tokens of 500 nearly always, most draws are these."""
+    monkeypatch.setattr(laststate, "MEASURED", 96)
+    ids = torch.tensor([3, 400, 77])
+    frequency = torch.full((500,), 1e-6)
+    frequency[100:150] = 0.02
+    search = a_search(gpt2, ids, 2)
+    search = dataclasses.replace(search, law=Law(frequency.log()))
+    likely = torch.arange(500).float().log_softmax(0).repeat(3, 1)
+    known: dict = {}
+    search.effects(ids, ids[None], likely, known)
+    for t, half in enumerate((16, 24, 48)):
+        read = set(known[t][0].tolist())
+        assert set(range(500 - half, 500)) <= read  # the likeliest
+        assert len(read & set(range(100, 150))) > 0.9 * half
+
+
+def test_frequency_is_the_mean_of_laws(family: Family) -> None:
+    """Of transformers' next-token laws in what was written, and one even law."""
+    _, model = family
+    shape = (5, 4)
+    written, frequency = _written(model, shape, torch.Generator().manual_seed(0))
+    assert written.shape == shape
+    laws = [torch.full((model.vocab_size,), 1 / model.vocab_size)]
+    if model.decoder.config.tie_word_embeddings:
+        table = model.decoder.get_input_embeddings().weight
+        for t in range(1, shape[1]):
+            with torch.no_grad():
+                final = model.decoder(input_ids=written[:, :t], use_cache=False)
+            law = (final.last_hidden_state[:, -1] @ table.T).softmax(-1)
+            laws.append(law.mean(0))
+    expected = torch.stack(laws).mean(0)
+    assert torch.allclose(frequency, expected, atol=1e-6)
+
+
+def test_all_that_is_read_fits_among_the_options() -> None:
+    """What a base's rounds can read at a position, and the tokens of all prompts."""
+    rounds = laststate.PATIENCE + 1
+    most = rounds * (laststate.MEASURED + 1) + laststate.CHAINS
+    assert most <= laststate.OPTIONS
 
 
 def test_cooling_keeps_to_the_options() -> None:
