@@ -112,9 +112,8 @@ class LanguageModel:
         if hasattr(hf_model, "get_base_model"):  # PEFT: its adapters stay in place
             hf_model = hf_model.get_base_model()
         if not isinstance(hf_model, PreTrainedModel):
-            kind = type(hf_model).__name__
             expected = "expected a model of transformers; load takes names"
-            raise ModelError(f"got an object {kind}; {expected}")
+            raise ModelError(f"got an object {type(hf_model).__name__}; {expected}")
         self.decoder = decoder = hf_model.get_decoder()
         if any(weight.is_inference() for weight in decoder.parameters()):
             raise ModelError("got weights made in inference mode; load it outside")
@@ -202,11 +201,11 @@ class LanguageModel:
         is what enters the first block, ℓ what leaves block ℓ, L + 1 what leaves the
         norm. Raises ``ModelError`` for a bad layer or prompt, or too little memory.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.device)
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         self.check_ids(ids)
         size = f"{ids[..., 0].numel()} prompts of {ids.shape[-1]} tokens"
         with torch.no_grad(), self.advised(size):
-            rows = self.embeddings[ids.reshape(-1, ids.shape[-1])]
+            rows = self.embeddings[ids.reshape(-1, ids.shape[-1]).to(self.device)]
             output = self.cut(layer)(inputs_embeds=rows, use_cache=False)
         return output.last_hidden_state.to(self.device).reshape(*ids.shape, -1)
 

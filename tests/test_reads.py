@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from sipit_lite import Gradient, LanguageModel, Lens, OneStepMap, invert
 from sipit_lite.acceptance import related
 from sipit_lite.experiments.baselines import Random
+from sipit_lite.extensions import lens as lens_module
 from sipit_lite.io.text import prompts
 from sipit_lite.sipit import _Prompt
 
@@ -41,9 +42,12 @@ class Reads(TorchFunctionMode):
         remote = [x for x in leaves if getattr(x, "remote", False)]
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        # What is made by its device's name is made there.
-        if not remote and kwargs.get("device") is None:
+        # What is made or sent by its device's name is there.
+        sent = name == "to" and any(isinstance(x, torch.device) for x in args)
+        if not remote and not sent and kwargs.get("device") is None:
             return result
+        if sent and result is args[0]:
+            result = result.clone()  # else what is on the CPU, marked
         read = name in NUMBERS + SHAPES
         if name == "__getitem__":
             parts = [x for x in tree_leaves(args[1]) if getattr(x, "remote", False)]
@@ -127,3 +131,17 @@ def test_a_draft_is_read_once(pocket: LanguageModel) -> None:
     reads, done = counted(pocket, 1, lens=lens)
     assert done["searches"] <= 1
     assert sum(reads.reads.values()) <= 10 * done["searches"] + 12, dict(reads.reads)
+
+
+def test_a_fit_waits_once_a_pass(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments stay where they are summed; transformers reads if prompts are packed."""
+    # The prior is weighed after the fit, on few prompts.
+    monkeypatch.setattr(lens_module, "calibrated", lambda lens, others: (0.0, 1.0))
+    text = list(prompts(pocket.tokenizer, "prose", 32))[:256]
+    table = (pocket.embeddings, pocket.vocabulary)
+    with Reads(*pocket.decoder.parameters(), *table) as reads:
+        Lens.fit(pocket, 1, prompts=text, features=8)
+    passes = len(text) * 32 // lens_module.PASS
+    assert sum(reads.reads.values()) == passes == 4, dict(reads.reads)

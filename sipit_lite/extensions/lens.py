@@ -7,7 +7,7 @@ ranked by the Mahalanobis distance of what each leaves. Drafts are verified else
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count, cycle, islice
 from pathlib import Path
 from typing import ClassVar
@@ -248,10 +248,9 @@ def training_prompts(model: LanguageModel, seed: int = 0) -> Iterator[Tokens]:
     draws = (torch.randint(vocab, (longest,), generator=generator) for _ in count())
     turns = cycle([draws])
     if model.tokenizer is not None:
-        text = {"source": "installed", "split": "train"}
-        prose = text_prompts(model.tokenizer, "prose", longest, **text)
-        code = text_prompts(model.tokenizer, "code", longest, **text)
-        turns = cycle([prose, draws, code, draws])
+        options = {"length": longest, "source": "installed", "split": "train"}
+        text = partial(text_prompts, model.tokenizer, **options)
+        turns = cycle([text("prose"), draws, text("code"), draws])
     # Lengths take turns, since states look different at the first positions.
     for length in cycle(LENGTHS):
         for stream in islice(turns, PASS // longest):
@@ -315,5 +314,6 @@ def ridge(pairs: Pairs, features: int, generator: torch.Generator) -> Regression
     values, vectors = torch.linalg.eigh((residual + residual.T) / 2)
     # Without any residual a direction would outweigh all others; below is rounding.
     values = values.clamp(min=FLOOR * yy.diagonal().mean() / rows)
-    whiten = (vectors / values.sqrt()).float()
-    return Regression(directions, weight[:-1].float(), weight[-1].float(), whiten)
+    # Row by row, as files keep them: other layouts round their products differently.
+    slope, whiten = (x.float().contiguous() for x in (weight, vectors / values.sqrt()))
+    return Regression(directions, slope[:-1], slope[-1], whiten)

@@ -5,7 +5,9 @@
 """
 
 import ast
+import gc
 import json
+import os
 import re
 import sysconfig
 import warnings
@@ -128,12 +130,15 @@ def _documents(kind: str, split: str) -> Iterator[str]:
             if _split_of(f"pydoc_data/topics/{name}") == split:
                 yield _prose([text])
     for folder in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
-        for path in sorted(Path(folder).rglob("*.py")):
-            name = path.relative_to(folder)
+        names = []
+        for place, folders, there in os.walk(folder):
             # Packages are a folder of their own; our own sources change too often.
-            ours = {"site-packages", "sipit_lite"} & set(name.parts)
-            if not ours and _split_of(name.as_posix()) == split:
-                yield _read(path, kind)
+            folders[:] = {*folders} - {"site-packages", "sipit_lite"}
+            parts = Path(place).relative_to(folder).parts
+            names += [(*parts, name) for name in there if name.endswith(".py")]
+        for parts in sorted(names):
+            if _split_of("/".join(parts)) == split:
+                yield _read(Path(folder, *parts), kind)
 
 
 def paragraphs(text: str) -> list[str]:
@@ -143,16 +148,20 @@ def paragraphs(text: str) -> list[str]:
 
 def is_prose(paragraph: str) -> bool:
     """Whether a paragraph is English sentences, not a table, example or signature."""
-    letters = sum(c.isalpha() or c.isspace() for c in paragraph)
-    words = len(paragraph) >= 60 and letters >= 0.88 * len(paragraph)
     line = " ".join(paragraph.split())
-    return bool(words and not _NOT_PROSE.search(paragraph) and _SENTENCES.match(line))
+    if len(paragraph) < 60 or not _SENTENCES.match(line):
+        return False  # before each letter is looked at
+    letters = sum(c.isalpha() or c.isspace() for c in paragraph)
+    return not _NOT_PROSE.search(paragraph) and letters >= 0.88 * len(paragraph)
 
 
 @cache
 def _held_out(kind: str) -> frozenset[str]:
+    gc.freeze()  # else all that is loaded is looked at again, amid thousands of trees
     documents = map(paragraphs, _documents(kind, "held-out"))
-    return frozenset(map(str.strip, chain.from_iterable(documents)))
+    unwanted = frozenset(map(str.strip, chain.from_iterable(documents)))
+    gc.unfreeze()
+    return unwanted
 
 
 def _split_of(name: str) -> str:
@@ -170,13 +179,15 @@ def _read(path: Path, kind: str) -> str:
             return source
         # Old sources warn of invalid escapes, which is not our caller's concern.
         with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(source)
+            nodes = [ast.parse(source)]
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return ""
-    # Whatever may carry a docstring.
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
-    return _prose(ast.get_docstring(node) or "" for node in nodes)
+    # Docstrings stand in statements, and these in no expression: most is never visited.
+    for node in nodes:
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            nodes += getattr(node, part, ())
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return _prose(ast.get_docstring(x) or "" for x in nodes if isinstance(x, kinds))
 
 
 def _prose(texts: Iterable[str]) -> str:

@@ -3,6 +3,8 @@
 import sysconfig
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from sipit_lite import LanguageModel
 from sipit_lite.io import text as io_text
 from sipit_lite.io.text import (
+    SPLITS,
     TextError,
     bundled,
     different,
@@ -99,6 +102,78 @@ def test_installed_splits_are_disjoint() -> None:
         train += [p.strip() for p in paragraphs(text)]
     assert len(held_out) > 100 and len(train) > 100
     assert held_out.isdisjoint(train)
+
+
+def test_docstrings_of_all_statements_are_read(tmp_path: Path) -> None:
+    """In whatever statement a function stands, the outer ones first, as they come."""
+    # Sixty letters and more, or it would be no paragraph of prose.
+    names = ("module", "if", "else", "while", "with", "for", "try", "handler")
+    names += ("otherwise", "finally", "case", "async", "method", "inner", "starred")
+    text = {
+        name: f"What stands in the {name} is read {'and ' * 10}kept." for name in names
+    }
+    source = '''"""{module}"""
+if 1:
+    def f(x=lambda: 0):
+        """{if}"""
+        class Inner:
+            def method(self):
+                """{method}"""
+                if x:
+                    def inner(): """{inner}"""
+else:
+    class C: """{else}"""
+while 0:
+    def f(): """{while}"""
+with 1:
+    async def f(): """{with}"""
+for _ in ():
+    def f(): """{for}"""
+try:
+    def f(): """{try}"""
+except ValueError:
+    def f(): """{handler}"""
+else:
+    def f(): """{otherwise}"""
+finally:
+    def f(): """{finally}"""
+match 1:
+    case 1:
+        def f(): """{case}"""
+async def f():
+    """{async}"""
+try:
+    pass
+except* ValueError:
+    def f(): """{starred}"""
+'''.format(**text)
+    path = tmp_path / "documented.py"
+    path.write_text(source)
+    depths = ("module", "async")
+    depths += ("if", "else", "while", "with", "for", "try", "otherwise", "finally")
+    depths += ("handler", "case", "starred", "method", "inner")
+    expected = "\n\n".join(text[name] for name in depths)
+    assert sorted(io_text._read(path, "prose").split("\n\n")) == sorted(text.values())
+    assert io_text._read(path, "prose") == expected
+
+
+def test_files_come_sorted_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As paths are, not as their names; neither other packages nor our own."""
+    names = ["a.py", "a/b.py", "a-b/c.py", "a/b/c.py", "b.py", "a/b-c.py", "B/x.py"]
+    for name in (*names, "site-packages/no.py", "a/sipit_lite/no.py", "a/no.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}")
+    (tmp_path / "none").mkdir()
+    folders = {"stdlib": str(tmp_path), "purelib": str(tmp_path / "none")}
+    monkeypatch.setattr(io_text, "sysconfig", SimpleNamespace(get_path=folders.get))
+    splits = [list(io_text._documents("code", split)) for split in SPLITS]
+    order = sorted(names, key=lambda name: Path(name).parts)
+    assert sorted(splits[0] + splits[1]) == sorted(f"# {name}" for name in names)
+    for split in splits:
+        assert split == [f"# {name}" for name in order if f"# {name}" in split]
 
 
 def test_installed_prompts(pocket: LanguageModel) -> None:
