@@ -247,8 +247,7 @@ def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
         prefix = torch.randint(model.vocab_size, (LATER,), generator=generator)
         for t in {0, min(LATER, model.n_positions - 1)} if len(near) > 1 else ():
             step = OneStepMap.after(model, depth, prefix[:t])
-            states = step.tokens(model.vocabulary).float()
-            states = states.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            states = step.tokens(model.vocabulary).float().nan_to_num(0.0, 0.0, 0.0)
             limit = RELATED * vector_norm(states - states.mean(0), dim=1).median()
             report = closest_pairs(states, 1, nearest=True, within=float(limit))
             near |= report.nearest.to(near.device) < float(limit)

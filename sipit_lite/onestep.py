@@ -18,6 +18,7 @@ from sipit_lite.model import LanguageModel, ModelError, is_oom, plain_settings
 
 ROWS = 256  # candidates a pass: enough to keep the matrix products busy
 EXACT = "donot_use_mm_for_euclid_dist"
+MOST = 8192  # on a GPU, if twice the cache and 32 widths of each fit into half of it
 FLOAT_ROOM = 2**27  # numbers of copied cache: never more than 512 MiB in float32
 
 Rows = Float[Tensor, "rows d_model"]
@@ -81,6 +82,10 @@ class OneStepMap:
         """F(v) for each candidate token, shape (candidates, d_model)."""
         copied = sum(keys.numel() + values.numel() for keys, values in self.past)
         cap = max(1, min(ROWS, FLOAT_ROOM // max(copied, 1)))
+        if self.model.device.type == "cuda" and len(tokens) > cap:
+            free, _ = torch.cuda.mem_get_info(self.model.device)
+            row = 2 * (copied + 32 * self.model.d_model) * self.model.dtype.itemsize
+            cap = max(cap, min(MOST, free // 2 // row))
         one = f"one candidate after {self.position} tokens"
         with torch.no_grad(), self.model.advised(one):
             e = self.model.embeddings[tokens]

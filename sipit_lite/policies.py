@@ -72,8 +72,7 @@ class Gradient:
         untried = torch.ones(len(table), dtype=torch.bool, device=table.device)
         left = len(table)
         e = table[int(torch.randint(left, (), generator=generator))].clone()
-        longer = len(table) // FIRST_WINDOW if step.position == 0 else 0
-        window = self.window * (1 + longer)
+        window = self.window * (1 + (step.position == 0) * (left // FIRST_WINDOW))
         for taken in range(self.max_steps):
             if taken and taken % window == 0:
                 e = table[nearest(table, e, untried, 1)][0]
@@ -97,6 +96,5 @@ def nearest(table: Tensor, e: State, allowed: Tensor, count: int) -> Tensor:
     """The ``count`` allowed tokens whose embeddings are nearest; so many are left."""
     distance = torch.linalg.vector_norm((table - e).float(), dim=1)
     # A proxy that ran off to NaN must not end the enumeration: huge, but not tried.
-    huge = torch.finfo(distance.dtype).max
-    distance = distance.nan_to_num(huge, huge).masked_fill(~allowed, torch.inf)
+    distance = distance.nan_to_num(3e38).masked_fill(~allowed, torch.inf)
     return distance.topk(count, largest=False).indices

@@ -348,8 +348,7 @@ def _blank(radius: Float[Tensor, " pos"]) -> Recovery:
     radius = radius.float().cpu()
     inf = torch.full_like(radius, torch.inf)
     zeros = torch.zeros_like(radius, dtype=torch.int64)
-    margin = inf * torch.nan
-    return Recovery(zeros, inf, inf.clone(), radius, zeros + 1, zeros == 0, margin)
+    return Recovery(zeros, inf, inf.clone(), radius, zeros + 1, zeros == 0, inf - inf)
 
 
 def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:

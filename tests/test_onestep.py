@@ -3,6 +3,9 @@
 Its margin and gradient have oracles of their own.
 """
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -79,6 +82,78 @@ def test_chunks_do_not_matter(
     whole = step.tokens(tokens)
     monkeypatch.setattr(onestep, "ROWS", 7)
     torch.testing.assert_close(step.tokens(tokens), whole)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many candidates each pass took, and the honest states of all."""
+    sizes: list[int] = []
+    honest = OneStepMap.embedding
+
+    def embedding(self: OneStepMap, e: Tensor) -> Tensor:
+        sizes.append(len(e))
+        return honest(replace(self, model=here(self.model)), e)
+
+    monkeypatch.setattr(OneStepMap, "embedding", embedding)
+    return sizes
+
+
+def on_a_gpu(model: LanguageModel) -> LanguageModel:
+    """The same model, which says that it is elsewhere."""
+    there = copy.copy(model)
+    there.device = torch.device("cuda", 0)
+    return there
+
+
+def here(model: LanguageModel) -> LanguageModel:
+    """The same model, which says where it is."""
+    real = copy.copy(model)
+    real.device = model.embeddings.device
+    return real
+
+
+@pytest.mark.parametrize("gigabytes", [0.0, 0.5, 70.0])
+@pytest.mark.parametrize("text", ["", "a prefix of several tokens " * 8])
+def test_on_a_gpu_a_pass_takes_what_fits(
+    pocket: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    passes: list[int],
+    gigabytes: float,
+    text: str,
+) -> None:
+    """Of a scan thousands, where half the free memory holds them, else as elsewhere."""
+    if pocket.embeddings.is_cuda:
+        pytest.skip("the memory of this device is its own")
+    free = int(gigabytes * 1e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
+    prefix = pocket.encode(text) if text else None
+    step = OneStepMap.after(pocket, 2, prefix)
+    expected = step.tokens(pocket.vocabulary)
+    slow = passes.copy()
+    assert slow == [256] * 16
+    passes.clear()
+    found = replace(step, model=on_a_gpu(pocket)).tokens(pocket.vocabulary)
+    torch.testing.assert_close(found, expected)
+    assert sum(passes) == 4096
+    # Keys and values of two blocks, twice, and sixty-four widths, four bytes each.
+    row = 4 * (2 * 2 * 2 * 256 * step.position + 64 * 256)
+    fits = free // 2 // row
+    assert passes[0] == min(max(fits, 256), 4096)
+    assert (gigabytes > 60) == (passes == [4096]) or not text
+
+
+def test_few_candidates_ask_no_gpu_for_its_memory(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch, passes: list[int]
+) -> None:
+    """It costs a call to the driver; a search proposes few at a time."""
+
+    def refuse(device: object) -> None:
+        raise AssertionError("was queried")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    there = replace(OneStepMap.after(pocket, 2), model=on_a_gpu(pocket))
+    assert there.tokens(pocket.vocabulary[:256]).shape == (256, 256)
+    assert passes == [256]
 
 
 def test_gradient_is_that_of_finite_differences() -> None:
