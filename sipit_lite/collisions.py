@@ -164,7 +164,7 @@ class _Search:
             # The norm of what the axes miss is one more coordinate.
             rest = vector_norm(rows - along @ axes.T, dim=1, keepdim=True)
             points.append(torch.cat([along, rest], 1))
-        self.coarse = Bounds(points, torch.float32)
+        self.coarse = self.bounds = Bounds(points, torch.float32)
         self.ladder = [self.coarse]  # bounds ever closer to the distances, and dearer
         # float16 has TF32's 11 bits at bfloat16's speed, and TOP keeps it in its range.
         fast = x.device.type in ROOM and not torch.version.hip
@@ -189,10 +189,9 @@ class _Search:
     def run(self, progress: bool) -> "_Search":
         """Visit every pair of rows that are close enough as points."""
         for leaf in self.leaves:  # each by itself first, which gives a good limit
-            self.bounds = self.coarse
             self.bounded += len(leaf) * (len(leaf) - 1) // 2
             self._visit(leaf, leaf)
-        self.bounds = self.coarse
+            self.bounds = self.coarse
         stop = 0
         for leaf in tqdm(self.leaves, disable=None if progress else True):
             stop += len(leaf)
@@ -281,10 +280,9 @@ class _Search:
 
     def _lower_near(self, i: Tensor, j: Tensor) -> Float64[Tensor, " m"]:
         """Float64 distances of pairs, a part at a time; the rows' nearest with them."""
-        parts = []
-        for a, b in zip(i.split(self.step), j.split(self.step), strict=True):
-            parts.append(vector_norm(self.x[a].double() - self.x[b].double(), dim=1))
-        distances = torch.cat(parts)
+        parts = zip(i.split(self.step), j.split(self.step), strict=True)
+        apart = (self.x[a].double() - self.x[b].double() for a, b in parts)
+        distances = torch.cat([vector_norm(rows, dim=1) for rows in apart])
         self.near.scatter_reduce_(0, i, distances, "amin")
         self.near.scatter_reduce_(0, j, distances, "amin")
         return distances
@@ -304,8 +302,7 @@ def _groups(x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
     """Groups of equal rows: the first of each, the group of each row, the sizes."""
     # One integer for each row, from the bits of sixteen of its numbers: only rows that
     # share it can be equal, and are compared in full. Adding zero turns −0 into 0.
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    bits = (x[:, :: max(1, x.shape[1] // 16)] + 0.0).view(integers)
+    bits = (x[:, :: max(1, x.shape[1] // 16)] + 0.0).view(torch.int16)
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(2**62, (bits.shape[1],), generator=generator)
     keys = (bits * factors.to(x.device)).sum(1)

@@ -90,17 +90,10 @@ def is_oom(error: BaseException) -> bool:
 class LanguageModel:
     """A decoder-only transformer as the paper sees it: the map s ↦ H^(ℓ)(s).
 
-    States are computed without gradients and in evaluation mode; the model itself stays
-    as it is. If its weights change or move, build this anew.
-
-    Parameters
-    ----------
-    hf_model: any causal model of ``transformers`` in memory, its head or LoRA and all
-    tokenizer, name: without one prompts are ids; what messages call it
-
-    Raises
-    ------
-    ModelError: another model, or its blocks and final norm cannot be told apart
+    ``hf_model`` is any causal model of ``transformers`` in memory, its head or LoRA and
+    all, and stays as it is; if its weights change or move, build this anew. Without
+    ``tokenizer`` prompts are ids; messages call it ``name``. Raises ``ModelError`` for
+    another model, or where blocks and final norm cannot be told apart.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2)))
@@ -217,11 +210,10 @@ class LanguageModel:
         except (RuntimeError, MemoryError) as error:
             if not is_oom(error):
                 raise
-            ways = "expected fewer or shorter ones at a time, or a lower layer"
+            got = f"got {what}, which do not fit into memory; expected fewer or shorter"
+            got += " ones at a time, or a lower layer"
             coarser = f", or torch.bfloat16 in place of {self.dtype}"
-            ways += coarser * (not self.sixteen_bits)
-            got = f"got {what}, which do not fit into memory"
-            raise ModelError(f"{got}; {ways}") from error
+            raise ModelError(got + coarser * (not self.sixteen_bits)) from error
 
     def cut(self, layer: int) -> nn.Module:
         """The decoder with its first blocks, no final norm; all weights shared."""

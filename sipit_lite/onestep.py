@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.functional import pad
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from sipit_lite.model import LanguageModel, ModelError, is_oom, plain_settings
 
 ROWS = 256  # candidates a pass: enough to keep the matrix products busy
 EXACT = "donot_use_mm_for_euclid_dist"
 MOST = 8192  # on a GPU, if twice the cache and 32 widths of each fit into half of it
-FLOAT_ROOM = 2**27  # numbers of copied cache: never more than 512 MiB in float32
 
 Rows = Float[Tensor, "rows d_model"]
 
@@ -62,7 +63,7 @@ class OneStepMap:
     @plain_settings()
     def branch(self, rows: Tensor) -> tuple[Tensor, list["OneStepMap"]]:
         """States of continuations, shape (rows, pos, d), and the map after each row."""
-        cache = self._cache(len(rows))
+        cache = self._cache(*rows.shape) or DynamicCache()
         position = self.position + rows.shape[1]
         size = f"{len(rows)} prompts of {position} tokens"
         with torch.no_grad(), self.model.advised(size):
@@ -81,7 +82,7 @@ class OneStepMap:
     def tokens(self, tokens: Int[Tensor, " rows"]) -> Rows:
         """F(v) for each candidate token, shape (candidates, d_model)."""
         copied = sum(keys.numel() + values.numel() for keys, values in self.past)
-        cap = max(1, min(ROWS, FLOAT_ROOM // max(copied, 1)))
+        cap = max(1, min(ROWS, 2**27 // max(copied, 1)))  # 512 MiB in float32
         if self.model.device.type == "cuda" and len(tokens) > cap:
             free, _ = torch.cuda.mem_get_info(self.model.device)
             row = 2 * (copied + 32 * self.model.d_model) * self.model.dtype.itemsize
@@ -89,39 +90,53 @@ class OneStepMap:
         one = f"one candidate after {self.position} tokens"
         with torch.no_grad(), self.model.advised(one):
             e = self.model.embeddings[tokens]
-            return fitting(lambda n: torch.cat([*map(self.embedding, e.split(n))]), cap)
+            return fitting(lambda n: self.embedding(e, n), cap)
 
     @plain_settings()
-    def embedding(self, e: Float[Tensor, "rows inputs"]) -> Rows:
+    def embedding(self, e: Float[Tensor, "rows inputs"], most: int = 2**31) -> Rows:
         """F(e): the next token's embedding replaced by each row; differentiable."""
         if self.position >= self.model.n_positions:
             reads = f"{self.model.name} reads {self.model.n_positions}"
             raise ModelError(f"got a prefix of {self.position} tokens; {reads}")
-        return self._run(e[:, None], self._cache(len(e)))[:, 0]
+        cache = self._cache(min(most, len(e)), 1)
+        parts = e[:, None].split(most)
+        return torch.cat([self._run(x, cache or DynamicCache()) for x in parts])[:, 0]
 
-    def _cache(self, rows: int) -> DynamicCache:
-        # Without a config every layer keeps the whole prefix: a window is only a mask.
-        cache = DynamicCache(self.past or None)
-        for stored in cache.layers:
-            stored.keys = stored.keys.expand(rows, -1, -1, -1)
-            stored.values = stored.values.expand(rows, -1, -1, -1)
-        return cache
+    def _cache(self, rows: int, ahead: int) -> Cache:
+        # In each layer the prefix is complete: a window is only a mask.
+        return Cache([_Prefixed(pair, rows, ahead) for pair in self.past])
 
-    def _run(self, embeds: Tensor, cache: DynamicCache) -> Tensor:
-        """One pass of the cut model over the cache, which it fills."""
+    def _run(self, embeds: Tensor, cache: Cache) -> Tensor:
         positions = torch.arange(embeds.shape[1], device=embeds.device) + self.position
         inputs = {"inputs_embeds": embeds, "position_ids": positions[None]}
         output = self.cut(**inputs, past_key_values=cache, use_cache=True)
         return output.last_hidden_state.to(self.model.device)
 
 
+class _Prefixed(DynamicLayer):
+    """A prefix before each row, and room behind it, which each pass writes anew."""
+
+    def __init__(self, pair: tuple[Tensor, Tensor], rows: int, ahead: int) -> None:
+        super().__init__()
+        self.position = pair[0].shape[2]
+        self.rooms = [pad(x, (0, 0, 0, ahead)).repeat(rows, 1, 1, 1) for x in pair]
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (room[: len(keys)] for room in self.rooms)
+        self.keys[:, :, self.position :] = keys
+        self.values[:, :, self.position :] = values
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.position
+
+
 def fitting(work: Callable[[int], Any], size: int) -> Any:
     """``work(size)``, or of half the size as long as memory runs out: one warning."""
-    while True:
-        try:
-            return work(size)
-        except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_oom(error):
-                raise
-            warnings.warn("out of memory: fewer rows at a time", stacklevel=2)
-            size //= 2
+    try:
+        return work(size)
+    except (RuntimeError, MemoryError) as error:
+        if size == 1 or not is_oom(error):
+            raise
+    warnings.warn("out of memory: fewer rows at a time", stacklevel=2)
+    return fitting(work, size // 2)

@@ -73,7 +73,7 @@ class Gradient:
         left = len(table)
         e = table[int(torch.randint(left, (), generator=generator))].clone()
         window = self.window * (1 + (step.position == 0) * (left // FIRST_WINDOW))
-        for taken in range(self.max_steps):
+        for taken in range(min(self.max_steps, -(-left // self.proposals_per_step))):
             if taken and taken % window == 0:
                 e = table[nearest(table, e, untried, 1)][0]
             rate = self.step_size * (1 - 0.99 * (taken % window) / max(window - 1, 1))
@@ -87,9 +87,7 @@ class Gradient:
             untried[batch] = False
             left -= len(batch)
             yield batch
-            if not left:
-                return
-        yield from nearest(table, e, untried, left).split(ROWS)
+        yield from filter(len, nearest(table, e, untried, left).split(ROWS))
 
 
 def nearest(table: Tensor, e: State, allowed: Tensor, count: int) -> Tensor:

@@ -101,8 +101,7 @@ def invert_many(
 
     Parameters
     ----------
-    states: for each prompt what ``invert`` takes, or with ``mask`` one padded batch
-    mask: the attention mask (prompts, pos) of a batch (prompts, pos, d_model)
+    states, mask: what ``invert`` takes of each prompt, or a padded batch and its mask
     epsilon, half_width, passes: the last two with one entry a prompt
 
     Returns
@@ -213,12 +212,11 @@ class _Prompt:
         coarse = coarse or options.certify or options.on_fail == "nearest"
         self.drafts = options.policy == "auto" and not coarse
         self.exhaustive = coarse or options.model.sixteen_bits
-        known = len(self.tokens)  # nothing is drafted yet
+        self.length = known = len(self.tokens)  # nothing is drafted yet
         self.recovery.tokens[:known] = self.tokens.cpu()
         self.recovery.distance[:known] = 0.0
         self.recovery.tested[:known] = 0
         self.recovery.margin[:known] = torch.inf  # no other token is in question
-        self.length = known
 
     @property
     def done(self) -> bool:

@@ -5,11 +5,13 @@ Its margin and gradient have oracles of their own.
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import Cache, PreTrainedModel
 
 from sipit_lite import LanguageModel, ModelError, OneStepMap, onestep
 from sipit_lite.acceptance import noise_floor
@@ -84,17 +86,61 @@ def test_chunks_do_not_matter(
     torch.testing.assert_close(step.tokens(tokens), whole)
 
 
+class Copies(TorchFunctionMode):
+    """Counts the numbers that are copied to put a prefix of nine before rows."""
+
+    numbers = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of torch; those that join or repeat tensors are counted."""
+        result = function(*args, **kwargs or {})
+        joins = getattr(function, "__name__", "") in ("cat", "repeat", "clone")
+        if joins and result.shape[2:3] == (10,):
+            self.numbers += result.numel()
+        return result
+
+
+def test_a_scan_copies_its_prefix_once(family: Family, prompt: Tensor) -> None:
+    """In passes of any size, the last smaller: the states of each pass by itself."""
+    model = family[1]
+    step = OneStepMap.after(model, 2, prompt[:9])
+    table = model.embeddings[:50]
+    alone = torch.cat([step.embedding(e) for e in table.split(8)])
+    with Copies() as copies:
+        assert torch.equal(step.embedding(table, 8), alone)
+    past = sum(x.numel() for pair in step.past for x in pair)
+    # Eight rows of ten positions, where seven passes would copy fifty.
+    assert copies.numbers == 8 * past * 10 // 9
+    # Where nothing stands before it, nothing is shared.
+    start = OneStepMap.after(model, 2)
+    alone = torch.cat([start.embedding(e) for e in table.split(8)])
+    assert torch.equal(start.embedding(table, 8), alone)
+
+
+def test_slopes_of_rows_are_those_of_each_alone(pocket: LanguageModel) -> None:
+    """Written behind the prefix, keys and values carry gradients."""
+    step = OneStepMap.after(pocket, 3, pocket.encode("slopes of many"))
+    rows = pocket.embeddings[20:23].clone().requires_grad_()
+    step.embedding(rows).square().sum().backward()
+    for i in range(3):
+        row = pocket.embeddings[20 + i].clone().requires_grad_()
+        step.embedding(row[None]).square().sum().backward()
+        torch.testing.assert_close(rows.grad[i], row.grad, rtol=1e-4, atol=1e-3)
+
+
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many candidates each pass took, and the honest states of all."""
     sizes: list[int] = []
-    honest = OneStepMap.embedding
+    honest = OneStepMap._run
 
-    def embedding(self: OneStepMap, e: Tensor) -> Tensor:
-        sizes.append(len(e))
-        return honest(replace(self, model=here(self.model)), e)
+    def run(self: OneStepMap, embeds: Tensor, cache: Cache) -> Tensor:
+        sizes.append(len(embeds))
+        return honest(replace(self, model=here(self.model)), embeds, cache)
 
-    monkeypatch.setattr(OneStepMap, "embedding", embedding)
+    monkeypatch.setattr(OneStepMap, "_run", run)
     return sizes
 
 
@@ -128,9 +174,9 @@ def test_on_a_gpu_a_pass_takes_what_fits(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
     prefix = pocket.encode(text) if text else None
     step = OneStepMap.after(pocket, 2, prefix)
+    passes.clear()
     expected = step.tokens(pocket.vocabulary)
-    slow = passes.copy()
-    assert slow == [256] * 16
+    assert passes == [256] * 16
     passes.clear()
     found = replace(step, model=on_a_gpu(pocket)).tokens(pocket.vocabulary)
     torch.testing.assert_close(found, expected)
@@ -217,19 +263,19 @@ def test_a_full_device_gets_fewer_candidates_a_pass(
     """
     step, honest, sizes = (
         OneStepMap.after(pocket, 2, pocket.encode("full")),
-        OneStepMap.embedding,
+        OneStepMap._run,
         [],
     )
 
-    def small(self: OneStepMap, e: Tensor) -> Tensor:
+    def small(self: OneStepMap, e: Tensor, cache: Cache) -> Tensor:
         sizes.append(len(e))
         if len(e) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(self, e)
+        return honest(self, e, cache)
 
     tokens = torch.arange(300, device=pocket.device)
     expected, room = step.tokens(tokens), 20
-    monkeypatch.setattr(OneStepMap, "embedding", small)
+    monkeypatch.setattr(OneStepMap, "_run", small)
     with pytest.warns(UserWarning, match="out of memory: fewer rows at a time"):
         torch.testing.assert_close(step.tokens(tokens), expected)
     assert max(sizes) > 20 and min(sizes) > 1 and sizes[-1] <= 20
