@@ -20,6 +20,7 @@ from sipit_lite import LanguageModel, Lens, invert_many, load
 from sipit_lite.acceptance import related
 from sipit_lite.experiments import checks, real
 from sipit_lite.extensions.fitted import lens_of
+from sipit_lite.extensions.imprints import own_imprints
 from sipit_lite.extensions.reading import final_states, log_law
 from sipit_lite.io.text import prompts
 from torch import Tensor
@@ -89,7 +90,9 @@ def main(layer: int, kind: str, count: int, kinds: list[str]) -> None:
         drawn = mixed(model, layer, count, kinds or list(real.KINDS))
     else:
         drawn = real.options(model, kind, count, 0)
-    one(model, lens, drawn[0][:2])  # what is measured once for a layer
+    for first in (True, False):  # what is measured once for a model
+        own_imprints(model, layer, first=first)
+    one(model, lens, drawn[0][:2])  # and once for a layer
     runs = []
     for ids in tqdm(drawn):
         runs.append(one(model, lens, ids))

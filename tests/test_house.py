@@ -30,7 +30,7 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1125,
-    "extensions": 1680,
+    "extensions": 1710,
     "experiments": 2555,
     "teaching": 1000,
     "cli": 430,

@@ -1,5 +1,7 @@
 """Inversion of a model that others trained, over the time of one forward pass."""
 
+from pathlib import Path
+
 from torch import Tensor
 
 from sipit_lite.acceptance import related
@@ -14,19 +16,7 @@ KNOWN = ((5, 10, 100), (30, 60, 600))
 STRANGE = ((30, 100, 1000),)
 KINDS = {"prose": KNOWN, "code": KNOWN, "other languages": STRANGE, "random": STRANGE}
 # Pushkin, Goethe, Cervantes, La Fontaine, Li Bai: long out of copyright.
-OTHERS = """У лукоморья дуб зелёный; златая цепь на дубе том: и днём и ночью кот учёный
-всё ходит по цепи кругом; идёт направо - песнь заводит, налево - сказку говорит.
-Wer reitet so spät durch Nacht und Wind? Es ist der Vater mit seinem Kind; er hat den
-Knaben wohl in dem Arm, er faßt ihn sicher, er hält ihn warm. Mein Sohn, was birgst du
-so bang dein Gesicht? Siehst, Vater, du den Erlkönig nicht?
-En un lugar de la Mancha, de cuyo nombre no quiero acordarme, no ha mucho tiempo que
-vivía un hidalgo de los de lanza en astillero, adarga antigua, rocín flaco y galgo.
-Maître Corbeau, sur un arbre perché, tenait en son bec un fromage. Maître Renard, par
-l'odeur alléché, lui tint à peu près ce langage: Hé! bonjour, Monsieur du Corbeau.
-Там чудеса: там леший бродит, русалка на ветвях сидит; там на неведомых дорожках следы
-невиданных зверей; избушка там на курьих ножках стоит без окон, без дверей.
-床前明月光，疑是地上霜。举头望明月，低头思故乡。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。
-千山鸟飞绝，万径人踪灭。孤舟蓑笠翁，独钓寒江雪。春眠不觉晓，处处闻啼鸟。"""
+OTHERS = Path(__file__).with_name("others.txt").read_text("utf-8").removesuffix("\n")
 
 
 def real(
@@ -50,8 +40,8 @@ def real(
                 lines.append(Check(f"passes, {name}, {place}", *known))
     exact = Check.of("exact", share(row["exact"] == 1 for row in rows.values()))
     silent = sum(row["silent errors"] for row in rows.values())
-    first = [exact, Check.of("silent errors", silent)]
-    return first + lines, {"reported": reported, "rows": rows}
+    lines = [exact, Check.of("silent errors", silent), *lines]
+    return lines, {"reported": reported, "rows": rows}
 
 
 def options(model: LanguageModel, kind: str, count: int, seed: int) -> list[Tensor]:

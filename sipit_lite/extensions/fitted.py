@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
@@ -80,7 +79,6 @@ class Unfitted:
     fits: bool  # a lens, once a prompt has cost as much
     fitted: ClassVar[bool] = False
     weight: ClassVar[float] = 10.0  # of the prior: 1 to 100 test as many, to 5 %
-    hits: ClassVar[float] = 0.0
 
     def check(self, model: LanguageModel, layer: int) -> None:
         """Nothing to refuse: it was made for this call."""
@@ -93,15 +91,3 @@ class Unfitted:
         """What to go on with after so many tests of one prompt."""
         wanted = self.fits and tests > TOKENS
         return (lens_of(self.model, self.layer) if wanted else None) or self
-
-    def embeddings(self, states: Tensor) -> Tensor:
-        """Nothing is known before the first test: zero."""
-        zero = torch.zeros_like(self.model.embeddings[0], dtype=torch.float32)
-        return zero.expand(*states.shape[:-1], -1)
-
-    def nearness(self, states: Tensor, expected: Tensor) -> Tensor:
-        """−½ ‖E_v − ``expected``‖² over the mean square of a coordinate of E."""
-        table = self.model.embeddings.float()
-        squares = table.square().sum(1)
-        score = table @ expected - squares / 2
-        return (score * table.shape[1] / squares.mean()).expand(len(states), -1)

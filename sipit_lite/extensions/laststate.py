@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from sipit_lite.acceptance import Observation, States, Tokens
+from sipit_lite.extensions.imprints import imprints, regressed, whitening
 from sipit_lite.extensions.lens import Pairs, Regression, ridge
 from sipit_lite.model import LanguageModel, SipItError, StatesError, plain_settings
 from sipit_lite.onestep import ROWS, OneStepMap
@@ -29,9 +30,6 @@ LONGEST = 16  # tokens of the longest prompt looked for, where no length is give
 CHAINS = 256  # prompts cooled at once
 MEASURED = 512  # tokens read at the last position, half the likeliest, half by law
 OPTIONS = 8192  # tokens that a position may have while prompts are cooled
-SHALLOW = 2  # layers after which tokens are compared
-WIDTH = 2.0  # of the kernel that compares them, in median distances
-RIDGE = 0.01  # of the regression for the others, beside a kernel that is 1 at most
 SWEEPS = 8  # visits to each position while a prompt is cooled
 HOT = 0.1  # share of the log-likelihood that counts in the first sweep
 COLD = 2.5  # the same in the last sweep, of the coldest prompt; of the hottest 1
@@ -52,7 +50,6 @@ Likely = Float[Tensor, "pos vocab"]
 Each = Float[Tensor, "pos options numbers"]
 Options = Int[Tensor, "pos options"]
 Known = dict[int, tuple[Tensor, Tensor]]  # tokens of a position, their effects
-Imprints = Float[Tensor, "vocab numbers"]
 
 
 class LastStateError(SipItError):
@@ -329,50 +326,11 @@ class Effects(NamedTuple):
     def whitened(self, goal: State, error: States) -> tuple[Each, State]:
         """Effects, in place, and their goal in units of the ``error`` of prompts."""
         centre = error.mean(0)
-        away = error - centre
-        sample = away.T @ away / len(away)
-        # Half way to the same error in all directions; never singular.
         least = torch.finfo(goal.dtype).eps * self.state.square().mean() + 1e-30
-        size = sample.diagonal().mean() + least
-        unit = torch.eye(len(goal)).to(sample)
-        factor = torch.linalg.cholesky((sample + size * unit) / 2)
-        whiten = torch.linalg.solve_triangular(factor, unit, upper=False).T
+        whiten = whitening(error - centre, least)
         for effects in self.each:  # one position at a time: the table is large
             effects.copy_(effects @ whiten)
         return self.each, (goal - self.state - centre) @ whiten
-
-
-def imprints(model: LanguageModel, layer: int, w: int) -> Imprints:
-    """How the model takes each token v: the states of v and of the last in ⟨w, v, w⟩.
-
-    After at most ``SHALLOW`` layers, less their means, in units of their spread.
-    """
-    layer = min(layer, SHALLOW)
-    key = ("imprints", layer, w)
-    if key not in model.measured:
-        context = torch.tensor([w], device=model.device)
-        start = OneStepMap.after(model, layer, context)
-        rows = torch.stack([model.vocabulary, context.expand(model.vocab_size)], 1)
-        states = torch.cat([start.branch(part)[0] for part in rows.split(ROWS)])
-        states -= states.mean(0)
-        states /= states.square().mean((0, 2), keepdim=True).sqrt().clamp_min(1e-30)
-        model.measured[key] = states.flatten(1)
-    return model.measured[key]
-
-
-def regressed(table: Imprints, read: Tokens, effects: States) -> Tensor:
-    """Effects of all tokens from those of tokens read, by the distance of imprints.
-
-    Kernel ridge regression with exp(−‖x_v − x_w‖² / 2s²), s ``WIDTH`` median distances.
-    """
-    apart = torch.cdist(table, table[read])
-    scale = WIDTH * apart[read].median().clamp_min(torch.finfo(table.dtype).tiny)
-    kernel = (-(apart / scale).square() / 2).exp()
-    square = kernel[read] + RIDGE * torch.eye(len(read)).to(table)
-    centre = effects.mean(0)
-    others = centre + kernel @ torch.linalg.solve(square, effects - centre)
-    others[read] = effects  # what was read is known
-    return others
 
 
 def cooled(

@@ -127,12 +127,10 @@ class Lens(Regression):
 
     embeddings = Regression.predict
 
-    def nearness(
-        self, states: States, correction: Tensor | float = 0.0
-    ) -> Float[Tensor, "rows vocab"]:
-        """−½ ‖(E_v − ê) ``whiten``‖² of each v; ``correction`` is added to ê."""
+    def nearness(self, states: States) -> Float[Tensor, "rows vocab"]:
+        """−½ ‖(E_v − ê) ``whiten``‖² of each token v."""
         table, squares, _ = self._whitened
-        expected = (self.predict(states) + correction) @ self.whiten
+        expected = self.predict(states) @ self.whiten
         return torch.addmm(-squares / 2, expected, table.T)
 
     @plain_settings()

@@ -8,7 +8,7 @@ the prior; a weight between them is learned on prompts that the lens was not fit
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -18,14 +18,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sipit_lite.extensions.imprints import likely, own_imprints
 from sipit_lite.model import LanguageModel, plain_settings
 from sipit_lite.onestep import OneStepMap
-from sipit_lite.policies import Batches, Gradient, State
+from sipit_lite.policies import Batches, State
 
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the prior, to choose from
 BATCHES = (16, 16, 32, 64, 128, 256, 512, 1024)  # candidates of each order
-STEPS = 8  # of a gradient, where there is no lens
-DAMPED = 1e-3  # relative to the mean square of a coordinate
+SPREAD = 64  # candidates of the second batch that are drawn at random
+MOST = 512  # tested candidates from which the states of others are predicted
 SEARCH = 2  # passes that a token costs which the draft has wrong, roughly
 JUDGED = 64  # positions that decide whether a prompt is what the model expects
 
@@ -36,19 +37,16 @@ States = Float[Tensor, "pos d_model"]
 class Reading:
     """A draft of one prompt, and a policy that starts from the lens and the prior.
 
-    Each candidate that was tested teaches: its state and its embedding are a pair of
-    the very map that is searched, and correct the ``lens`` where it is wrong.
+    Candidates that were tested teach: from their states, those of all others are
+    predicted (``imprints``), where the ``lens`` is wrong about a token in this context.
     """
 
     lens: Any
     states: States
     keeps: bool = False  # what was drafted from, for the search: 2 · pos · |V| numbers
-
-    def __post_init__(self) -> None:
-        self.opening: tuple[Tensor, Tensor] | None = None
-        self.tested: list[tuple[Tensor, Tensor]] = []  # states, what the lens leaves
-        self.sums: tuple[Tensor, ...] = ()  # of positions before this one
-        self.tests = 0
+    opening: tuple[Tensor, Tensor] | None = None
+    tested: Sequence[tuple[Tensor, Tensor]] = ()  # at one position, with their states
+    tests: int = 0
 
     @property
     def alone(self) -> bool:
@@ -105,27 +103,20 @@ class Reading:
     def proposals(
         self, step: OneStepMap, observed: State, generator: torch.Generator
     ) -> Batches:
-        """Yield the first of each order: lens, prior, both, and as the tests teach."""
+        """Yield the first of each order: lens, prior, as the tests teach, and both."""
         untried = torch.ones_like(step.model.vocabulary, dtype=torch.bool)
         left = len(untried)
         law = None
         t = step.position
-        if self.tested:  # at an earlier position
-            self.sums = self._moments()
-            self.tested = []
-        # Where nothing was read yet, the proxies of a few steps are the first pairs.
-        descent = Gradient(max_steps=STEPS).proposals(step, observed, generator)
+        self.tested = ()
         for i in count():
             orders = []
             lens = self.lens if self.lens.fitted else self.lens.after(self.tests)
-            if lens is not self.lens:  # the search has cost as much: pairs start anew
-                self.lens = lens
-                self.tested = []
-                self.sums = ()
+            self.lens = lens  # fitted, once the search has cost as much
             if lens.fitted:
                 orders.append(self.near(slice(t, t + 1))[0])
-            if i > 1 and self.tested:  # what fewer pairs say is noise
-                orders.append(self.taught(observed))
+            if i > 1 and self.tested:  # what fewer states say is noise
+                orders.append(self.predicted(observed, t))
             # The prior costs a pass, once: not for what the lens all but knows.
             wanted = i > 0 or "before" in vars(self) or not lens.fitted
             if law is None and wanted and self.before is not None:
@@ -135,8 +126,9 @@ class Reading:
             size = min(BATCHES[min(i, len(BATCHES) - 1)], left)
             best = [order.masked_fill(~untried, -torch.inf) for order in orders]
             parts = [order.topk(size).indices for order in best]
-            if not lens.fitted and i < STEPS:
-                parts.append(next(descent, untried.nonzero()[:size, 0]))
+            if i == 1 or not orders:  # to predict from, tokens that nothing chose
+                drawn = torch.randperm(len(untried), generator=generator)
+                parts.append(drawn.to(untried.device)[untried[drawn]][:SPREAD])
             batch = torch.cat(parts).unique()
             batch = batch[untried[batch]]
             untried[batch] = False
@@ -147,26 +139,17 @@ class Reading:
                 return
 
     def learn(self, tokens: Int[Tensor, " cand"], states: Tensor) -> None:
-        """Keep the states of tested tokens, beside what the lens leaves of them."""
+        """Keep the states of tested tokens, but for those that overflowed."""
         self.tests += len(tokens)
-        goals = self.lens.model.embeddings[tokens].float()
-        self.tested.append((states.float(), goals - self.lens.embeddings(states)))
+        finite = states.isfinite().all(1)
+        if finite.any():
+            self.tested += ((tokens[finite], states[finite].float()),)
 
-    def taught(self, observed: State) -> Float[Tensor, " vocab"]:
-        """``nearness``, corrected by a ridge regression on what was tested."""
-        xx, xy, centre, correction = self._moments()
-        size = xx.diagonal().mean().clamp(min=1e-20)  # also where all states are one
-        damped = xx + DAMPED * size * torch.eye(len(xx)).to(xx)
-        slope = torch.linalg.solve(damped, xy)
-        correction = correction + (observed.float() - centre) @ slope
-        return self.lens.nearness(observed[None], correction)[0]
-
-    def _moments(self) -> tuple[Tensor, ...]:
-        """Products, each position about its own means, and the means of this one."""
-        states, left = map(torch.cat, zip(*self.tested, strict=True))
-        x = states - states.mean(0)
-        before = self.sums or (0.0, 0.0)
-        return before[0] + x.T @ x, before[1] + x.T @ left, states.mean(0), left.mean(0)
+    def predicted(self, observed: State, t: int) -> Float[Tensor, " vocab"]:
+        """How likely each token is at t, by states of the first that were tested."""
+        tokens, states = map(torch.cat, zip(*self.tested, strict=True))
+        table = own_imprints(self.lens.model, self.lens.layer, first=t == 0)
+        return likely(table, tokens[:MOST], states[:MOST], observed.float())
 
 
 @plain_settings()
