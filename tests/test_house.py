@@ -31,7 +31,7 @@ BUDGET = {
     "core": 1800,
     "io": 1125,
     "extensions": 1710,
-    "experiments": 2555,
+    "experiments": 2535,
     "teaching": 1000,
     "cli": 430,
     "all": 8600,

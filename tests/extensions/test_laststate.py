@@ -35,9 +35,7 @@ from sipit_lite.extensions.laststate import (
     _written,
     cooled,
     followers,
-    imprints,
     last_states,
-    regressed,
     rivals,
 )
 from sipit_lite.io.text import prompts
@@ -237,47 +235,6 @@ def test_cooling_keeps_to_the_options() -> None:
         least = law.first[outside] + laststate.LEAST
         assert torch.equal(likely[t, outside], least)
         assert float(likely[t].exp().sum()) == pytest.approx(1.0)
-
-
-def test_imprints_are_states_of_transformers(family: Family) -> None:
-    """Of v and of the last in ⟨w, v, w⟩, centred and scaled by hand."""
-    untouched, model = family
-    vocab = model.vocab_size
-    rows = torch.tensor([[7, v, 7] for v in range(vocab)])
-    with torch.no_grad():
-        read = untouched(rows, output_hidden_states=True).hidden_states[1]
-    expected = []
-    for t in (1, 2):
-        away = read[:, t].double() - read[:, t].double().mean(0)
-        expected.append(away / away.square().mean().sqrt())
-    ours = imprints(model, 1, 7)
-    assert torch.allclose(ours.double(), torch.cat(expected, 1), atol=1e-4)
-    deeper = imprints(model, model.n_layers, 7)
-    assert deeper is imprints(model, laststate.SHALLOW, 7) and deeper is not ours
-
-
-def test_regression_written_out() -> None:
-    """The representer theorem, a term for each token read, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(7, 3, generator=generator).double()
-    read = torch.tensor([4, 0, 6])
-    effects = torch.randn(3, 3, generator=generator).double()
-    others = regressed(table, read, effects)
-    assert torch.equal(others[read], effects)
-    apart = [float((table[v] - table[w]).norm()) for v in read for w in read]
-    # Of nine distances, three of which are zero.
-    scale = laststate.WIDTH * sorted(apart)[4]
-
-    def alike(v: int, w: int) -> float:
-        return math.exp(-float((table[v] - table[w]).square().sum()) / 2 / scale**2)
-
-    square = [[alike(v, w) for w in read] for v in read]
-    square = torch.tensor(square).double() + laststate.RIDGE * torch.eye(3).double()
-    centre = effects.mean(0)
-    weights = square.inverse() @ (effects - centre)
-    for v in (1, 2, 3, 5):
-        terms = [alike(v, int(w)) * weights[k] for k, w in enumerate(read)]
-        assert torch.allclose(others[v], centre + sum(terms))
 
 
 def test_whitened_distances_are_mahalanobis() -> None:
