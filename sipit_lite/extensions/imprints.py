@@ -47,11 +47,8 @@ def own_imprints(model: LanguageModel, layer: int, *, first: bool = False) -> Im
     layer = min(layer, SHALLOW)
     key = ("own imprints", layer, first)
     if key not in model.measured:
-        w = (
-            (model.embeddings - model.embeddings.mean(0))
-            .norm(dim=1)
-            .argmin(keepdim=True)
-        )
+        away = model.embeddings - model.embeddings.mean(0)
+        w = away.norm(dim=1).argmin(keepdim=True)
         start = OneStepMap.after(model, layer, w[:0] if first else w)
         states = start.tokens(model.vocabulary).float().nan_to_num()
         states -= states.mean(0)

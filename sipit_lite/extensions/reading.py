@@ -26,7 +26,7 @@ from sipit_lite.policies import Batches, State
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the prior, to choose from
 BATCHES = (16, 16, 32, 64, 128, 256, 512, 1024)  # candidates of each order
 SPREAD = 64  # candidates of the second batch that are drawn at random
-MOST = 512  # tested candidates from which the states of others are predicted
+PREDICTORS = 512  # tested candidates from which states of others are predicted
 SEARCH = 2  # passes that a token costs which the draft has wrong, roughly
 JUDGED = 64  # positions that decide whether a prompt is what the model expects
 
@@ -149,7 +149,7 @@ class Reading:
         """How likely each token is at t, by states of the first that were tested."""
         tokens, states = map(torch.cat, zip(*self.tested, strict=True))
         table = own_imprints(self.lens.model, self.lens.layer, first=t == 0)
-        return likely(table, tokens[:MOST], states[:MOST], observed.float())
+        return likely(table, tokens[:PREDICTORS], states[:PREDICTORS], observed.float())
 
 
 @plain_settings()
