@@ -67,7 +67,8 @@ def test_a_cache_gives_the_prompt_back(model: sl.LanguageModel, what: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer", "saved"), [("prose", 1, 20), ("code", 1, 100), ("random", 15, 100)]
+    ("kind", "layer", "saved"),
+    [("prose", 1, 20), ("code", 1, 100), ("random", 15, 100)],
 )
 def test_prompts_come_back_without_a_lens(
     model: sl.LanguageModel, kind: str, layer: int, saved: int
