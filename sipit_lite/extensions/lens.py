@@ -177,11 +177,13 @@ class Lens(Regression):
         # Of many prompts the scores of all tokens would not fit into memory.
         keeps = len(prompts) == 1
         readings = [Reading(self, states, keeps) for states in prompts]
+        drafts = [reading.posterior() for reading in readings]
         # What the lens drafts alone is one product for all prompts.
-        alone = [reading.states for reading in readings if reading.alone]
-        rows = self.draft(torch.cat([torch.zeros_like(prompts[0][:0]), *alone]))
-        drafts = iter(rows.split([len(states) for states in alone]))
-        return [(next(drafts) if r.alone else r.posterior(), r) for r in readings]
+        pairs = list(zip(drafts, readings, strict=True))
+        alone = [reading.states for draft, reading in pairs if draft is None]
+        rows = self.draft(torch.cat(alone)) if alone else torch.zeros(0)
+        left = iter(rows.split([len(states) for states in alone]))
+        return [(next(left) if draft is None else draft, r) for draft, r in pairs]
 
     def check(self, model: LanguageModel, layer: int) -> None:
         """Raise ``LensError`` unless it was fitted on this model and layer."""
