@@ -288,6 +288,8 @@ def try_candidates(
     twins = related(step.model, step.layer)
     distance = torch.full((len(table),), torch.nan, device=table.device)
     radius = float(observed.radius[t])
+    # What verifies by its own noise alone stands alone only where states are apart.
+    apart = bool(observed.trusted[t])
     best = [torch.inf, 0, 0]  # distance, token, whether it has twins
     left = len(table)
     for batch in batches:
@@ -300,12 +302,10 @@ def try_candidates(
         token = batch[distance[batch].argmin(0, keepdim=True)]
         read = torch.cat([distance[token].double(), token, twins[token]]).tolist()
         best = min(best, read)
-        widen(observed, t, token, read[0], step)
+        widen(observed, t, token, read[0], step, CLEAR if apart else 1.0)
         if read[0] <= float(observed.radius[t]):
             break
     near, token, twin = best
-    # What verifies by its own noise alone stands alone only where states are apart.
-    apart = bool(observed.trusted[t])
     clear = near <= CLEAR * float(observed.radius[t]) and (near <= radius or apart)
     if learn and clear and apart and not twin:
         return distance
@@ -331,11 +331,21 @@ def suspected(states: States, model: LanguageModel, layer: int) -> str:
     return f"{hint}{others}; or another model, layer, or positions not from 0?"
 
 
-def widen(observed: Observation, t: int, token: Tokens, near: float, step: OneStepMap):
-    """Raise the radius to the nearest token's own noise: some sinks are noisier."""
+def widen(
+    observed: Observation,
+    t: int,
+    token: Tokens,
+    near: float,
+    step: OneStepMap,
+    share: float = 1.0,
+) -> None:
+    """Raise the radius, of which ``near`` is more than a share, to a token's own noise.
+
+    Some attention sinks are noisier than the positions where noise was measured.
+    """
     # By half of APART at most: where states lie that far apart, two tokens never fit.
     radius = float(observed.radius[t])
-    if not radius < near <= APART / 2 * radius:
+    if not share * radius < near <= APART / 2 * radius:
         return
     routes = torch.cat([step.tokens(token.expand(n))[-1:] for n in (1, 7, ROWS)])
     spread = torch.pdist(routes.double()).max()
