@@ -272,27 +272,21 @@ def agreeing(
 
 
 def try_candidates(
-    step: OneStepMap,
-    observed: Observation,
-    t: int,
-    batches: Iterable,
-    learn: Any = None,
+    step: OneStepMap, observed: Observation, t: int, order: Iterable, learn: Any = None
 ) -> Distances:
     """Distances of the tokens tested at position t, NaN for the others.
 
-    Batches of tokens are tested until one verifies; then its rivals are. ``learn``, of
-    a drafter's search, receives each batch and its states; such a search spares a clear
-    token without twins its rivals, as a draft does.
+    Batches of an ``order`` are tested until one verifies; then its rivals. ``learn``,
+    of a drafter's search, receives each batch and its states; such a search spares a
+    clear token without twins its rivals, as a draft does.
     """
     table = step.model.embeddings
     twins = related(step.model, step.layer)
     distance = torch.full((len(table),), torch.nan, device=table.device)
     radius = float(observed.radius[t])
-    # What verifies by its own noise alone stands alone only where states are apart.
-    apart = bool(observed.trusted[t])
     best = [torch.inf, 0, 0]  # distance, token, whether it has twins
     left = len(table)
-    for batch in batches:
+    for batch in order:
         states = step.tokens(batch)
         left -= len(batch)
         if learn:
@@ -302,10 +296,12 @@ def try_candidates(
         token = batch[distance[batch].argmin(0, keepdim=True)]
         read = torch.cat([distance[token].double(), token, twins[token]]).tolist()
         best = min(best, read)
-        widen(observed, t, token, read[0], step, CLEAR if apart else 1.0)
+        widen(observed, t, token, read[0], step)
         if read[0] <= float(observed.radius[t]):
             break
     near, token, twin = best
+    # What verifies by its own noise alone stands alone only where states are apart.
+    apart = bool(observed.trusted[t])
     clear = near <= CLEAR * float(observed.radius[t]) and (near <= radius or apart)
     if learn and clear and apart and not twin:
         return distance
@@ -331,26 +327,17 @@ def suspected(states: States, model: LanguageModel, layer: int) -> str:
     return f"{hint}{others}; or another model, layer, or positions not from 0?"
 
 
-def widen(
-    observed: Observation,
-    t: int,
-    token: Tokens,
-    near: float,
-    step: OneStepMap,
-    share: float = 1.0,
-) -> None:
-    """Raise the radius, of which ``near`` is more than a share, to a token's own noise.
-
-    Some attention sinks are noisier than the positions where noise was measured.
-    """
-    # By half of APART at most: where states lie that far apart, two tokens never fit.
+def widen(observed: Observation, t: int, token: Tokens, near: float, step: OneStepMap):
+    """Raise the radius to the nearest token's own noise: some sinks are noisier."""
     radius = float(observed.radius[t])
+    share = CLEAR if observed.trusted[t] else 1.0  # of the radius, without a question
+    # By half of APART at most: where states lie that far apart, two tokens never fit.
     if not share * radius < near <= APART / 2 * radius:
         return
     routes = torch.cat([step.tokens(token.expand(n))[-1:] for n in (1, 7, ROWS)])
-    spread = torch.pdist(routes.double()).max()
-    if near <= SAFETY * spread:
-        observed.radius[t] = min(SAFETY * float(spread), APART / 2 * radius)
+    noise = SAFETY * float(torch.pdist(routes.double()).max())
+    if near <= noise:
+        observed.radius[t] = min(max(radius, noise), APART / 2 * radius)
 
 
 def bit_for_bit(

@@ -90,10 +90,14 @@ def is_oom(error: BaseException) -> bool:
 class LanguageModel:
     """A decoder-only transformer as the paper sees it: the map s ↦ H^(ℓ)(s).
 
-    ``hf_model`` is any causal model of ``transformers`` in memory, its head or LoRA and
-    all, and stays as it is; if its weights change or move, build this anew. Without
-    ``tokenizer`` prompts are ids; messages call it ``name``. Raises ``ModelError`` for
-    another model, or where blocks and final norm cannot be told apart.
+    Parameters
+    ----------
+    hf_model: a causal model of ``transformers``, LoRA and all; build anew if it changes
+    tokenizer, name: without the first, prompts are ids; messages call it ``name``
+
+    Raises
+    ------
+    ModelError: another model, or blocks and final norm that cannot be told apart
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2)))

@@ -277,10 +277,9 @@ class _Prompt:
             known = (self.tokens[:t], self.passes)
             distance, radius = acceptance.bit_for_bit(distance, observed, *known, step)
         if self.options.certify:
-            best = distance.argmin()
+            best = distance.argmin()  # of all others the nearest, twins included
             gaps = (states - states[best]).double().norm(dim=1)
-            gaps[best] = torch.inf  # of all others the nearest, twins included
-            self.recovery.margin[t] = gaps.min()
+            self.recovery.margin[t] = gaps.index_fill(0, best, torch.inf).min()
         self.settle(t, distance, radius)
 
     def settle(self, t: int, distance: Float[Tensor, " vocab"], radius: float) -> None:
@@ -342,7 +341,7 @@ class _Prompt:
 
 
 def _blank(radius: Float[Tensor, " pos"]) -> Recovery:
-    """A row for each position: as for a drafted token, until a search says more."""
+    """A row for each position, of a drafted token until a search; its margin is NaN."""
     radius = radius.float().cpu()
     inf = torch.full_like(radius, torch.inf)
     zeros = torch.zeros_like(radius, dtype=torch.int64)

@@ -260,6 +260,37 @@ def test_the_radius_grows_to_the_noise_of_the_token_itself(
     assert float(other.radius[2]) == radius
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_token_far_out_by_its_own_noise_costs_no_scan(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    """Within the radius, but not clearly: where states are apart, its noise says why."""
+    ids = pocket.encode("on their way")
+    seen = Observation.of(pocket.states(ids, 3), pocket, 3)
+    seen = replace(seen, trusted=torch.full_like(seen.trusted, trusted))
+    step = OneStepMap.after(pocket, 3, ids[:2])
+    radius = float(seen.radius[2])
+    share = radius / 2 / float(vector_norm(seen.states[2]))
+    exact = OneStepMap.tokens
+
+    def noisy(self: OneStepMap, tokens: Tensor) -> Tensor:
+        return exact(self, tokens) * (1 + share / len(tokens))
+
+    order = [ids[2:3], pocket.vocabulary]
+    monkeypatch.setattr(OneStepMap, "tokens", noisy)
+    distance = try_candidates(step, seen, 2, order, learn=lambda tokens, states: None)
+    assert CLEAR * radius < distance[ids[2]] <= radius
+    tested = int((~distance.isnan()).sum())
+    assert tested == (1 if trusted else pocket.vocab_size)
+    # What is as far out with no noise of its own has all tokens tested.
+    monkeypatch.setattr(OneStepMap, "tokens", exact)
+    moved = replace(seen, states=seen.states * (1 + share))
+    moved.radius[2] = radius
+    distance = try_candidates(step, moved, 2, order, learn=lambda tokens, states: None)
+    assert CLEAR * radius < distance[ids[2]] <= radius
+    assert not distance.isnan().any() and float(moved.radius[2]) == radius
+
+
 def test_a_radius_that_grew_never_hides_the_true_token(
     pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
