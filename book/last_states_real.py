@@ -1,13 +1,16 @@
 """The last state on SmolLM2: rows of ``laststate.json`` for ``last_state``.
 
-    python last_states_real.py 15 prose 2 20 > row.json
+    python last_states_real.py 15 prose 2 20
 
-Arguments: layer, kind of prompt, tokens, prompts. Each prompt has 120 seconds, of
-one thread; what is fitted once for a layer is not counted.
+Arguments: layer, kind of prompt, tokens, prompts. Each prompt has 120 seconds, of the
+processor time of one thread; what is fitted once for a layer is not counted. The file
+is written after each prompt, so that a run that is cut short loses nothing.
 """
 
 import json
 import sys
+import time
+from pathlib import Path
 
 import torch
 from sipit_lite import load
@@ -16,16 +19,35 @@ from sipit_lite.experiments.last_states import one, summary
 from sipit_lite.extensions.laststate import fitted_ends
 from tqdm import tqdm
 
+PATH = Path(__file__).with_name("laststate.json")
 LONGEST = 8
 SECONDS = 120.0
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    kind = sys.argv[2]
-    layer, length, count = map(int, [sys.argv[1], *sys.argv[3:]])
+
+def main(layer: int, kind: str, length: int, count: int) -> None:
+    """Measure one place, and keep what is there after each prompt."""
     model = load("smollm2", device="cpu")
     ends = fitted_ends(model, layer, LONGEST)
-    runs = [one(ends, ids, SECONDS) for ids in tqdm(sample(model, kind, count, length, 0))]
-    row = {"layer": layer, "kind": kind} | summary(runs)
+    runs = []
+    for ids in tqdm(sample(model, kind, count, length, 0)):
+        runs.append(one(ends, ids, SECONDS))
+        store({"layer": layer, "kind": kind} | summary(runs))
+
+
+def store(row: dict) -> None:
+    """Put a row in the place of that of the same layer, kind and length."""
     del row["runs"]
-    json.dump(row, sys.stdout, indent=1)
+    stored = json.loads(PATH.read_text("utf-8"))
+    place = [row[name] for name in ("layer", "kind", "length")]
+    rows = [row]
+    for other in stored["smollm2"]:
+        if [other[name] for name in ("layer", "kind", "length")] != place:
+            rows.append(other)
+    stored["smollm2"] = sorted(rows, key=lambda x: (x["layer"], x["length"], x["kind"]))
+    PATH.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    time.perf_counter = time.process_time  # by which everything here is timed
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,8 +1,8 @@
 """When is a token accepted? The rule of the local verifier, all of it (chapters 8, 9).
 
 1. Its state lies within the radius ε_t of the observed one. No magic ε: the radius is
-   the float noise of this model at this layer and position, measured, plus noise that
-   was announced; rounding to a coarser stored format is an interval around each number.
+   the float noise of this model at this layer and position, or of a noisier token, all
+   measured, plus what was announced; rounding to a coarser format is an interval.
 2. No other tested token lies there too. Rivals always are: the nearest embeddings, all
    whose states the first block leaves nearly equal, all tokens behind a narrow pass.
 3. A drafted token is spared its rivals only where it agrees clearly, the first block

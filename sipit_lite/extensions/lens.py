@@ -150,11 +150,11 @@ class Lens(Regression):
         table, squares, few, first = self._whitened
         expected = self.predict(states) @ self.whiten
         bound = torch.addmm(-first / 2, expected[:, :FEW], few)
-        bound += expected[:, FEW:].square().sum(1, keepdim=True) / 2
+        rest = expected[:, FEW:].square().sum(1) / 2  # at most, what the others add
         draft = bound.max(1).indices
         reached = (expected * table[draft]).sum(1) - squares[draft] / 2
         # Rounding may drop a token all but as near: drafts are verified elsewhere.
-        row, token = (bound >= reached[:, None]).nonzero(as_tuple=True)
+        row, token = (bound >= (reached - rest)[:, None]).nonzero(as_tuple=True)
         if len(token) > RIVALS * len(states):
             return self.nearness(states).argmax(1)
         score = (expected[row] * table[token]).sum(1) - squares[token] / 2
