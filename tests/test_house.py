@@ -30,8 +30,8 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1125,
-    "extensions": 1710,
-    "experiments": 2535,
+    "extensions": 1711,
+    "experiments": 2534,
     "teaching": 1000,
     "cli": 430,
     "all": 8600,

@@ -124,7 +124,8 @@ class Reading:
             if law is None and wanted and self.before is not None:
                 law = self.law(slice(t, t + 1))[0]
             if law is not None:
-                orders += [law, *(order + lens.weight * law for order in orders)]
+                both = [order + lens.weight * law for order in orders]
+                orders += both if both and i == 0 else [law, *both]  # law alone: later
             size = min(BATCHES[min(i, len(BATCHES) - 1)], left)
             best = [order.masked_fill(~untried, -torch.inf) for order in orders]
             parts = [order.topk(size).indices for order in best]
