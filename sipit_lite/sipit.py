@@ -277,8 +277,8 @@ class _Prompt:
             known = (self.tokens[:t], self.passes)
             distance, radius = acceptance.bit_for_bit(distance, observed, *known, step)
         if self.options.certify:
-            best = distance.argmin()  # of all others the nearest, twins included
-            gaps = (states - states[best]).double().norm(dim=1)
+            best = distance.argmin()
+            gaps = (states - states[best]).double().norm(dim=1)  # twins included
             self.recovery.margin[t] = gaps.index_fill(0, best, torch.inf).min()
         self.settle(t, distance, radius)
 

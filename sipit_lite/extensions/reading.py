@@ -125,7 +125,7 @@ class Reading:
                 law = self.law(slice(t, t + 1))[0]
             if law is not None:
                 both = [order + lens.weight * law for order in orders]
-                orders += both if both and i == 0 else [law, *both]  # law alone: later
+                orders += both if both and i == 0 else [law, *both]  # to test fewer
             size = min(BATCHES[min(i, len(BATCHES) - 1)], left)
             best = [order.masked_fill(~untried, -torch.inf) for order in orders]
             parts = [order.topk(size).indices for order in best]
