@@ -222,17 +222,17 @@ class LanguageModel:
     def cut(self, layer: int) -> nn.Module:
         """The decoder with its first blocks, no final norm; all weights shared."""
         self.check_layer(layer)
-        training = any(part.training for part in self.decoder.modules())
-        cut = _evaluating(self.decoder) if training else copy.copy(self.decoder)
+        cut = copy.copy(self.decoder)
         cut._modules = dict(cut._modules)  # else the cut would cut the decoder
         blocks, norm = self.parts
         setattr(cut, blocks, getattr(cut, blocks)[:layer])
+        getattr(cut, blocks).training = False  # a new list; its blocks are as they were
         if layer <= self.n_layers:
-            setattr(cut, norm, nn.Identity())
+            setattr(cut, norm, nn.Identity().eval())
         # With a device map, these are bound to the decoder before the cut.
         for hooked in ("forward", "_old_forward", "_hf_hook"):
             cut.__dict__.pop(hooked, None)
-        return cut
+        return _evaluating(cut) if any(part.training for part in cut.modules()) else cut
 
 
 def edge_tokens(tokenizer: Any) -> tuple[int | None, int | None]:

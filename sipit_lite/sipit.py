@@ -125,8 +125,8 @@ def invert_many(
         if len(shapes[1]) != 2 or shapes[0][:-1] != shapes[1]:
             got = f"got states of shape {shapes[0]} with a mask of shape {shapes[1]}"
             raise StatesError(f"{got}; expected (prompts, pos, d) and (prompts, pos)")
-        mask = torch.as_tensor(mask).bool()
-        states = [rows[shown] for rows, shown in zip(states, mask, strict=True)]
+        pairs = zip(states, torch.as_tensor(mask).bool(), strict=True)
+        states = [rows[shown] for rows, shown in pairs]
     prompts: list[_Prompt] = []
     try:
         with plain_settings():
@@ -184,7 +184,6 @@ class _Prompt:
         self.options = options
         self.started = time.perf_counter()
         self.generator = torch.Generator().manual_seed(options.seed + SALT)
-        self.recovery = _blank(torch.zeros(0))
         self.tokens = options.prefix.to(options.model.device)
         # A lens brings one of its own for each prompt.
         self.policy = Gradient() if options.policy == "auto" else options.policy
@@ -203,6 +202,7 @@ class _Prompt:
                 raise StatesError(f"got passes of {self.passes} positions; {expected}")
         except StatesError as error:
             self.error = error
+            self.recovery = _blank(torch.zeros(0))
             return
         self.recovery = _blank(self.observed.radius)
         # Announced noise is no rounding, which a pass of the same length would repeat.

@@ -442,8 +442,7 @@ def _inverted(
 ) -> Any:
     """What one way recovers, or has when it gives up."""
     if way != "here":
-        run = BASELINES[way]
-        return run(states, model, layer, seed=plan.seed, limit=plan.limit)
+        return BASELINES[way](states, model, layer, seed=plan.seed, limit=plan.limit)
     try:
         return invert(states, model, layer, lens=lens, seed=plan.seed)
     except NotVerified as refused:

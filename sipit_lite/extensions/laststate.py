@@ -432,8 +432,7 @@ class Search:
                 if stale:
                     # Close to the base sums are more exact: change part of it only.
                     prompts, free = self.around(base.ids, likely)
-                    states = last_states(self.start, prompts)
-                    fresh = self.read(prompts, states)
+                    fresh = self.read(prompts, last_states(self.start, prompts))
 
     def around(self, ids: Tokens, likely: Likely) -> tuple[Prompts, Tensor]:
         """Prompts with two to two thirds of the tokens, of two one, anew; and which."""

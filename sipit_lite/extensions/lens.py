@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import gelu, layer_norm, pad
 from tqdm import tqdm
 
 from sipit_lite.acceptance import States, Tokens
@@ -36,8 +36,8 @@ RIDGE = 1e-5  # relative to the sum of squares of each regressor
 HELD = 2**24  # numbers held at once while tokens are ranked: 64 MiB
 OTHERS = 32  # prompts to calibrate on
 FLOOR = 1e-6  # smallest variance of a residual, relative to that of the goals
-FEW = 160  # coordinates of a whitened embedding, those of the largest weight first
-RIVALS = 64  # tokens a state that they may leave, scored on all coordinates
+FEW = 128  # coordinates of a whitened embedding, those of the largest weight first
+GROUP = 64  # tokens of which the best is looked at first; they may leave one in each
 FIRST = (16, 112)  # candidates in the first batches: few misses rank further down
 
 Rows = Float[Tensor, "*rows d_model"]
@@ -136,9 +136,8 @@ class Lens(Regression):
     @plain_settings()
     def draft(self, states: Rows) -> Int[Tensor, "*rows"]:
         """The likeliest token of each state: no prefix, no search, nothing verified."""
-        # One state by all tokens is a row of the vocabulary's size.
         flat = states.reshape(-1, states.shape[-1])
-        batches = flat.split(max(1, HELD // self.model.vocab_size))
+        batches = flat.split(max(1, HELD // self.model.vocab_size))  # rows of scores
         tokens = torch.cat([self._nearest(rows) for rows in batches])
         return tokens.reshape(states.shape[:-1])
 
@@ -149,17 +148,20 @@ class Lens(Regression):
         """
         table, squares, few, first = self._whitened
         expected = self.predict(states) @ self.whiten
-        bound = torch.addmm(-first / 2, expected[:, :FEW], few)
+        bound = torch.addmm(first, expected[:, :FEW], few).view(len(states), -1, GROUP)
         rest = expected[:, FEW:].square().sum(1) / 2  # at most, what the others add
-        draft = bound.max(1).indices
+        draft = bound.flatten(1).max(1).indices
         reached = (expected * table[draft]).sum(1) - squares[draft] / 2
         # Rounding may drop a token all but as near: drafts are verified elsewhere.
-        row, token = (bound >= (reached - rest)[:, None]).nonzero(as_tuple=True)
-        if len(token) > RIVALS * len(states):
+        least = (reached - rest)[:, None]
+        row, group = (bound.amax(2) >= least).nonzero(as_tuple=True)
+        near, inside = (bound[row, group] >= least[row]).nonzero(as_tuple=True)
+        row = row[near]
+        token = GROUP * group[near] + inside
+        if len(token) > len(states) * len(table) / GROUP:
             return self.nearness(states).argmax(1)
         score = (expected[row] * table[token]).sum(1) - squares[token] / 2
-        best = reached.scatter_reduce(0, row, score, "amax")
-        ahead = score == best[row]
+        ahead = score == reached.scatter_reduce(0, row, score, "amax")[row]
         draft[row[ahead]] = token[ahead]
         return draft
 
@@ -175,8 +177,7 @@ class Lens(Regression):
     def read(self, prompts: Sequence[Tensor]) -> list[tuple[Tensor, Reading]]:
         """A draft of each prompt, and a search for what it has wrong."""
         # Of many prompts the scores of all tokens would not fit into memory.
-        keeps = len(prompts) == 1
-        readings = [Reading(self, states, keeps) for states in prompts]
+        readings = [Reading(self, states, len(prompts) == 1) for states in prompts]
         drafts = [reading.posterior() for reading in readings]
         # What the lens drafts alone is one product for all prompts.
         pairs = list(zip(drafts, readings, strict=True))
@@ -234,10 +235,13 @@ class Lens(Regression):
 
     @cached_property
     def _whitened(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Whitened embeddings, their squared norms; few columns as rows, and theirs."""
+        """Whitened embeddings, squared norms; few columns as rows, −½ of theirs."""
         table = self.model.embeddings.float() @ self.whiten
-        few = table[:, :FEW].T.contiguous()  # which are multiplied in half of the time
-        return table, table.square().sum(1), few, few.square().sum(0)
+        # Row by row, few are multiplied in half of the time; what fills up is no token.
+        space = (0, -len(table) % GROUP)
+        few = pad(table[:, :FEW].T, space).contiguous()
+        first = pad(-table[:, :FEW].square().sum(1) / 2, space, value=-torch.inf)
+        return table, table.square().sum(1), few, first
 
 
 def training_prompts(model: LanguageModel, seed: int = 0) -> Iterator[Tokens]:

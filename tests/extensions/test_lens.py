@@ -107,12 +107,13 @@ def test_ranks_by_mahalanobis_distance(pocket: LanguageModel, lens: Lens) -> Non
     assert lens.draft(one).item() == expected[0]
 
 
-@pytest.mark.parametrize("rivals", [0, 64])
+@pytest.mark.parametrize("group", [64, 4096])
 def test_a_draft_is_the_nearest_of_all(
-    pocket: LanguageModel, lens: Lens, monkeypatch: pytest.MonkeyPatch, rivals: int
+    pocket: LanguageModel, lens: Lens, monkeypatch: pytest.MonkeyPatch, group: int
 ) -> None:
     """By few coordinates where they decide, and by all; against distances in float64."""
-    monkeypatch.setattr(lens_module, "RIVALS", rivals)
+    # In one group of 4 096 several tokens are left for most states: then all are scored.
+    monkeypatch.setattr(lens_module, "GROUP", group)
     generator = torch.Generator().manual_seed(2)
     strange = 30 * torch.randn(40, pocket.d_model, generator=generator)
     states = torch.cat([pocket.states("read by few coordinates", 3).cpu(), strange])
