@@ -26,7 +26,7 @@ from sipit_lite.policies import Batches, State
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the prior, to choose from
 BATCHES = (16, 16, 32, 64, 128, 256, 512, 1024)  # candidates of each order
 ALONE = 96  # candidates of the second batch where a lens alone names them
-SPREAD = 64  # else, of those that are drawn at random
+SPREAD = 64  # without a lens, of those that are drawn at random
 PREDICTORS = 512  # tested candidates from which states of others are predicted
 SEARCH = 2  # passes that a token costs which the draft has wrong, roughly
 JUDGED = 64  # positions that decide whether a prompt is what the model expects
@@ -131,7 +131,7 @@ class Reading:
             size = min(ALONE if alone else BATCHES[min(i, len(BATCHES) - 1)], left)
             best = [order.masked_fill(~untried, -torch.inf) for order in orders]
             parts = [order.topk(size).indices for order in best]
-            if (i == 1 and not alone) or not orders:  # what nothing chose, to predict
+            if (i == 1 and not lens.fitted) or not orders:  # to predict from
                 drawn = torch.randperm(len(untried), generator=generator)
                 parts.append(drawn.to(untried.device)[untried[drawn]][:SPREAD])
             batch = torch.cat(parts).unique()

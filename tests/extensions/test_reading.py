@@ -103,10 +103,9 @@ def test_every_token_is_proposed_once(pocket: LanguageModel, lens: Lens) -> None
         assert sorted(torch.cat(batches).tolist()) == list(range(pocket.vocab_size))
         first = lens.nearness(states[5:6])[0].topk(16).indices
         assert set(first.tolist()) == set(batches[0].tolist())
-        # Of prose: each order's first, and some at random; else the lens's next alone.
-        most = reading.BATCHES[1] * 3 + reading.SPREAD
+        # Of prose the first of each order, else the lens's next alone.
         if kind == "prose":
-            assert reading.SPREAD <= len(batches[1]) <= most
+            assert reading.BATCHES[1] <= len(batches[1]) <= 3 * reading.BATCHES[1]
         else:
             ranked = lens.nearness(states[5:6])[0].topk(16 + reading.ALONE).indices
             assert set(torch.cat(batches[:2]).tolist()) == set(ranked.tolist())
