@@ -148,7 +148,7 @@ class Lens(Regression):
         """
         table, squares, few, first = self._whitened
         expected = self.predict(states) @ self.whiten
-        bound = torch.addmm(first, expected[:, :FEW], few).view(len(states), -1, GROUP)
+        bound = torch.addmm(first, expected[:, :FEW], few).unflatten(1, (-1, GROUP))
         rest = expected[:, FEW:].square().sum(1) / 2  # at most, what the others add
         draft = bound.flatten(1).max(1).indices
         reached = (expected * table[draft]).sum(1) - squares[draft] / 2

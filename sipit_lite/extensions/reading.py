@@ -26,7 +26,7 @@ from sipit_lite.policies import Batches, State
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the prior, to choose from
 BATCHES = (16, 16, 32, 64, 128, 256, 512, 1024)  # candidates of each order
 ALONE = 96  # candidates of the second batch where a lens alone names them
-SPREAD = 64  # without a lens, of those that are drawn at random
+SPREAD = 64  # drawn at random where no lens is, to predict others from
 PREDICTORS = 512  # tested candidates from which states of others are predicted
 SEARCH = 2  # passes that a token costs which the draft has wrong, roughly
 JUDGED = 64  # positions that decide whether a prompt is what the model expects
@@ -126,12 +126,12 @@ class Reading:
                 law = self.law(slice(t, t + 1))[0]
             if law is not None:
                 both = [order + lens.weight * law for order in orders]
-                orders += both if both and i == 0 else [law, *both]  # to test fewer
+                orders += both if both and i == 0 else [law, *both]  # law alone: later
             alone = i == 1 and lens.fitted and law is None  # it ranks most true tokens
             size = min(ALONE if alone else BATCHES[min(i, len(BATCHES) - 1)], left)
             best = [order.masked_fill(~untried, -torch.inf) for order in orders]
             parts = [order.topk(size).indices for order in best]
-            if (i == 1 and not lens.fitted) or not orders:  # to predict from
+            if (i == 1 and not lens.fitted) or not orders:  # nothing chose these
                 drawn = torch.randperm(len(untried), generator=generator)
                 parts.append(drawn.to(untried.device)[untried[drawn]][:SPREAD])
             batch = torch.cat(parts).unique()

@@ -125,6 +125,7 @@ def test_a_draft_is_the_nearest_of_all(
     chosen = apart.gather(1, draft[:, None])[:, 0]
     # Rounding may choose between tokens that are all but equally near.
     assert (chosen <= apart.min(1).values * (1 + 1e-4)).all()
+    assert lens.draft(states[:0].to(pocket.device)).shape == (0,)
 
 
 def test_layer_zero_is_read_exactly(pocket: LanguageModel) -> None:
