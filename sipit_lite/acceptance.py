@@ -135,21 +135,23 @@ def check_states(states: object, model: LanguageModel) -> States:
         values = states.detach().to(model.device)
         values = values.to(torch.promote_types(model.dtype, torch.float32))
         # What overflows in the model's format is no state of its.
-        bad = (~values.to(model.dtype).isfinite()).any(1).nonzero()
+        finite = values.to(model.dtype).isfinite().all(1)
     except (NotImplementedError, RuntimeError) as error:
         got = f"got states of {states.dtype}, {states.layout}"
         raise StatesError(f"{got}; not convertible to {model.dtype}") from error
-    if len(bad):
-        got = f"got NaN or Inf in the state at position {int(bad[0])}"
+    if not finite.all():
+        got = f"got NaN or Inf in the state at position {int(finite.int().argmin())}"
         raise StatesError(f"{got}; expected finite {model.dtype} numbers")
     return values
 
 
 def _check_bound(name: str, value: Bound, values: States, known: int) -> Distances:
     """One number for each position, 0 for None; ``StatesError`` for anything else."""
+    if value is None:
+        return torch.zeros_like(values[:, 0])
     count = len(values) - known
     try:
-        bound = torch.as_tensor(0.0 if value is None else value).to(values)
+        bound = torch.as_tensor(value).to(values)
     except (TypeError, RuntimeError):  # not even a number
         bound = torch.full((), torch.nan)
     if bound.shape not in ((), (count,)) or not ((bound >= 0) & bound.isfinite()).all():
@@ -232,7 +234,6 @@ def _measured(model: LanguageModel, layer: int) -> Float64[Tensor, "2 2"]:
     return model.measured.setdefault(key, torch.stack(columns).reshape(2, 2))
 
 
-@plain_settings()
 def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
     """Which tokens another token nearly equals once the first block has read them.
 
@@ -242,15 +243,16 @@ def related(model: LanguageModel, layer: int) -> Bool[Tensor, " vocab"]:
     depth = min(layer, 1)
     key = ("related", depth)
     if key not in model.measured:
-        near = torch.zeros_like(model.vocabulary, dtype=torch.bool)
-        generator = torch.Generator().manual_seed(0)
-        prefix = torch.randint(model.vocab_size, (LATER,), generator=generator)
-        for t in {0, min(LATER, model.n_positions - 1)} if len(near) > 1 else ():
-            step = OneStepMap.after(model, depth, prefix[:t])
-            states = step.tokens(model.vocabulary).float().nan_to_num(0.0, 0.0, 0.0)
-            limit = RELATED * vector_norm(states - states.mean(0), dim=1).median()
-            report = closest_pairs(states, 1, nearest=True, within=float(limit))
-            near |= report.nearest.to(near.device) < float(limit)
+        with plain_settings():
+            near = torch.zeros_like(model.vocabulary, dtype=torch.bool)
+            generator = torch.Generator().manual_seed(0)
+            prefix = torch.randint(model.vocab_size, (LATER,), generator=generator)
+            for t in {0, min(LATER, model.n_positions - 1)} if len(near) > 1 else ():
+                step = OneStepMap.after(model, depth, prefix[:t])
+                states = step.tokens(model.vocabulary).float().nan_to_num(0.0, 0.0, 0.0)
+                limit = RELATED * vector_norm(states - states.mean(0), dim=1).median()
+                report = closest_pairs(states, 1, nearest=True, within=float(limit))
+                near |= report.nearest.to(near.device) < float(limit)
         model.measured[key] = near
     return model.measured[key]
 

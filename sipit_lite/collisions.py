@@ -270,12 +270,10 @@ class _Search:
             alike = torch.isclose(a, b, RTOL, ATOL).all(1)
             alike |= torch.isclose(b, a, RTOL, ATOL).all(1)
             self.practical += int(weights[maybe][alike].sum())
-            self.pairs = torch.cat([self.pairs, pairs.T])
-            self.distances = torch.cat([self.distances, distances])
-            best = self.distances.argsort(stable=True)[: self.k]
-            self.pairs = self.pairs[best]
-            self.distances = self.distances[best]
-            if len(best) == self.k:
+            apart, best = torch.cat([self.distances, distances]).sort(stable=True)
+            self.distances = apart[: self.k]
+            self.pairs = torch.cat([self.pairs, pairs.T])[best[: self.k]]
+            if len(self.distances) == self.k:
                 self.kth = min(self.kth, float(self.distances[-1]))
 
     def _lower_near(self, i: Tensor, j: Tensor) -> Float64[Tensor, " m"]:

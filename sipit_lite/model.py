@@ -59,7 +59,8 @@ def plain_settings() -> Iterator[None]:
         try:
             _share(user, False)
         finally:  # once more, since Ctrl-C may come amid it, or as no_grad ends
-            _share(user, False)
+            if user in USERS:
+                _share(user, False)
             for kind in casting:
                 torch.set_autocast_enabled(kind, True)
             if gradients is not None:

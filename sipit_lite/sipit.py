@@ -355,8 +355,7 @@ def _recover(prompts: list[_Prompt], options: _Options, progress: bool) -> None:
     unread = [prompt.observed.states for prompt in quick]
     lens = options.lens
     if quick and not lens and offer:
-        where = (options.model, options.layer, sum(map(len, unread)))
-        lens = offer(*where, fits=lens is None)
+        lens = offer(options.model, options.layer, sum(map(len, unread)), lens is None)
     if quick and lens:
         for prompt, (tokens, policy) in zip(quick, lens.read(unread), strict=True):
             prompt.tokens = torch.cat([prompt.tokens, tokens[prompt.length :]])

@@ -8,4 +8,4 @@ from sipit_lite.sipit import invert, invert_many
 __all__ = ["invert", "invert_many"]
 # Imported where it is wanted, like all rooms.
 name = "sipit_lite.extensions.fitted"
-sipit.offer = lambda *where, fits: import_module(name).offered(*where, fits=fits)
+sipit.offer = lambda *where: import_module(name).offered(*where)

@@ -26,7 +26,7 @@ FOLDER = user_cache_path("sipit-lite")  # where lenses are kept
 
 
 def offered(
-    model: LanguageModel, layer: int, positions: int, *, fits: bool
+    model: LanguageModel, layer: int, positions: int, fits: bool
 ) -> Drafter | None:
     """A drafter for so many positions, or None where the gradient is good enough."""
     # Blocks that run: the one that reads a layer caches it.

@@ -62,9 +62,8 @@ class Leaked(LanguageModel):
         shapes = {tuple(getattr(x, "shape", ())) for x in stored}
         if what not in ("keys", "values") or [*map(len, shapes)] != [4]:
             got = f"got {what!r} of {model.name}, with caches of shapes {shapes}"
-            expected = "'keys' or 'values', alike in all layers, or 'centred', 'unit', "
-            expected += "'logits'"
-            raise ModelError(f"{got}; expected {expected}")
+            expected = "'keys' or 'values', alike in all layers, or 'centred', 'unit'"
+            raise ModelError(f"{got}; expected {expected}, 'logits'")
         [(_, self.heads, _, self.width)] = shapes
         self.d_model = self.heads * self.width
 

@@ -129,9 +129,8 @@ class Lens(Regression):
 
     def nearness(self, states: States) -> Float[Tensor, "rows vocab"]:
         """−½ ‖(E_v − ê) ``whiten``‖² of each token v."""
-        table, squares, *_ = self._whitened
-        expected = self.predict(states) @ self.whiten
-        return torch.addmm(-squares / 2, expected, table.T)
+        white, table, half, *_ = self._whitened
+        return torch.addmm(half, white.predict(states), table.T)
 
     @plain_settings()
     def draft(self, states: Rows) -> Int[Tensor, "*rows"]:
@@ -146,12 +145,14 @@ class Lens(Regression):
 
         What the others add to a distance is never negative, which bounds every score.
         """
-        table, squares, few, first = self._whitened
-        expected = self.predict(states) @ self.whiten
+        white, table, half, few, first = self._whitened
+        if len(table) <= GROUP**2:  # so few tokens that all take less time
+            return self.nearness(states).max(1).indices
+        expected = white.predict(states)
         bound = torch.addmm(first, expected[:, :FEW], few).unflatten(1, (-1, GROUP))
         rest = expected[:, FEW:].square().sum(1) / 2  # at most, what the others add
         draft = bound.flatten(1).max(1).indices
-        reached = (expected * table[draft]).sum(1) - squares[draft] / 2
+        reached = (expected * table[draft]).sum(1) + half[draft]
         # Rounding may drop a token all but as near: drafts are verified elsewhere.
         least = (reached - rest)[:, None]
         row, group = (bound.amax(2) >= least).nonzero(as_tuple=True)
@@ -159,8 +160,8 @@ class Lens(Regression):
         row = row[near]
         token = GROUP * group[near] + inside
         if len(token) > len(states) * len(table) / GROUP:
-            return self.nearness(states).argmax(1)
-        score = (expected[row] * table[token]).sum(1) - squares[token] / 2
+            return self.nearness(states).max(1).indices
+        score = (expected[row] * table[token]).sum(1) + half[token]
         ahead = score == reached.scatter_reduce(0, row, score, "amax")[row]
         draft[row[ahead]] = token[ahead]
         return draft
@@ -234,14 +235,16 @@ class Lens(Regression):
         return cls(**tensors, model=model, layer=layer, **learned)
 
     @cached_property
-    def _whitened(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Whitened embeddings, squared norms; few columns as rows, −½ of theirs."""
+    def _whitened(self) -> tuple[Regression, Tensor, Tensor, Tensor, Tensor]:
+        """A map to whitened embeddings; these, −½ of squared norms; of few columns."""
+        parts = (self.slope @ self.whiten, self.intercept @ self.whiten)
+        white = Regression(self.directions, *parts, self.whiten)
         table = self.model.embeddings.float() @ self.whiten
         # Row by row, few are multiplied in half of the time; what fills up is no token.
         space = (0, -len(table) % GROUP)
         few = pad(table[:, :FEW].T, space).contiguous()
         first = pad(-table[:, :FEW].square().sum(1) / 2, space, value=-torch.inf)
-        return table, table.square().sum(1), few, first
+        return white, table, -table.square().sum(1) / 2, few, first
 
 
 def training_prompts(model: LanguageModel, seed: int = 0) -> Iterator[Tokens]:

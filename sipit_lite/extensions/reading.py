@@ -79,9 +79,8 @@ class Reading:
     def law(self, rows: slice) -> Float[Tensor, "rows vocab"]:
         """Log-probability of each token at these positions."""
         before = self.before  # first: it is judged by scores that stay for this
-        if self.opening and rows.stop <= JUDGED:
-            return self.opening[1][rows]
-        return log_law(self.lens.model, before[rows])
+        held = self.opening and rows.stop <= JUDGED
+        return self.opening[1][rows] if held else log_law(self.lens.model, before[rows])
 
     @cached_property
     def before(self) -> States | None:
@@ -113,11 +112,9 @@ class Reading:
         t = step.position
         self.tested = ()
         for i in count():
-            orders = []
             lens = self.lens if self.lens.fitted else self.lens.after(self.tests)
             self.lens = lens  # fitted, once the search has cost as much
-            if lens.fitted:
-                orders.append(self.near(slice(t, t + 1))[0])
+            orders = [self.near(slice(t, t + 1))[0]] if lens.fitted else []
             if i > 1 and self.tested:  # what fewer states say is noise
                 orders.append(self.predicted(observed, t))
             # The prior costs a pass, once: not for what the lens all but knows.
