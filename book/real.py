@@ -11,18 +11,15 @@ A forward pass is timed beside each, and other work on the machine does not coun
 import json
 import sys
 import time
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import median
 
 import torch
-from sipit_lite import LanguageModel, Lens, invert_many, load
+from sipit_lite import LanguageModel, load
 from sipit_lite.acceptance import related
-from sipit_lite.experiments import checks, real
+from sipit_lite.experiments import inversion, real
 from sipit_lite.extensions.fitted import lens_of
 from sipit_lite.extensions.imprints import own_imprints
-from sipit_lite.extensions.reading import final_states, log_law
 from sipit_lite.io.text import prompts
 from torch import Tensor
 from tqdm import tqdm
@@ -49,44 +46,6 @@ def mixed(model: LanguageModel, layer: int, count: int, kinds: list[str]) -> lis
     return drawn
 
 
-def one(model: LanguageModel, lens: Lens, ids: Tensor) -> dict:
-    """Exactness, seconds, passes and tests of one prompt."""
-    states = model.states(ids, lens.layer)
-    passes = []
-    for _ in range(5):
-        passes.append(checks.clock(lambda: model.states(ids, lens.layer), model.device))
-    work = partial(invert_many, [states], model, lens.layer, lens=lens)
-    [outcome] = work()
-    run = getattr(outcome, "recovered", outcome)  # a refusal carries one
-    # As often as a pass, where that takes no time.
-    brief = run.seconds < 1
-    seconds = checks.clock(work, model.device, 5) if brief else run.seconds
-    row = checks.judged(ids, outcome) | {"seconds": seconds}
-    row |= {"passes": seconds / median(passes), "rank": 1.0}
-    row["tested"] = float(run.tested.double().mean())
-    if len(ids) > 1:
-        law = log_law(model, final_states(model, states, lens.layer))[:-1]
-        ahead = law > law.gather(1, ids[1:, None])
-        row["rank"] = 1 + float(ahead.sum(1).double().mean())
-    return row
-
-
-def summary(runs: list[dict]) -> dict:
-    """The row of a place."""
-    passes = sorted(run["passes"] for run in runs)
-    return {
-        "prompts": len(runs),
-        "exact": checks.share(run["exact"] for run in runs),
-        "silent errors": sum(run["silent error"] for run in runs),
-        "seconds": median(run["seconds"] for run in runs),
-        "passes, median": median(passes),
-        "passes, slowest 5 %": passes[int(0.95 * len(passes))],
-        "tests of a token": median(run["tested"] for run in runs),
-        "tests of a token, LM order": median(run["rank"] for run in runs),
-        "timed by": "process_time",
-    }
-
-
 def main(layer: int, kind: str, count: int, kinds: list[str]) -> None:
     """Measure one place, and keep what is there after each prompt."""
     model = load("smollm2", device="cpu")
@@ -97,13 +56,14 @@ def main(layer: int, kind: str, count: int, kinds: list[str]) -> None:
         drawn = real.options(model, kind, count, 0)
     for first in (True, False):  # what is measured once for a model
         own_imprints(model, layer, first=first)
-    one(model, lens, drawn[0][:2])  # and once for a layer
+    inversion.one(model, lens, drawn[0][:2])  # and once for a layer
     runs = []
     for ids in tqdm(drawn):
-        runs.append(one(model, lens, ids))
+        runs.append(inversion.one(model, lens, ids))
         stored = json.loads(PATH.read_text("utf-8"))
         part = stored["exact" if kind == "mixed" else "rows"]
-        row = summary(runs)
+        row = {"prompts": len(runs)} | inversion.summary(runs)
+        row["timed by"] = "process_time"
         if kind == "mixed":
             row = dict(islice(row.items(), 3))  # passes of such a mixture say little
         part[f"{kind}, layer {layer}"] = row

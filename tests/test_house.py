@@ -30,8 +30,8 @@ CORE = {
 BUDGET = {
     "core": 1800,
     "io": 1125,
-    "extensions": 1716,
-    "experiments": 2529,
+    "extensions": 1714,
+    "experiments": 2531,
     "teaching": 1000,
     "cli": 430,
     "all": 8600,

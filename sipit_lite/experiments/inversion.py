@@ -1,7 +1,7 @@
 """Inversion side by side: the published loop, LM order and ``auto``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
 from statistics import median
@@ -118,51 +118,52 @@ def exactness(
     return runs
 
 
-def measure(
-    model: LanguageModel,
-    drawn: list[Tensor],
-    lens: Lens,
-    slow: int = 0,
-    limit: float = 0,
-) -> dict[str, float]:
-    """Exactness, seconds, passes and tests of a token; the first few by other ways.
-
-    The published loop stops at its ``limit``. In LM order, the law of the next token
-    alone, the tests of a token are its rank: no search needs to run.
-    """
+def one(model: LanguageModel, lens: Lens, ids: Tensor) -> dict:
+    """Exactness, seconds, passes, tests and the rank of a token, of one prompt."""
     layer = lens.layer
-    states = [model.states(ids, layer) for ids in drawn]
-    work = partial(invert_many, model=model, layer=layer, lens=lens)
-    work(states[:1])  # what is measured once for a layer is not in the seconds
-    runs = []
-    passes = []
-    verdicts = []
-    for ids, x in zip(drawn, states, strict=True):
-        # In the same minute: a machine may be busy in another.
-        forward = clock(partial(model.states, ids, layer), model.device, 5)
-        [outcome] = work([x])
-        run = getattr(outcome, "recovered", outcome)  # a refusal carries one
-        if run.seconds < 1:  # as often as a pass, where that takes no time
-            run = replace(run, seconds=clock(partial(work, [x]), model.device, 5))
-        runs.append(run)
-        passes.append(run.seconds / forward)
-        verdicts.append(checks.judged(ids, outcome))
+    states = model.states(ids, layer)
+    work = partial(invert_many, [states], model, layer, lens=lens)
+    # In the same minute: a machine may be busy in another.
+    forward = clock(partial(model.states, ids, layer), model.device, 5)
+    [outcome] = work()
+    run = getattr(outcome, "recovered", outcome)  # a refusal carries one
+    # As often as a pass, where that takes no time.
+    seconds = clock(work, model.device, 5) if run.seconds < 1 else run.seconds
+    row = {"seconds": seconds, "passes": seconds / forward}
+    row["tested"] = float(run.tested.double().mean())
+    if len(ids) > 1 and unembedding(model) is not None:
+        # In LM order, the law of the next token alone: no search needs to run.
+        law = log_law(model, final_states(model, states, layer))[:-1]
+        ahead = law > law.gather(1, ids[1:, None])
+        row["rank"] = 1 + float(ahead.sum(1).double().mean())
+    return row | checks.judged(ids, outcome)
+
+
+def summary(runs: Sequence[dict]) -> dict[str, float]:
+    """What ``one`` gives of several prompts: medians, and the slowest twentieth."""
+    passes = sorted(run["passes"] for run in runs)
     row = {
-        "exact": share(verdict["exact"] for verdict in verdicts),
-        "silent errors": sum(verdict["silent error"] for verdict in verdicts),
-        "seconds": median(run.seconds for run in runs),
+        "exact": share(run["exact"] for run in runs),
+        "silent errors": sum(run["silent error"] for run in runs),
+        "seconds": median(run["seconds"] for run in runs),
         "passes, median": median(passes),
-        "passes, slowest 5 %": sorted(passes)[int(0.95 * len(passes))],
-        "tests of a token": median(float(run.tested.double().mean()) for run in runs),
+        "passes, slowest 5 %": passes[int(0.95 * len(passes))],
+        "tests of a token": median(run["tested"] for run in runs),
     }
-    if slow and unembedding(model) is not None:
-        ranks = []
-        for ids, x in zip(drawn, states, strict=True):
-            law = log_law(model, final_states(model, x, layer))[:-1]
-            ahead = law > law.gather(1, ids[1:, None])
-            ranks.append(1 + float(ahead.sum(1).double().mean()))
-        row["tests of a token, LM order"] = median(ranks)
-    runs = [published(x, model, layer, limit=limit) for x in states[:slow]]
+    if all("rank" in run for run in runs):
+        row["tests of a token, LM order"] = median(run["rank"] for run in runs)
+    return row
+
+
+def measure(
+    model: LanguageModel, drawn: list[Tensor], lens: Lens, slow=0, limit=0.0
+) -> dict[str, float]:
+    """``summary``; the first few by the published loop too, which stops at a limit."""
+    states = [model.states(ids, lens.layer) for ids in drawn[: max(slow, 1)]]
+    # What is measured once for a layer is not in the seconds.
+    invert_many(states[:1], model, lens.layer, lens=lens)
+    row = summary([one(model, lens, ids) for ids in drawn])
+    runs = [published(x, model, lens.layer, limit=limit) for x in states[:slow]]
     if runs:
         # Where it is below 1, the speed-up is a lower bound.
         row["published within the limit"] = share(run.finished for run in runs)
