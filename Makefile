@@ -4,6 +4,8 @@ BIN := .venv/bin
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 export CHROMIUM
 export HF_HUB_DISABLE_TELEMETRY = 1
+# Threads that wait give way soon, as in the command line: other programs need the cores too.
+export GOMP_SPINCOUNT ?= 3000
 # Processes of one thread each: small models gain little from threads, and share caches badly.
 ALONE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python
 PYTEST := $(ALONE) -m pytest
@@ -84,7 +86,7 @@ real: .venv
 
 # The tests on its weights; all others are in `test`.
 real-test: real
-	SIPIT_LITE_REAL=smollm2 $(PYTEST) -o addopts= --durations=5 tests/real/test_smollm2.py
+	SIPIT_LITE_REAL=smollm2 $(PYTEST) -o addopts= -n 2 --dist worksteal --durations=5 tests/real/test_smollm2.py
 
 # The three graded assignments, in _build/assignments: notebooks, solutions, tests.
 assignments: .venv

@@ -400,7 +400,3 @@ def reproduce(
             lab.keep_result(run, paths[name])
         lines = [x for x in paper.side_by_side([run], name) if x.measured is not None]
         session.show(run, paper.comparison(lines))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

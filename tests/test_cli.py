@@ -495,16 +495,21 @@ def test_layers_are_one_option_by_two_names(tmp_path: Path, capsys: Output) -> N
     assert strict(capsys.readouterr().out)["layers"] == [2, 3, 4]
 
 
-def test_the_module_of_the_command_line_runs_it(
-    capsys: Output, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("spins", [None, "7"])
+def test_the_program_sets_how_long_threads_spin(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch, spins: str | None
 ) -> None:
-    """As ``sipit-lite`` does, bad input in one line among it."""
-    monkeypatch.setattr(sys, "argv", ["sipit_lite/cli.py", "fly"])
+    """Unless the user has; bad input is one line here as well."""
+    monkeypatch.setattr(sys, "argv", ["sipit_lite/__main__.py", "fly"])
+    monkeypatch.setenv("GOMP_SPINCOUNT", spins or "")
+    if spins is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
     with pytest.raises(SystemExit) as left:
-        runpy.run_path(cli.__file__, run_name="__main__")
+        runpy.run_module("sipit_lite", run_name="__main__")
     out, err = capsys.readouterr()
     assert (left.value.code, out) == (2, "")
     assert len(err.splitlines()) == 1 and "No such command 'fly'" in err
+    assert os.environ["GOMP_SPINCOUNT"] == (spins or "3000")
 
 
 def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
