@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sipit_lite.model import LanguageModel, ModelError, is_oom, plain_settings
 
-ROWS = 256  # candidates a pass: enough to keep the matrix products busy
+ROWS = 256  # candidates a pass; of long prefixes as many as 64 MiB hold, or 96
 EXACT = "donot_use_mm_for_euclid_dist"
 MOST = 8192  # on a GPU, if twice the cache and 32 widths of each fit into half of it
 
@@ -81,8 +81,8 @@ class OneStepMap:
 
     def tokens(self, tokens: Int[Tensor, " rows"]) -> Rows:
         """F(v) for each candidate token, shape (candidates, d_model)."""
-        copied = sum(keys.numel() + values.numel() for keys, values in self.past)
-        cap = max(1, min(ROWS, 2**27 // max(copied, 1)))  # 512 MiB in float32
+        copied = 1 + sum(keys.numel() + values.numel() for keys, values in self.past)
+        cap = max(1, min(ROWS, max(96, 2**24 // copied), 2**27 // copied))  # 512 MiB
         if self.model.device.type == "cuda" and len(tokens) > cap:
             free, _ = torch.cuda.mem_get_info(self.model.device)
             row = 2 * (copied + 32 * self.model.d_model) * self.model.dtype.itemsize
