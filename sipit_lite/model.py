@@ -241,8 +241,7 @@ def edge_tokens(tokenizer: Any) -> tuple[int | None, int | None]:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     begin = int(ids[0]) if ids[:1] != bare[:1] else None
-    end = int(ids[-1]) if bare and ids[-1:] != bare[-1:] else None
-    return begin, end
+    return begin, int(ids[-1]) if bare and ids[-1:] != bare[-1:] else None
 
 
 def parts_of(decoder: PreTrainedModel) -> tuple[str, str]:

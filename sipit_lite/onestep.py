@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sipit_lite.model import LanguageModel, ModelError, is_oom, plain_settings
 
-ROWS = 256  # candidates a pass; of long prefixes as many as 64 MiB hold, or 96
+ROWS = 256  # candidates a pass; few after a long prefix in parts that caches hold
 EXACT = "donot_use_mm_for_euclid_dist"
 MOST = 8192  # on a GPU, if twice the cache and 32 widths of each fit into half of it
 
@@ -82,7 +82,8 @@ class OneStepMap:
     def tokens(self, tokens: Int[Tensor, " rows"]) -> Rows:
         """F(v) for each candidate token, shape (candidates, d_model)."""
         copied = 1 + sum(keys.numel() + values.numel() for keys, values in self.past)
-        cap = max(1, min(ROWS, max(96, 2**24 // copied), 2**27 // copied))  # 512 MiB
+        most = ROWS if len(tokens) > ROWS else max(96, 2**24 // copied)  # 64 MiB
+        cap = max(1, min(most, 2**27 // copied))  # 512 MiB
         if self.model.device.type == "cuda" and len(tokens) > cap:
             free, _ = torch.cuda.mem_get_info(self.model.device)
             row = 2 * (copied + 32 * self.model.d_model) * self.model.dtype.itemsize

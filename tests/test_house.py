@@ -17,8 +17,8 @@ ROOMS = ("io", "extensions", "experiments", "teaching", "pocket_gpt2")
 # Lines of each file of the core, docstrings and blank lines included.
 CORE = {
     "__init__.py": 40,
-    "model.py": 295,
-    "onestep.py": 142,
+    "model.py": 294,
+    "onestep.py": 143,
     "acceptance.py": 388,
     "policies.py": 104,
     "recovery.py": 85,
