@@ -32,8 +32,10 @@ PEAK_RATE = 2e-3
 PROSE_SHARE = 0.7  # of the rows of a batch
 CODE_CHARACTERS = 24_000_000  # there is far more code than prose
 END = "<|endoftext|>"
+# The activation is the function that GPT-2 has, computed in one pass over the numbers.
 CONFIG = GPT2Config(
     vocab_size=VOCAB, n_positions=CONTEXT, n_embd=256, n_layer=6, n_head=4,
+    activation_function="gelu_pytorch_tanh",
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 

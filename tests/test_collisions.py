@@ -229,7 +229,7 @@ def test_slack_covers_what_float32_loses(
     assert ((computed - true).abs() <= float32_slack(axes) * norms).all()
 
 
-def whole(x: Tensor) -> list[list[Fraction]]:
+def rationals(x: Tensor) -> list[list[Fraction]]:
     """Oracle: the very numbers, as fractions."""
     return [[Fraction(number) for number in row] for row in x.double().tolist()]
 
@@ -245,8 +245,8 @@ def test_bounds_in_16_bits_never_lie(kind: str, dtype: torch.dtype) -> None:
     x *= 2.0**14 / torch.linalg.vector_norm(x, dim=1).max()
     bounds = Bounds([x[:5], x[5:]], dtype)
     every = torch.arange(12)
-    low = whole(bounds.between(every, every))
-    rows = whole(x)
+    low = rationals(bounds.between(every, every))
+    rows = rationals(x)
     moved = Fraction(bounds.moved)
     for i, a in enumerate(rows):
         for j, b in enumerate(rows):
@@ -288,7 +288,7 @@ def test_cut_covers_sums_that_are_cut(step: int) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(6, 128, generator=generator).abs().half().double()
     lies = 0
-    for rows in map(whole, (x, drawn)):
+    for rows in map(rationals, (x, drawn)):
         norms = [sum(p * p for p in row) for row in rows]
         for i, a in enumerate(rows):
             for j, b in enumerate(rows):

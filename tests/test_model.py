@@ -254,13 +254,13 @@ def test_a_gated_model_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> No
         )
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", gated)
-    for token, told in ((None, "not set"), ("secret", "a token was sent")):
+    for token, piece in ((None, "not set"), ("secret", "a token was sent")):
         monkeypatch.setattr(
             loading.huggingface_hub, "get_token", lambda token=token: token
         )
         with pytest.raises(
             ModelError,
-            match=f"which is gated; expected an account .* HF_TOKEN .{told}",
+            match=f"which is gated; expected an account .* HF_TOKEN .{piece}",
         ) as refusal:
             load("meta-llama/Llama-3.1-8B")
         assert "secret" not in str(refusal.value)
@@ -347,16 +347,16 @@ def test_memory_is_told_and_checked_before_loading(
     config = GPT2Config(vocab_size=9, n_embd=64, n_layer=4, n_head=2, n_positions=9)
     untouched = GPT2Model(config)
     untouched.save_pretrained(tmp_path)
-    told = loading.footprint(config, torch.float32, torch.device("cpu"))
+    size = loading.footprint(config, torch.float32, torch.device("cpu"))
     assert (
-        told.parameters == sum(p.numel() for p in untouched.parameters())
-        and told.bytes == 4 * told.parameters
+        size.parameters == sum(p.numel() for p in untouched.parameters())
+        and size.bytes == 4 * size.parameters
     )
     quantised = loading.footprint(config, torch.float32, torch.device("cpu"), 8)
-    assert told.bytes > quantised.bytes
+    assert size.bytes > quantised.bytes
     load(tmp_path, device="cpu", progress=True)
-    assert f"{told.parameters:,} parameters, 4 blocks, take" in capsys.readouterr().err
-    free = SimpleNamespace(available=told.bytes - 1)
+    assert f"{size.parameters:,} parameters, 4 blocks, take" in capsys.readouterr().err
+    free = SimpleNamespace(available=size.bytes - 1)
     monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: free)
     monkeypatch.setattr(
         loading, "_stored", lambda *_: pytest.fail("the weights were read")

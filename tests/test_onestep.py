@@ -27,10 +27,10 @@ def test_cached_step_is_the_full_pass(family: Family, prompt: Tensor) -> None:
     """
     model = family[1]
     for layer in range(model.n_layers + 1):
-        whole, step = model.states(prompt, layer), OneStepMap.after(model, layer)
+        full, step = model.states(prompt, layer), OneStepMap.after(model, layer)
         for t, token in enumerate(prompt.tolist()):
             found = step.tokens(model.vocabulary)[token]
-            assert (found - whole[t]).norm() <= noise_floor(model, layer) * whole[
+            assert (found - full[t]).norm() <= noise_floor(model, layer) * full[
                 t
             ].norm()
             step = step.follow(prompt[t : t + 1].to(model.device))[1]
@@ -59,10 +59,10 @@ def test_branches_are_prompts_of_their_own(family: Family, prompt: Tensor) -> No
     states, steps = OneStepMap.after(model, layer, prefix).branch(rows)
     tokens = torch.arange(5, device=model.device)
     for row, found, step in zip(rows, states, steps, strict=True):
-        whole = torch.cat([prefix, row])
-        torch.testing.assert_close(found, model.states(whole, layer)[3:])
+        ids = torch.cat([prefix, row])
+        torch.testing.assert_close(found, model.states(ids, layer)[3:])
         torch.testing.assert_close(
-            step.tokens(tokens), OneStepMap.after(model, layer, whole).tokens(tokens)
+            step.tokens(tokens), OneStepMap.after(model, layer, ids).tokens(tokens)
         )
 
 
@@ -81,9 +81,9 @@ def test_chunks_do_not_matter(
     """More candidates than rows in one pass: same states, in order."""
     step = OneStepMap.after(pocket, 2, pocket.encode("chunks"))
     tokens = torch.arange(50, device=pocket.device)
-    whole = step.tokens(tokens)
+    rows = step.tokens(tokens)
     monkeypatch.setattr(onestep, "ROWS", 7)
-    torch.testing.assert_close(step.tokens(tokens), whole)
+    torch.testing.assert_close(step.tokens(tokens), rows)
 
 
 class Copies(TorchFunctionMode):

@@ -26,7 +26,7 @@ from sipit_lite.io.text import bundled
 ROOT = Path(__file__).parent.parent
 
 
-def run(asked: str, *options: str) -> subprocess.CompletedProcess[str]:
+def run(models: str, *options: str) -> subprocess.CompletedProcess[str]:
     """The command of book/package.md, on these models."""
     command = [
         sys.executable,
@@ -44,7 +44,7 @@ def run(asked: str, *options: str) -> subprocess.CompletedProcess[str]:
         "--ignore=tests/real/test_smollm2.py",
         *options,
     ]
-    environment = os.environ | {"SIPIT_LITE_REAL": asked, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"SIPIT_LITE_REAL": models, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -141,8 +141,8 @@ def test_status_page_names_the_pins() -> None:
 
 def test_status_page_names_the_architectures() -> None:
     """The rows are the small models of the tests, with their configuration classes."""
-    told = re.findall(r"^\| ([\w-]+) \| `(\w+Config)` \| .* \|$", STATUS, re.MULTILINE)
-    assert told == [(short, f"{name}Config") for short, name in NAMES.items()]
+    rows = re.findall(r"^\| ([\w-]+) \| `(\w+Config)` \| .* \|$", STATUS, re.MULTILINE)
+    assert rows == [(short, f"{name}Config") for short, name in NAMES.items()]
 
 
 def test_package_says_who_where_and_what() -> None:

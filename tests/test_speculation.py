@@ -73,13 +73,13 @@ def test_many_prompts_equal_one_at_a_time(pocket: LanguageModel, lens: Lens) -> 
     One with NaN and one of another layer fail alone.
     """
     lengths = (1, 3, 20, 7, 40, 12)
-    asked = [
+    drawn = [
         next(prompts(pocket.tokenizer, "random", n, seed=n)).to(pocket.device)
         for n in lengths
     ]
-    states = [pocket.states(ids, lens.layer) for ids in asked]
+    states = [pocket.states(ids, lens.layer) for ids in drawn]
     states[3][2, 5] = torch.nan
-    states[5] = pocket.states(asked[5], 2)
+    states[5] = pocket.states(drawn[5], 2)
     found = invert_many(states, pocket, lens.layer, lens=lens)
     assert isinstance(
         found[3], StatesError
@@ -87,7 +87,7 @@ def test_many_prompts_equal_one_at_a_time(pocket: LanguageModel, lens: Lens) -> 
     assert isinstance(found[5], NotVerified) and found[5].position == 0
     for i in (0, 1, 2, 4):
         assert isinstance(found[i], Recovery) and torch.equal(
-            found[i].tokens, asked[i].cpu()
+            found[i].tokens, drawn[i].cpu()
         )
 
 

@@ -371,8 +371,8 @@ def test_followers_are_the_next_token_law(pocket: LanguageModel) -> None:
     )
     for token in (0, 17, 4000):
         with torch.no_grad():
-            told = head(torch.tensor([[token]])).logits[0, -1].softmax(-1)
-        assert torch.allclose(found[token].cpu(), told, atol=1e-5)
+            law = head(torch.tensor([[token]])).logits[0, -1].softmax(-1)
+        assert torch.allclose(found[token].cpu(), law, atol=1e-5)
     assert followers(small("Llama", device="cpu")) is None
 
 
@@ -452,10 +452,10 @@ def everything(
 def test_every_family_against_all_prompts(family: Family) -> None:
     """All 3660 prompts are read: what is returned is the only one that fits."""
     model, found = family[1], 0
-    asked = [[5], [9, 30], [41, 2], [7, 7]]
+    chosen = [[5], [9, 30], [41, 2], [7, 7]]
     for layer in (1, model.n_layers):
         ends = quick(model, layer, 2)
-        for ids in asked:
+        for ids in chosen:
             state = row(model, ids, layer)
             inside, best = everything(model, layer, state, 2)
             assert ids in inside
@@ -732,9 +732,9 @@ REFUSED: list[tuple[dict, type[SipItError], str]] = [
 def test_bad_questions_are_refused(gpt2: LanguageModel) -> None:
     """At once, before anything is fitted; the line says what was expected."""
     good = {"state": row(gpt2, [3, 4], 3), "layer": 3}
-    for asked, error, piece in REFUSED:
+    for options, error, piece in REFUSED:
         with pytest.raises(error, match=piece):
-            invert_last(model=gpt2, **good | asked)
+            invert_last(model=gpt2, **good | options)
     assert issubclass(LastStateError, SipItError)
 
 

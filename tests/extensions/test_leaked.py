@@ -144,7 +144,7 @@ def test_static_caches_and_sliding_windows(family: Family, prompt: Tensor) -> No
     leaked = Leaked(model, "keys")
     static = cache_of(hf, prompt, StaticCache(config=hf.config, max_cache_len=32))
     usual = cache_of(hf, prompt, DynamicCache(config=hf.config))
-    whole = cache_of(hf, prompt)
+    full = cache_of(hf, prompt)
     for layer in range(model.n_layers):
         # GPT-Neo attends to the room in a static cache.
         for cache in (static, usual)[hf.config.model_type == "gpt_neo" :]:
@@ -154,7 +154,7 @@ def test_static_caches_and_sliding_windows(family: Family, prompt: Tensor) -> No
                     leaked.rows(cache, layer)
                 continue
             rows = leaked.rows(cache, layer)
-            torch.testing.assert_close(rows, leaked.rows(whole, layer))
+            torch.testing.assert_close(rows, leaked.rows(full, layer))
 
 
 def test_a_known_prefix_and_a_policy(narrow: LanguageModel) -> None:

@@ -246,29 +246,29 @@ def test_refused_for_another_model_or_layer(
         Lens.load(tmp_path / "lens.safetensors", other)
 
 
-def bad_files(good: dict[str, torch.Tensor], told: dict[str, str]) -> dict:
+def bad_files(good: dict[str, torch.Tensor], written: dict[str, str]) -> dict:
     """Tensors and metadata of files that hold no lens, by what is wrong."""
     d = 256
     whiten = torch.zeros(d, d)
     without = {name: x for name, x in good.items() if name != "slope"}
     return {
         "no format": (good, {}),
-        "another format": (good, told | {"format": "sipit-lite lens 0"}),
-        "no layer": (good, {k: v for k, v in told.items() if k != "layer"}),
-        "layer of letters": (good, told | {"layer": "three"}),
-        "layer below": (good, told | {"layer": "-1"}),
-        "layer beyond": (good, told | {"layer": "9"}),
-        "layer of many digits": (good, told | {"layer": "9" * 5000}),
-        "a tensor less": (without, told),
-        "another width": (good | {"whiten": torch.zeros(9, 9)}, told),
-        "too few rows": (good | {"slope": good["slope"][:-1].clone()}, told),
-        "scalars": (good | {"directions": torch.tensor(1.0)}, told),
-        "half precision": (good | {"slope": good["slope"].half()}, told),
-        "integers": (good | {"whiten": whiten.long()}, told),
-        "complex": (good | {"whiten": whiten.to(torch.complex64)}, told),
+        "another format": (good, written | {"format": "sipit-lite lens 0"}),
+        "no layer": (good, {k: v for k, v in written.items() if k != "layer"}),
+        "layer of letters": (good, written | {"layer": "three"}),
+        "layer below": (good, written | {"layer": "-1"}),
+        "layer beyond": (good, written | {"layer": "9"}),
+        "layer of many digits": (good, written | {"layer": "9" * 5000}),
+        "a tensor less": (without, written),
+        "another width": (good | {"whiten": torch.zeros(9, 9)}, written),
+        "too few rows": (good | {"slope": good["slope"][:-1].clone()}, written),
+        "scalars": (good | {"directions": torch.tensor(1.0)}, written),
+        "half precision": (good | {"slope": good["slope"].half()}, written),
+        "integers": (good | {"whiten": whiten.long()}, written),
+        "complex": (good | {"whiten": whiten.to(torch.complex64)}, written),
         "8 bits": (
             good | {"directions": good["directions"].to(torch.float8_e5m2)},
-            told,
+            written,
         ),
     }
 
@@ -280,16 +280,16 @@ def test_changed_files_are_refused_in_one_line(
     path = tmp_path / "lens.safetensors"
     lens.save(path)
     with safe_open(path, framework="pt") as stored:
-        told = stored.metadata()
+        written = stored.metadata()
         good = {name: stored.get_tensor(name) for name in stored.keys()}
-    for case, (tensors, metadata) in bad_files(good, told).items():
+    for case, (tensors, metadata) in bad_files(good, written).items():
         save_file(tensors, path, metadata)
         with pytest.raises(
             LensError, match=r"got '.*', which holds no lens"
         ) as refusal:
             Lens.load(path, pocket)
         assert "\n" not in str(refusal.value), case
-    save_file(good, path, {k: v for k, v in told.items() if k != "fingerprint"})
+    save_file(good, path, {k: v for k, v in written.items() if k != "fingerprint"})
     with pytest.raises(LensError, match=r"no lens of .* \(fitted on .*, other weights"):
         Lens.load(path, pocket)
 

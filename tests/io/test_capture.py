@@ -205,7 +205,7 @@ def test_the_layout_is_the_one_in_the_book(tmp_path: Path) -> None:
     page = Path(__file__).parents[2] / "book" / "package.md"
     text = page.read_text(encoding="utf-8")
     lines = re.findall(r"^\| ((?:tensor|metadata) [^|]*) \|", text, re.MULTILINE)
-    told = {name for line in lines for name in re.findall(r"`([^`]*)`", line)}
+    named = {name for line in lines for name in re.findall(r"`([^`]*)`", line)}
     write_states(
         tmp_path / "s.safetensors",
         with_begin(tmp_path, 3),
@@ -214,7 +214,7 @@ def test_the_layout_is_the_one_in_the_book(tmp_path: Path) -> None:
         dtype=torch.int8,
     )
     with safe_open(tmp_path / "s.safetensors", "pt") as stored:
-        assert told == {name.replace("2", "ℓ") for name in stored.keys()} | set(
+        assert named == {name.replace("2", "ℓ") for name in stored.keys()} | set(
             stored.metadata()
         )
         assert f"`{stored.metadata()['format']}`" in text
@@ -438,7 +438,7 @@ def test_what_cannot_be_written_is_refused(
     before = good.read_bytes()
     monkeypatch.setattr(
         "sipit_lite.io.capture.save_file",
-        lambda tensors, path, told: Path(path).write_bytes(b"half") and full(),
+        lambda tensors, path, metadata: Path(path).write_bytes(b"half") and full(),
     )
     with pytest.raises(StatesError, match="where no file can be written"):
         write_states(good, pocket, "another text", 2)

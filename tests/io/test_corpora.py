@@ -233,11 +233,11 @@ def test_the_command_line_takes_them(
     assert "28" in capsys.readouterr().out
     monkeypatch.setattr(corpora, "hub_in_reach", lambda: False)
     assert cli.main(command) == 2
-    told = capsys.readouterr().err.strip().splitlines()
+    lines = capsys.readouterr().err.strip().splitlines()
     assert (
-        len(told) == 1
-        and "no way to wikimedia/wikipedia" in told[0]
-        and "--source installed" in told[0]
+        len(lines) == 1
+        and "no way to wikimedia/wikipedia" in lines[0]
+        and "--source installed" in lines[0]
     )
 
 

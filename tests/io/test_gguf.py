@@ -174,6 +174,6 @@ def test_bars_are_for_a_terminal(
     load(path, device="cpu")
     assert capfd.readouterr().err == ""
     load(path, device="cpu", progress=True)
-    told = capfd.readouterr().err
-    assert "2 blocks, take" in told and "Converting" in told
+    bars = capfd.readouterr().err
+    assert "2 blocks, take" in bars and "Converting" in bars
     assert logging.get_verbosity() == before

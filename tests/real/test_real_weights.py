@@ -35,21 +35,21 @@ TOKENS = 20
 
 def reference(name: str) -> tuple[Tensor, dict[int, Tensor]]:
     """A held-out prompt, and its states at all layers by transformers alone."""
-    whole = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE).eval().to(DEVICE)
+    hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE).eval().to(DEVICE)
     ids = AutoTokenizer.from_pretrained(name)(bundled("prose")[0], return_tensors="pt")[
         "input_ids"
     ][:, :TOKENS]
     received = []
     norm = next(
         part
-        for part_name, part in whole.get_decoder().named_children()
+        for part_name, part in hf_model.get_decoder().named_children()
         if part_name in NORMS
     )
     norm.register_forward_hook(
         lambda module, inputs, output: received.append(inputs[0])
     )
     with torch.no_grad():
-        states = whole(ids.to(DEVICE), output_hidden_states=True).hidden_states
+        states = hf_model(ids.to(DEVICE), output_hidden_states=True).hidden_states
     return ids[0], {
         layer: x[0].cpu() for layer, x in enumerate((*states[:-1], received[0]))
     }
@@ -110,11 +110,11 @@ def test_no_collision_among_some_prompts(
 ) -> None:
     """Prose and code of 16 tokens: the closest pair is beyond the noise floor."""
     model, *_ = loaded
-    asked = texts(model, 200, Plan(200, 16, source="bundled"))
+    drawn_texts = texts(model, 200, Plan(200, 16, source="bundled"))
     for layer, states in zip(
-        depths(model), last_states(model, asked, depths(model)), strict=True
+        depths(model), last_states(model, drawn_texts, depths(model)), strict=True
     ):
-        report = closest_pairs(states.to(model.device), 1, prompts=asked)
+        report = closest_pairs(states.to(model.device), 1, prompts=drawn_texts)
         assert report.collisions == report.practical == 0
         assert (
             report.minimum
