@@ -29,7 +29,7 @@ def real(
     for n, layer in enumerate((1, model.n_layers // 2, model.n_layers)):
         lens = lens_of(model, layer)
         for kind, limits in progress_bar(KINDS.items(), f"layer {layer}", progress):
-            drawn = options(model, kind, 2 if quick else 30, seed)
+            drawn = options(model, kind, 1 if quick else 30, seed)
             place = f"{kind}, layer {layer}"
             row = measure(model, drawn, lens, 1, 0.1 if quick else 20.0)
             rows[place] = row
