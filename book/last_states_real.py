@@ -1,10 +1,11 @@
 """The last state on SmolLM2: rows of ``laststate.json`` for ``last_state``.
 
-    python last_states_real.py 15 prose 2 20 120
+    python last_states_real.py 15 prose 4 15 2
 
-Arguments: layer, kind of prompt, tokens, prompts, seconds for each of them, which are
-of the processor time of one thread; what is fitted once for a layer is not counted.
-The file is written after each prompt, so that a run that is cut short loses nothing.
+Arguments: layer, kind of prompt, tokens, prompts, cores. Each prompt has 120 seconds:
+of one core by processor time, which other programs do not take away, of several by the
+clock. What is fitted once for a layer is not counted. The file is written after each
+prompt, so that a run that is cut short loses nothing.
 """
 
 import json
@@ -21,16 +22,20 @@ from tqdm import tqdm
 
 PATH = Path(__file__).with_name("laststate.json")
 LONGEST = 8
+SECONDS = 120.0
 
 
-def main(layer: int, kind: str, length: int, count: int, seconds: float) -> None:
+def main(layer: int, kind: str, length: int, count: int, cores: int) -> None:
     """Measure one place, and keep what is there after each prompt."""
+    if cores == 1:
+        time.perf_counter = time.process_time  # by which everything here is timed
+    torch.set_num_threads(cores)
     model = load("smollm2", device="cpu")
     ends = fitted_ends(model, layer, LONGEST)
     runs = []
     for ids in tqdm(sample(model, kind, count, length, 0)):
-        runs.append(one(ends, ids, seconds))
-        store({"layer": layer, "kind": kind, "limit": seconds} | summary(runs))
+        runs.append(one(ends, ids, SECONDS))
+        store({"layer": layer, "kind": kind, "cores": cores} | summary(runs))
 
 
 def store(row: dict) -> None:
@@ -47,7 +52,5 @@ def store(row: dict) -> None:
 
 
 if __name__ == "__main__":
-    time.perf_counter = time.process_time  # by which everything here is timed
-    torch.set_num_threads(1)
-    layer, kind, length, count, seconds = sys.argv[1:]
-    main(int(layer), kind, int(length), int(count), float(seconds))
+    layer, kind, *numbers = sys.argv[1:]
+    main(int(layer), kind, *map(int, numbers))
