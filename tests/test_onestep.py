@@ -86,6 +86,29 @@ def test_chunks_do_not_matter(
     torch.testing.assert_close(step.tokens(tokens), rows)
 
 
+def test_few_after_a_long_prefix_go_in_parts(
+    pocket: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of at most 96 rows here, with the states of one pass; a scan has longer ones."""
+    ids = torch.arange(200, device=pocket.device)
+    step = OneStepMap.after(pocket, 6, ids)
+    together = step.embedding(pocket.embeddings[ids]).detach()
+    sizes = []
+    run = OneStepMap._run
+
+    def counted(self: OneStepMap, embeds: torch.Tensor, cache: object) -> torch.Tensor:
+        sizes.append(len(embeds))
+        return run(self, embeds, cache)
+
+    monkeypatch.setattr(OneStepMap, "_run", counted)
+    away = (step.tokens(ids) - together).norm(dim=1)
+    assert sizes == [96, 96, 8]
+    assert (away <= noise_floor(pocket, 6) * together.norm(dim=1)).all()
+    sizes.clear()
+    step.tokens(torch.arange(300, device=pocket.device))
+    assert sizes[0] > 96
+
+
 class Copies(TorchFunctionMode):
     """Counts the numbers that are copied to put a prefix of nine before rows."""
 

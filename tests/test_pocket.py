@@ -95,3 +95,12 @@ def test_the_rate_rises_and_falls() -> None:
     """Its peak is at the end of the warm-up, and it never is zero."""
     first, last = pocket.rate(0, 1000), pocket.rate(999, 1000)
     assert 0 < first < pocket.rate(pocket.WARMUP, 1000) == pocket.PEAK_RATE > last > 0
+
+
+def test_its_activation_is_that_of_gpt2() -> None:
+    """One function, computed in other steps: equal up to rounding."""
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-9, 9, 2001, dtype=torch.float64)
+    ours = ACT2FN[pocket.CONFIG.activation_function](x)
+    torch.testing.assert_close(ours, ACT2FN["gelu_new"](x), rtol=0, atol=1e-14)
