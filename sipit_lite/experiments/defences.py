@@ -7,7 +7,7 @@ attacker sees these, and knows the model and the defence, all but the noise itse
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from statistics import NormalDist
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import cross_entropy, log_softmax
 
 from sipit_lite.acceptance import SAFETY, Observation, distance_to_stored, noise_floor
-from sipit_lite.extensions.laststate import Guess, Law, Search
+from sipit_lite.extensions.laststate import Guess, Search
 from sipit_lite.extensions.reading import final_states
 from sipit_lite.io.text import bundled
 from sipit_lite.model import LanguageModel, ModelError, SipItError
@@ -289,21 +289,23 @@ def recovery_of_dropped(
     model: LanguageModel, texts: Texts, layer: int, defence: Dropping
 ) -> Score:
     """Attack states of which some were dropped, run by run; raises as ``recovery``."""
-    level = torch.full_like(model.embeddings[:, 0], 1 / model.vocab_size)
-    law = Law.of(model, level)  # what the model itself expects
-    start = OneStepMap.after(model, layer)
+    level = torch.full_like(model.embeddings[:, 0], -math.log(model.vocab_size))
     tables = []
     for ids in texts:
         model.check_ids(ids)
         ids = ids.to(model.device)
         states = model.states(ids, layer)
+        following = log_softmax(continued(model, states, layer), -1)
         table = torch.zeros(len(ids), 3, dtype=torch.bool)
         for t in defence.positions(len(ids)).tolist():
             observed = Observation.of(states[t : t + 1], model, layer)
             generator = torch.Generator(model.device).manual_seed(t)
-            search = Search(start, observed, law, generator)
             run = slice(t + 1 - defence.period, t + 1)
-            tokens, verified = repair(search, ids[: run.start], defence.period)
+            law = level.repeat(defence.period, 1)
+            if run.start:  # half of it is what the model itself expects
+                law[0] = torch.logaddexp(level, following[run.start - 1]) - math.log(2)
+            start = OneStepMap.after(model, layer, ids[: run.start])
+            tokens, verified = repair(Search(start, observed, law, generator, {}))
             table[run, 0] = (tokens == ids[run]).cpu()
             table[run, 1] = verified
             table[run, 2] = verified & ~table[run, 0]
@@ -311,15 +313,10 @@ def recovery_of_dropped(
     return Score.of(tables)
 
 
-def repair(search: Search, prefix: Tensor, count: int) -> tuple[Tensor, bool]:
+def repair(search: Search) -> tuple[Tensor, bool]:
     """The tokens after a prefix that are closest by the last state; is it theirs?"""
-    law = search.law
-    if len(prefix) and law.after is not None:
-        law = replace(law, first=law.after[prefix[-1]])
-    start = OneStepMap.after(search.start.model, search.start.layer, prefix)
-    search = replace(search, start=start, law=law)
-    best = Guess(prefix[:0], math.inf, 0)
-    for guess in islice(search.steps(count), ROUNDS):
+    best = Guess(torch.zeros(0, dtype=torch.long), math.inf, 0)
+    for guess in islice(search.steps(), ROUNDS):
         best = best.or_closer(guess)
         if search.agrees(best):
             break

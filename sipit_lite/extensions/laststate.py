@@ -34,13 +34,11 @@ SWEEPS = 8  # visits to each position while a prompt is cooled
 HOT = 0.1  # share of the log-likelihood that counts in the first sweep
 COLD = 2.5  # the same in the last sweep, of the coldest prompt; of the hottest 1
 PATIENCE = 4  # rounds in a row that may come no closer before a restart
-NEIGHBOURS = 0.5  # share of a token's law that the token before has; the rest is prior
-LARGEST = 16_384  # vocabulary whose table of neighbours, a gigabyte then, is made
 TRUST = 0.5  # share of a regression's log-likelihood: its residuals are not normal
 CALM = 0.16  # of that for the last token: where held-out last tokens are likeliest
 HOPE = 1e-3  # least share of the prior in any belief about the last token
 LEAST = -25.0  # log-probability of any token where part of a prompt is drawn anew
-FAR = 8.0  # distance that a length is taken to have before its first step
+LENT = 64  # prompts with tokens of another length's closest, drawn for each round
 RIVALS = 8  # tokens with the nearest embeddings, each put in a recovered one's place
 
 Prompts = Int[Tensor, "row pos"]
@@ -139,15 +137,16 @@ def invert_last(
         raise LastStateError(f"got a fit for {got}; expected one for {needed}")
     said = ends.read(observed.states[0]).to(model.dtype)[:, :most]
     generator = Generator(model.device).manual_seed(seed + SALT)  # of all lengths
-    law = Law.of(model, ends.frequency)
     start = OneStepMap.after(model, layer)
     searches = {}
+    closest = {}
     for n in range(length or 1, most + 1):
-        search = Search(start, observed, law.ending(said[:, n - 1]), generator)
-        searches[n] = search.steps(n)
+        law = expected(ends.frequency.to(said), said[:, n - 1], n)
+        search = Search(start, observed, law, generator, closest)
+        searches[n] = search.steps()
     best = Guess(torch.zeros(1, dtype=torch.long), torch.inf, 0)
     try:
-        steps = _by_promise(searches, said.logsumexp(0))
+        steps = _by_promise(searches, closest, said.logsumexp(0))
         bar = tqdm(steps, "inverting", disable=None if progress else True)
         for step in bar:
             best = best.or_closer(step)
@@ -213,87 +212,33 @@ def fitted_ends(model: LanguageModel, layer: int, longest: int) -> Ends:
     return model.measured[key]
 
 
-def _next_law(model: LanguageModel, e: Tensor, cache: DynamicCache | None) -> Tensor:
-    """The model's own law of the next token after rows of embeddings, (row, vocab)."""
-    table = model.decoder.get_input_embeddings().weight
-    with torch.no_grad():
-        options = {"past_key_values": cache, "use_cache": cache is not None}
-        read = model.decoder(inputs_embeds=e, **options)
-        return (read.last_hidden_state[:, -1] @ table.T).softmax(-1)
-
-
 def _written(model: LanguageModel, shape: tuple, generator: Generator) -> tuple:
     """Prompts that the model writes itself after a random token, and their mean law."""
     ids = torch.randint(model.vocab_size, shape, generator=generator).to(model.device)
     total = torch.full((model.vocab_size,), 1 / model.vocab_size)
     cache = DynamicCache()
+    table = model.decoder.get_input_embeddings().weight
     tied = model.decoder.config.tie_word_embeddings
     for t in range(1, shape[1] if tied else 1):
-        law = _next_law(model, model.embeddings[ids[:, t - 1 : t]], cache)
+        e = model.embeddings[ids[:, t - 1 : t]]
+        with torch.no_grad():
+            read = model.decoder(inputs_embeds=e, past_key_values=cache, use_cache=True)
+            law = (read.last_hidden_state[:, -1] @ table.T).softmax(-1)
         law = law.float().cpu()  # the same prompts on every device
         total += law.mean(0)
         ids[:, t] = torch.multinomial(law, 1, generator=generator)[:, 0]
     return ids, (total / total.sum()).to(model.device)
 
 
-def followers(model: LanguageModel) -> Float[Tensor, "vocab vocab"] | None:
-    """P(v | u) after ⟨u⟩ alone; None beyond ``LARGEST`` tokens, or if not tied."""
-    if not model.decoder.config.tie_word_embeddings or model.vocab_size > LARGEST:
-        return None
-    key = ("followers",)
-    if key not in model.measured:
-        rows = model.embeddings[:, None].split(ROWS)
-        model.measured[key] = torch.cat([_next_law(model, e, None) for e in rows])
-    return model.measured[key]
+def expected(frequency: OverVocab, last_token: OverVocab, length: int) -> Likely:
+    """Log-probabilities of tokens at each position before the state is searched for.
 
-
-@dataclass(frozen=True, eq=False)
-class Law:
-    """What is expected of a prompt before its state is looked at: a Markov chain."""
-
-    first: OverVocab  # log-probability of the first token, or of any without a chain
-    after: Tensor | None = None  # by the token before, where these are not independent
-    before: Tensor | None = None  # the same table transposed: rows are read faster
-    last: OverVocab | None = None  # log-evidence about the last token
-
-    @classmethod
-    def of(cls, model: LanguageModel, frequency: OverVocab) -> "Law":
-        """Half ``followers``; else half uniform, half the ``frequency`` of a token."""
-        first = frequency.to(model.embeddings) / 2 + 1 / (2 * model.vocab_size)
-        after = followers(model)
-        if after is not None:
-            after = (NEIGHBOURS * after + (1 - NEIGHBOURS) * first).log()
-        return cls(first.log(), after, None if after is None else after.T.contiguous())
-
-    def ending(self, last_token: OverVocab) -> "Law":
-        """With what ``Ends`` says of the last token: ``CALM`` of it, and a floor."""
-        said = (CALM * last_token).log_softmax(0) + math.log1p(-HOPE)
-        return replace(self, last=torch.logaddexp(said, self.first + math.log(HOPE)))
-
-    def forward(self, prompts: Prompts, t: int) -> Rows:
-        """Log-probabilities of the tokens at t given those before, and evidence."""
-        law = self.first.expand(len(prompts), -1)
-        if t > 0 and self.after is not None:
-            law = self.after[prompts[:, t - 1]]
-        last = t + 1 == prompts.shape[1]
-        return law + self.last if last and self.last is not None else law
-
-    def given(self, prompts: Prompts, t: int) -> Rows:
-        """The same given all other tokens, up to constants."""
-        law = self.forward(prompts, t)
-        if self.before is None or t + 1 == prompts.shape[1]:
-            return law
-        return law + self.before[prompts[:, t + 1]]
-
-    def draw(self, count: int, length: int, generator: Generator) -> tuple:
-        """So many prompts of a length drawn from it, and the law of each position."""
-        ids = torch.zeros(count, length, dtype=torch.long, device=self.first.device)
-        likely = []
-        for t in range(length):
-            law = self.forward(ids, t)
-            ids[:, t] = sampled(law, generator)
-            likely.append(mean_law(law))
-        return ids, torch.stack(likely)
+    Half uniform, half the ``frequency``; of the last token what ``Ends`` says besides.
+    """
+    prior = (frequency / 2 + 1 / (2 * len(frequency))).log()
+    said = (CALM * last_token).log_softmax(0) + math.log1p(-HOPE)
+    last = prior + torch.logaddexp(said, prior + math.log(HOPE))
+    return torch.stack([prior] * (length - 1) + [last.log_softmax(0)])
 
 
 def sampled(score: Rows, generator: Generator) -> Tokens:
@@ -336,7 +281,7 @@ class Effects(NamedTuple):
 def cooled(
     prompts: Prompts,
     free: Bool[Tensor, "row pos"],
-    law: Law,
+    law: Likely,
     options: Options,
     each: Each,
     goal: Float[Tensor, " numbers"],
@@ -348,7 +293,7 @@ def cooled(
     ``goal`` are in units of the error. Returns the mean log-law of the last sweep too.
     """
     prompts = prompts.clone()
-    likely = (law.first + LEAST).repeat(len(each), 1)
+    likely = law + LEAST
     half = each.square().sum(-1) / 2
     columns = torch.searchsorted(options, prompts.T.contiguous())
     total = each[torch.arange(len(each))[:, None], columns].sum(0)
@@ -360,7 +305,7 @@ def cooled(
             rest = goal - total + each[t, columns[t]]
             # −½ ‖rest − effect‖², less what is the same for all tokens.
             score = share * (rest @ each[t].T - half[t])
-            score += law.given(prompts, t)[:, options[t]]
+            score += law[t, options[t]]
             if sweep == SWEEPS - 1:
                 likely[t, options[t]] = mean_law(score)
             drawn = torch.where(free[:, t], sampled(score, generator), columns[t])
@@ -389,8 +334,9 @@ class Search:
 
     start: OneStepMap  # after the tokens that are known, as a rule none
     observed: Observation
-    law: Law
+    law: Likely  # of tokens at each position, before the state is looked at
     generator: Generator
+    closest: dict  # prompts by length, whose searches lend each other tokens
 
     def agrees(self, guess: Guess) -> bool:
         """Whether the state of a prompt lies inside the radius."""
@@ -401,14 +347,15 @@ class Search:
         distance, which = self.observed.distance(0, states).min(0)
         return Guess(prompts[which], float(distance), len(prompts))
 
-    def steps(self, length: int) -> Iterator[Guess]:
+    def steps(self) -> Iterator[Guess]:
         """Yield the closest prompt of each round; a restart forgets all but the law."""
-        if length == 1:
+        if len(self.law) == 1:
             prompts = self.start.model.vocabulary[:, None]
             yield self.read(prompts, last_states(self.start, prompts))
             return
         while True:
-            prompts, likely = self.law.draw(CHAINS, length, self.generator)
+            likely = self.law
+            prompts = self.drawn(likely)
             states = last_states(self.start, prompts)
             base = self.read(prompts, states)
             fresh = base
@@ -416,6 +363,11 @@ class Search:
             stale = 0
             known: Known = {}
             while stale < PATIENCE:
+                fresh = fresh.or_closer(self.lent(base))
+                if fresh.distance < base.distance:
+                    base = fresh
+                    known = {}
+                    stale = 0
                 effects, near = self.effects(base.ids, prompts, likely, known)
                 error = states - effects.sums(prompts)
                 sums = effects.whitened(self.observed.states[0], error)
@@ -432,7 +384,32 @@ class Search:
                 if stale:
                     # Close to the base sums are more exact: change part of it only.
                     prompts, free = self.around(base.ids, likely)
-                    fresh = self.read(prompts, last_states(self.start, prompts))
+                    states = last_states(self.start, prompts)
+                    fresh = self.read(prompts, states)
+
+    def lent(self, base: Guess) -> Guess:
+        """The closest with tokens of another length's closest, in their order."""
+        ids = base.ids
+        record = self.closest.get(len(ids), base)
+        others = [guess for n, guess in self.closest.items() if n != len(ids)]
+        near = min(others, key=lambda guess: guess.distance, default=base)
+        # A restart is left alone, unless another length has come closer than its own.
+        if not others or record.distance < min(base.distance, near.distance):
+            return Guess(ids, torch.inf, 0)
+        other = near.ids
+        drawing = {"generator": self.generator, "device": ids.device}
+        places = []
+        for n in (len(ids), len(other)):
+            chance = torch.rand(LENT, n, **drawing)
+            chance[:, -1] = 1.0  # the last token stays the last
+            few = chance.topk(min(len(ids), len(other))).indices
+            places.append(few.sort().values)
+        mixed = ids.repeat(LENT, 1).scatter(1, places[0], other[places[1]])
+        # From none of these tokens to all.
+        share = torch.linspace(0, 1, LENT, device=ids.device)[:, None]
+        rows = torch.where(torch.rand(mixed.shape, **drawing) <= share, mixed, ids)
+        rows = rows.unique(dim=0)
+        return self.read(rows, last_states(self.start, rows))
 
     def around(self, ids: Tokens, likely: Likely) -> tuple[Prompts, Tensor]:
         """Prompts with two to two thirds of the tokens, of two one, anew; and which."""
@@ -441,15 +418,19 @@ class Search:
         size = torch.randint(min(2, most), most + 1, (CHAINS, 1), **drawing)
         free = torch.rand(CHAINS, len(ids), **drawing).argsort(1).argsort(1) < size
         # Flatter than what is believed, which has led here.
-        flat = (likely.clamp_min(LEAST) / 2).exp()
-        drawn = torch.multinomial(flat, CHAINS, True, generator=self.generator).T
-        return torch.where(free, drawn, ids), free
+        flat = likely.clamp_min(LEAST) / 2
+        return torch.where(free, self.drawn(flat), ids), free
+
+    def drawn(self, likely: Likely) -> Prompts:
+        """Prompts by the log-law of each position."""
+        options = {"replacement": True, "generator": self.generator}
+        return torch.multinomial(likely.exp(), CHAINS, **options).T.contiguous()
 
     def effects(
         self, ids: Tokens, prompts: Prompts, likely: Likely, known: Known
     ) -> tuple[Effects, Guess]:
         """Effects at a prompt, the closest with one token changed; fills ``known``."""
-        frequent = int(self.law.first.argmax())
+        frequent = int(self.law[0].argmax())
         table = imprints(self.start.model, self.start.layer, frequent)
         state = last_states(self.start, ids[None])[0]
         each = state.new_empty(len(ids), min(OPTIONS, len(table)), len(state))
@@ -462,7 +443,7 @@ class Search:
             before, measured = known.get(t, (ids[:0], each[0, :0]))
             best = likely[t].index_fill(0, before, -torch.inf).topk(half).indices
             # Without regard to the state: effects not read may be predicted badly.
-            chances = self.law.first.exp().index_fill(0, before, 0) + 1e-12
+            chances = self.law[0].exp().index_fill(0, before, 0) + 1e-12
             others = torch.multinomial(chances, half, generator=self.generator)
             read = torch.cat([best, others]).unique()
             # The token there once more: there is a row at least.
@@ -488,20 +469,24 @@ def last_states(step: OneStepMap, rows: Prompts) -> States:
     return torch.cat([step.branch(part)[0][:, -1] for part in rows.split(ROWS)])
 
 
-def _by_promise(searches: dict, likely: Tensor) -> Iterator[Guess]:
-    """Yield steps of searches by length, the most promising one first."""
+def _by_promise(searches: dict, closest: dict, likely: Tensor) -> Iterator[Guess]:
+    """Yield steps of searches by length, the most promising first; keep the closest."""
     # Time, a token each, goes by √(probability of the length) / distance so far.
     weight = likely.exp().clamp_min(1e-9).sqrt().tolist()
     spent = dict.fromkeys(searches, 0)
-    nearest = dict.fromkeys(searches, FAR)
     while searches:
-        price = {n: n * (spent[n] + 1) * nearest[n] / weight[n - 1] for n in searches}
+        nearest = {n: guess.distance for n, guess in closest.items()}
+        # A length not begun is taken to come as close as the others on average.
+        typical = sum(nearest.values()) / len(nearest) if nearest else 1.0
+        price = {}
+        for n in searches:
+            price[n] = n * (spent[n] + 1) * nearest.get(n, typical) / weight[n - 1]
         n = min(price, key=price.get)
         step = next(searches[n], None)
         if step is None:
             del searches[n]
             continue
-        nearest[n] = min(nearest[n], step.distance) if spent[n] else step.distance
+        closest[n] = step.or_closer(closest.get(n, step))
         spent[n] += 1
         yield step
 

@@ -28,7 +28,7 @@ from sipit_lite.experiments.defences import (
     wilson,
 )
 from sipit_lite.experiments.perturb import twins
-from sipit_lite.extensions.laststate import Law, Search
+from sipit_lite.extensions.laststate import Search
 from sipit_lite.io.text import bundled
 
 SCRIPT = Path(__file__).parents[2] / "book" / "defences.py"
@@ -225,7 +225,7 @@ def test_repair_recovers_the_only_pair(tied: Family, prompt: torch.Tensor) -> No
     model = tied[1]
     pairs = torch.tensor(list(product(range(model.vocab_size), repeat=2)))
     pairs = pairs.to(model.device)
-    level = torch.full_like(model.embeddings[:, 0], 1 / model.vocab_size)
+    level = torch.zeros(2, model.vocab_size, device=model.device).log_softmax(-1)
     observed = model.states(prompt[:4], 2)[-1:]
     step = OneStepMap.after(model, 2, prompt[:2])
     states = [step.branch(rows)[0][:, -1] for rows in pairs.split(600)]
@@ -234,12 +234,11 @@ def test_repair_recovers_the_only_pair(tied: Family, prompt: torch.Tensor) -> No
 
     observation = Observation.of(observed, model, 2)
     generator = torch.Generator().manual_seed(0)
-    start = OneStepMap.after(model, 2)
-    search = Search(start, observation, Law(level.log()), generator)
-    tokens, verified = repair(search, prompt[:2], 2)
+    tokens, verified = repair(Search(step, observation, level, generator, {}))
     assert verified and torch.equal(tokens, prompt[2:4])
     # After another prefix no pair has that state: what comes back is called a guess.
-    tokens, verified = repair(search, prompt[4:6], 2)
+    other = OneStepMap.after(model, 2, prompt[4:6])
+    tokens, verified = repair(Search(other, observation, level, generator, {}))
     assert not verified and len(tokens) == 2
 
 

@@ -5,12 +5,12 @@ import dataclasses
 import itertools
 import math
 import pickle
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sipit_lite import (
     Interrupted,
@@ -30,11 +30,9 @@ from sipit_lite.extensions import laststate
 from sipit_lite.extensions.laststate import (
     Collision,
     Ends,
-    Law,
     Search,
     _written,
     cooled,
-    followers,
     last_states,
     rivals,
 )
@@ -42,7 +40,6 @@ from sipit_lite.io.text import prompts
 from sipit_lite.onestep import OneStepMap
 
 Family = tuple[PreTrainedModel, LanguageModel]
-POCKET = Path(__file__).parents[2] / "sipit_lite" / "pocket_gpt2"
 TRAINED = 6  # the last layer of pocket-gpt2
 ABSOLUTE = (
     "gpt2",
@@ -95,10 +92,9 @@ def test_last_states_are_those_of_transformers(family: Family, prompt: Tensor) -
 def a_search(model: LanguageModel, ids: Tensor, layer: int) -> Search:
     """For the last state of a prompt, by a law that knows nothing."""
     observed = Observation.of(row(model, ids, layer)[None], model, layer)
-    level = torch.full((model.vocab_size,), 1 / model.vocab_size)
+    level = torch.zeros(len(ids), model.vocab_size).log_softmax(-1)
     generator = torch.Generator().manual_seed(0)
-    start = OneStepMap.after(model, layer)
-    return Search(start, observed, Law(level.log()), generator)
+    return Search(OneStepMap.after(model, layer), observed, level, generator, {})
 
 
 def test_effects_are_exact_for_one_token(
@@ -184,7 +180,7 @@ def test_half_of_what_is_read_is_drawn_by_frequency(
     frequency = torch.full((500,), 1e-6)
     frequency[100:150] = 0.02
     search = a_search(gpt2, ids, 2)
-    search = dataclasses.replace(search, law=Law(frequency.log()))
+    search = dataclasses.replace(search, law=frequency.log().repeat(3, 1))
     likely = torch.arange(500).float().log_softmax(0).repeat(3, 1)
     known: dict = {}
     search.effects(ids, ids[None], likely, known)
@@ -232,7 +228,7 @@ def test_cooling_keeps_to_the_options() -> None:
     for t in range(3):
         assert set(drawn[:, t].tolist()) == set(options[t].tolist())
         outside = [v for v in range(4) if v not in options[t]]
-        least = law.first[outside] + laststate.LEAST
+        least = law[t, outside] + laststate.LEAST
         assert torch.equal(likely[t, outside], least)
         assert float(likely[t].exp().sum()) == pytest.approx(1.0)
 
@@ -262,14 +258,11 @@ def test_whitened_distances_are_mahalanobis() -> None:
 # The law of prompts, and draws
 
 
-def a_law(vocab: int, seed: int = 0) -> Law:
-    """A random chain with evidence about the last token."""
+def a_law(vocab: int, seed: int = 0) -> Tensor:
+    """Log-probabilities of each of three positions."""
     generator = torch.Generator().manual_seed(seed)
-    first, after, last = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64).log_softmax(-1)
-        for shape in ((vocab,), (vocab, vocab), (vocab,))
-    )
-    return Law(first, after, after.T.contiguous(), last)
+    drawn = torch.randn(3, vocab, generator=generator, dtype=torch.float64)
+    return drawn.log_softmax(-1)
 
 
 def shares(prompts: Tensor, vocab: int) -> Tensor:
@@ -278,9 +271,8 @@ def shares(prompts: Tensor, vocab: int) -> Tensor:
     return torch.bincount(place, minlength=vocab**3) / len(prompts)
 
 
-@pytest.mark.parametrize("chained", [True, False])
 def test_cooled_prompts_follow_the_law_of_sums(
-    monkeypatch: pytest.MonkeyPatch, chained: bool
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At share 1 all the time: frequencies of all 64 prompts, against their densities.
 
@@ -291,8 +283,6 @@ def test_cooled_prompts_follow_the_law_of_sums(
     monkeypatch.setattr(laststate, "SWEEPS", 25)
     vocab, count = 4, 40_000
     law = a_law(vocab)
-    if not chained:
-        law = Law(law.first, None, None, law.last)
     generator = torch.Generator().manual_seed(4)
     each = 0.7 * torch.randn(3, vocab, 2, generator=generator).double()
     goal = torch.tensor([0.5, -1.0]).double()
@@ -302,9 +292,7 @@ def test_cooled_prompts_follow_the_law_of_sums(
     drawn, likely = cooled(start, free, law, options, each, goal, generator)
     weights = []
     for s in itertools.product(range(vocab), repeat=3):
-        log = float(law.first[s[0]] + law.last[s[2]])
-        for t in (1, 2):
-            log += float(law.after[s[t - 1], s[t]] if chained else law.first[s[t]])
+        log = sum(float(law[t, s[t]]) for t in range(3))
         left = goal - sum(each[t, s[t]] for t in range(3))
         weights.append(math.exp(log - float(left @ left) / 2))
     expected = torch.tensor(weights) / sum(weights)
@@ -329,18 +317,24 @@ def test_positions_that_are_not_free_stay() -> None:
     assert 0.5 < float((drawn != start)[free].double().mean()) < 1
 
 
-def test_prompts_drawn_follow_the_law() -> None:
-    """Chain and evidence of the last token, 64 prompts counted."""
-    law = a_law(4, seed=1)
-    count = 40_000
-    drawn, likely = law.draw(count, 3, torch.Generator().manual_seed(0))
-    expected = torch.zeros(4, 4, 4).double()
-    for u, v, w in itertools.product(range(4), repeat=3):
-        ending = (law.after[v] + law.last).softmax(0)[w]
-        expected[u, v, w] = (law.first[u] + law.after[u, v]).exp() * ending
-    spread = (expected * (1 - expected) / count).sqrt().flatten()
-    assert ((shares(drawn, 4) - expected.flatten()).abs() < 5 * spread).all()
-    assert torch.allclose(likely[2].exp(), expected.sum((0, 1)), atol=0.01)
+def test_the_law_of_a_prompt(gpt2: LanguageModel, monkeypatch) -> None:
+    """By hand: half even, half frequency; the last token's evidence, with its floor."""
+    frequency = torch.tensor([0.7, 0.2, 0.1, 0.0]).double()
+    evidence = torch.tensor([-1000.0, 0.0, -5.0, -1000.0]).double()
+    prior = frequency / 2 + 0.125
+    law = laststate.expected(frequency, evidence, 3).exp()
+    assert torch.allclose(law[:2], prior.expand(2, -1))
+    said = (laststate.CALM * evidence).exp()
+    said = said / said.sum() * (1 - laststate.HOPE) + prior * laststate.HOPE
+    assert torch.allclose(law[2], said * prior / (said @ prior))
+    assert laststate.expected(frequency, evidence, 1).shape == (1, 4)
+    # And prompts are drawn by it, position by position.
+    search = dataclasses.replace(a_search(gpt2, torch.arange(3), 1), law=law.log())
+    monkeypatch.setattr(laststate, "CHAINS", 40_000)
+    drawn = search.drawn(law.log())
+    expected = torch.einsum("i,j,k->ijk", *law).flatten()
+    spread = (expected * (1 - expected) / 40_000).sqrt()
+    assert ((shares(drawn, 4) - expected).abs() < 5 * spread + 1e-9).all()
 
 
 def test_a_part_of_a_prompt_is_drawn_anew(gpt2: LanguageModel) -> None:
@@ -361,19 +355,106 @@ def test_a_part_of_a_prompt_is_drawn_anew(gpt2: LanguageModel) -> None:
     assert 0.9 < float(same.double().mean()) < 1
 
 
-def test_followers_are_the_next_token_law(pocket: LanguageModel) -> None:
-    """What transformers says after one token; not there without the unembedding."""
-    head = GPT2LMHeadModel.from_pretrained(POCKET, dtype=torch.float32).eval()
-    found = followers(pocket)
-    assert (
-        found.shape == (pocket.vocab_size, pocket.vocab_size)
-        and followers(pocket) is found
-    )
-    for token in (0, 17, 4000):
-        with torch.no_grad():
-            law = head(torch.tensor([[token]])).logits[0, -1].softmax(-1)
-        assert torch.allclose(found[token].cpu(), law, atol=1e-5)
-    assert followers(small("Llama", device="cpu")) is None
+def test_errors_are_those_of_the_prompts_whose_sums_they_are(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every round, also of parts: true states less sums, of the same prompts."""
+    goal = torch.tensor([3, 12, 77, 5])
+    search = a_search(gpt2, goal, 2)
+    summed = []
+    rounds = []
+
+    def sums(effects: laststate.Effects, prompts: Tensor) -> Tensor:
+        summed.append((prompts, kept["sums"](effects, prompts)))
+        return summed[-1][1]
+
+    def whitened(effects: laststate.Effects, state: Tensor, error: Tensor) -> tuple:
+        prompts, guessed = summed[-1]
+        true = gpt2.states(prompts, 2)[:, -1]
+        rounds.append(float((true - guessed - error).abs().max()))
+        return kept["whitened"](effects, state, error)
+
+    kept = dict(vars(laststate.Effects))
+    monkeypatch.setattr(laststate.Effects, "sums", sums)
+    monkeypatch.setattr(laststate.Effects, "whitened", whitened)
+    monkeypatch.setattr(laststate, "MEASURED", 16)  # so few that it gets stuck
+    monkeypatch.setattr(laststate, "CHAINS", 16)
+    stuck = [guess.distance for guess in itertools.islice(search.steps(), 12)]
+    assert len(rounds) == 12 and max(rounds) < 1e-4
+    assert any(b >= a for a, b in itertools.pairwise(stuck))
+
+
+# Lengths beside each other
+
+
+def test_lengths_lend_tokens_in_their_order(gpt2: LanguageModel) -> None:
+    """What is read: the last token stays last, the others keep their order."""
+    seen: list[Tensor] = []
+
+    class Seen(Search):
+        def read(self, prompts: Tensor, states: Tensor) -> laststate.Guess:
+            seen.append(prompts)
+            return super().read(prompts, states)
+
+    ids = torch.tensor([10, 11, 12, 13])
+    for other in ([20, 21], [20, 21, 22, 23, 24, 25]):
+        guess = laststate.Guess(torch.tensor(other), 1.0, 0)
+        base = laststate.Guess(ids, 2.0, 0)
+        search = Seen(**vars(a_search(gpt2, ids, 1)) | {"closest": {len(other): guess}})
+        lent = search.lent(base)
+        rows = seen.pop().tolist()
+        assert lent.tested == len(rows) and lent.ids.tolist() in rows
+        sizes = set()
+        for prompt in rows:
+            taken = [v for v in prompt if v >= 20]
+            assert taken == sorted(taken) and set(taken) <= set(other)
+            assert prompt[-1] in (13, other[-1])
+            own = [prompt[t] == ids[t] for t in range(4) if prompt[t] < 20]
+            assert all(own)  # what is not taken is the base's, where it was
+            sizes.add(len(taken))
+        assert {0, min(4, len(other))} <= sizes  # from none to all
+        # Each once; of so few ways of putting two tokens there, all.
+        distinct = {tuple(prompt) for prompt in rows}
+        assert len(distinct) == len(rows)
+        assert len(rows) == 8 if len(other) == 2 else 20 < len(rows) <= laststate.LENT
+
+
+def test_a_restart_borrows_only_what_is_closer(gpt2: LanguageModel) -> None:
+    """Else it would go back to where it was stuck; and of itself nobody borrows."""
+    ids = torch.tensor([3, 12, 77])
+    search = a_search(gpt2, ids, 1)
+    base = laststate.Guess(ids, 5.0, 0)
+    assert search.lent(base).tested == 0
+    search.closest[3] = laststate.Guess(ids, 2.0, 0)
+    assert search.lent(base).tested == 0
+    search.closest[2] = laststate.Guess(ids[1:], 3.0, 0)
+    assert search.lent(base).tested == 0  # 2 < 3: the restart is left alone
+    assert search.lent(base._replace(distance=2.0)).tested > 0
+    search.closest[2] = laststate.Guess(ids[1:], 1.0, 0)
+    assert search.lent(base).tested > 0
+
+
+def test_the_order_of_lengths_knows_no_unit() -> None:
+    """Probable and short ones first, then where it came close, whatever the unit."""
+    away = {2: [9.0] * 3, 3: [8.0, 2.0, 1.0, 0.0], 4: [9.0] * 9}
+    likely = torch.tensor([1e-9, 0.5, 0.4, 0.1]).log()
+    orders = []
+    for unit in (1e-3, 1.0, 1e3):
+
+        def steps(length: int, unit: float = unit) -> Iterator[laststate.Guess]:
+            for distance in away[length]:
+                ids = torch.zeros(length, dtype=torch.long)
+                yield laststate.Guess(ids, unit * distance, 1)
+
+        closest: dict = {}
+        searches = {n: steps(n) for n in away}
+        found = list(laststate._by_promise(searches, closest, likely))
+        orders.append([len(guess.ids) for guess in found])
+        kept = {n: guess.distance / unit for n, guess in closest.items()}
+        assert kept == pytest.approx({2: 9.0, 3: 0.0, 4: 9.0})
+    assert orders[0] == orders[1] == orders[2]
+    # By hand: n · steps · distance / √probability, of 4 first the mean distance.
+    assert orders[0] == [2, 3, 2, 3, 3, 3, 4, 2] + [4] * 8
 
 
 # Last token and length
