@@ -23,15 +23,18 @@ IN_A_BROWSER := $(PYTEST) -o addopts= -p no:nbval -n 2 --dist loadfile --no-load
 	$(patsubst %,tests/site/test_%.py,print pages widgets slides)
 endif
 
-.PHONY: demo test quick lint unit notebooks book pages site pdf slides lab runs real real-test assignments assignments-test clean .venv
+.PHONY: demo test quick lint unit unit-then-notebooks notebooks book pages site pdf slides lab runs real real-test assignments assignments-test clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
 
-# Browsers and kernels often wait, so both are at work at once; what was not run is said at the end.
-test: lint unit
-	$(MAKE) -j 2 notebooks $(if $(CHROMIUM),site,pages)
+# Browsers and processes often wait, so pages are at work beside all else; what was not run is said at the end.
+test: lint
+	$(MAKE) -j 2 unit-then-notebooks $(if $(CHROMIUM),site,pages)
 	@$(if $(CHROMIUM),,$(IN_A_BROWSER))
+
+unit-then-notebooks: unit
+	@$(MAKE) --no-print-directory notebooks
 
 # The core alone, in a minute.
 CORE := __init__ acceptance bounds collisions model onestep policies recovery sipit

@@ -104,8 +104,8 @@ def test_readme_is_true() -> None:
 @pytest.mark.parametrize("browser", ["", "chromium"])
 def test_without_a_browser_the_last_line_says_what_was_not_run(browser: str) -> None:
     """``make test`` still ends green; where there is one, the line is not there."""
-    # Lint and the unit tests count as done, and what make starts is not started.
-    words = ["--old-file=lint", "--old-file=unit", "MAKE=true", f"CHROMIUM={browser}"]
+    # Lint counts as done, and what make starts is not started.
+    words = ["--old-file=lint", "MAKE=true", f"CHROMIUM={browser}"]
     outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
     done = subprocess.run(
         ["make", "--no-print-directory", *words, "test"],
@@ -116,10 +116,27 @@ def test_without_a_browser_the_last_line_says_what_was_not_run(browser: str) -> 
         check=True,
     )
     started, *last = done.stdout.splitlines()
-    assert started == f"true -j 2 notebooks {'site' if browser else 'pages'}"
+    pages = "site" if browser else "pages"
+    assert started == f"true -j 2 unit-then-notebooks {pages}"
     assert len(last) == (0 if browser else 1)
     for line in last:
         assert re.fullmatch(r"not run: .* in a browser; for them: .* make site", line)
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_programs_of_make_spin_briefly(given: str | None) -> None:
+    """What threads that wait do is set for all programs, unless the user has."""
+    outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "GOMP_SPINCOUNT"}
+    kept = {name: value for name, value in os.environ.items() if name not in outer}
+    done = subprocess.run(
+        ["make", "-s", "--eval", "spins:; @printenv GOMP_SPINCOUNT", "spins"],
+        cwd=ROOT,
+        env=kept if given is None else kept | {"GOMP_SPINCOUNT": given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == (given or "3000")
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
