@@ -6,7 +6,6 @@ On held-out prose, for the model of SIPIT_LITE_MODEL at its middle layer.
 """
 
 import json
-import math
 from dataclasses import astuple
 
 import torch
@@ -47,10 +46,8 @@ def study(model: LanguageModel, count: int = 12, length: int = 12, layer: int | 
         raise DefenceError(f"got {count} prompts; there are 1 to {len(long)} passages")
     masks = [defence for defence in STRENGTHS if not isinstance(defence, Dropping)]
     scores = recovery(model, tqdm(short, disable=None), layer, masks)
-    # A quarter as many prompts, since this search is slow.
-    fewer = short[: math.ceil(count / 4)]
     for defence in tqdm(STRENGTHS[len(masks) :], disable=None):
-        scores.append(recovery_of_dropped(model, fewer, layer, defence))
+        scores.append(recovery_of_dropped(model, short, layer, defence))
     rows = []
     for defence, score in zip(STRENGTHS, scores, strict=True):
         extra = extra_losses(model, long, layer, defence).double()

@@ -1,11 +1,11 @@
 """The last state on SmolLM2: rows of ``laststate.json`` for ``last_state``.
 
-    python last_states_real.py 15 prose 4 15 2
+    python last_states_real.py 15 prose 4 60
 
-Arguments: layer, kind of prompt, tokens, prompts, cores. Each prompt has 120 seconds:
-of one core by processor time, which other programs do not take away, of several by the
-clock. What is fitted once for a layer is not counted. The file is written after each
-prompt, so that a run that is cut short loses nothing.
+Arguments: layer, kind of prompt, tokens, prompts. Each prompt has 120 seconds of one
+core, by processor time, which other programs do not take away. What is fitted once for
+a layer is not counted. The file is written after each prompt, so that a run that is cut
+short loses nothing.
 """
 
 import json
@@ -25,17 +25,16 @@ LONGEST = 8
 SECONDS = 120.0
 
 
-def main(layer: int, kind: str, length: int, count: int, cores: int) -> None:
+def main(layer: int, kind: str, length: int, count: int) -> None:
     """Measure one place, and keep what is there after each prompt."""
-    if cores == 1:
-        time.perf_counter = time.process_time  # by which everything here is timed
-    torch.set_num_threads(cores)
+    time.perf_counter = time.process_time  # by which everything here is timed
+    torch.set_num_threads(1)
     model = load("smollm2", device="cpu")
     ends = fitted_ends(model, layer, LONGEST)
     runs = []
     for ids in tqdm(sample(model, kind, count, length, 0)):
         runs.append(one(ends, ids, SECONDS))
-        store({"layer": layer, "kind": kind, "cores": cores} | summary(runs))
+        store({"layer": layer, "kind": kind, "lent": True} | summary(runs))
 
 
 def store(row: dict) -> None:

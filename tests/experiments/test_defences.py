@@ -297,7 +297,7 @@ def test_study(tied: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(STUDY, "openings", lambda *_: iter(texts))
     found = STUDY.study(model, 2, 12)
     assert [row["defence"] for row in found["rows"]] == ["rounding", "dropping"]
-    assert [row["trials"] for row in found["rows"]] == [24, 12]
+    assert [row["trials"] for row in found["rows"]] == [24, 24]
     assert found["layer"] == 1 and found["predicted"] == 22
     for count in (0, -1, 3):
         with pytest.raises(DefenceError, match=f"got {count} prompts; there are"):
