@@ -141,7 +141,7 @@ def invert_last(
     searches = {}
     closest = {}
     for n in range(length or 1, most + 1):
-        law = expected(ends.frequency.to(said), said[:, n - 1], n)
+        law = prior_law(ends.frequency.to(said), said[:, n - 1], n)
         search = Search(start, observed, law, generator, closest)
         searches[n] = search.steps()
     best = Guess(torch.zeros(1, dtype=torch.long), torch.inf, 0)
@@ -230,7 +230,7 @@ def _written(model: LanguageModel, shape: tuple, generator: Generator) -> tuple:
     return ids, (total / total.sum()).to(model.device)
 
 
-def expected(frequency: OverVocab, last_token: OverVocab, length: int) -> Likely:
+def prior_law(frequency: OverVocab, last_token: OverVocab, length: int) -> Likely:
     """Log-probabilities of tokens at each position before the state is searched for.
 
     Half uniform, half the ``frequency``; of the last token what ``Ends`` says besides.
@@ -430,6 +430,7 @@ class Search:
         self, ids: Tokens, prompts: Prompts, likely: Likely, known: Known
     ) -> tuple[Effects, Guess]:
         """Effects at a prompt, the closest with one token changed; fills ``known``."""
+        # What is expected first stands for all positions: of the last Ends has spoken.
         frequent = int(self.law[0].argmax())
         table = imprints(self.start.model, self.start.layer, frequent)
         state = last_states(self.start, ids[None])[0]

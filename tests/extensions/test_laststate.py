@@ -322,12 +322,12 @@ def test_the_law_of_a_prompt(gpt2: LanguageModel, monkeypatch) -> None:
     frequency = torch.tensor([0.7, 0.2, 0.1, 0.0]).double()
     evidence = torch.tensor([-1000.0, 0.0, -5.0, -1000.0]).double()
     prior = frequency / 2 + 0.125
-    law = laststate.expected(frequency, evidence, 3).exp()
+    law = laststate.prior_law(frequency, evidence, 3).exp()
     assert torch.allclose(law[:2], prior.expand(2, -1))
     said = (laststate.CALM * evidence).exp()
     said = said / said.sum() * (1 - laststate.HOPE) + prior * laststate.HOPE
     assert torch.allclose(law[2], said * prior / (said @ prior))
-    assert laststate.expected(frequency, evidence, 1).shape == (1, 4)
+    assert laststate.prior_law(frequency, evidence, 1).shape == (1, 4)
     # And prompts are drawn by it, position by position.
     search = dataclasses.replace(a_search(gpt2, torch.arange(3), 1), law=law.log())
     monkeypatch.setattr(laststate, "CHAINS", 40_000)
