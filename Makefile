@@ -23,17 +23,17 @@ IN_A_BROWSER := $(PYTEST) -o addopts= -p no:nbval -n 2 --dist loadfile --no-load
 	$(patsubst %,tests/site/test_%.py,print pages widgets slides)
 endif
 
-.PHONY: demo test quick lint unit unit-then-notebooks notebooks book pages site pdf slides lab runs real real-test assignments assignments-test clean .venv
+.PHONY: demo test quick lint unit notebooks book pages site site-then-notebooks pdf slides lab runs real real-test assignments assignments-test clean .venv
 
 demo: .venv
 	$(BIN)/sipit-lite demo
 
-# Browsers and processes often wait, so pages are at work beside all else; what was not run is said at the end.
+# Browsers and processes often wait, so two things are at work at a time; what was not run is said at the end.
 test: lint
-	$(MAKE) -j 2 unit-then-notebooks $(if $(CHROMIUM),site,pages)
+	$(MAKE) -j 2 unit site-then-notebooks
 	@$(if $(CHROMIUM),,$(IN_A_BROWSER))
 
-unit-then-notebooks: unit
+site-then-notebooks: $(if $(CHROMIUM),site,pages)
 	@$(MAKE) --no-print-directory notebooks
 
 # The core alone, in a minute.
@@ -107,8 +107,9 @@ clean:
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+# Two at a time, since pip works on one core; then what these need on other systems.
+	xargs -n 47 -P 2 $(BIN)/python -m pip install --quiet --no-compile --no-deps < requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt --editable .
 # On all cores, without tests of packages; what they carry for other versions of Python is no error.
-	$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|_internal|_inductor|pip)/' .venv/lib || true
+	$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|_internal|_inductor|pip)/' .venv/lib sipit_lite || true
 	touch $@

@@ -116,8 +116,7 @@ def test_without_a_browser_the_last_line_says_what_was_not_run(browser: str) -> 
         check=True,
     )
     started, *last = done.stdout.splitlines()
-    pages = "site" if browser else "pages"
-    assert started == f"true -j 2 unit-then-notebooks {pages}"
+    assert started == "true -j 2 unit site-then-notebooks"
     assert len(last) == (0 if browser else 1)
     for line in last:
         assert re.fullmatch(r"not run: .* in a browser; for them: .* make site", line)

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sipit_lite import LanguageModel, cli, invert_many
 from sipit_lite.cli import main
 from sipit_lite.experiments import checks as bench
-from sipit_lite.experiments import safety
-from sipit_lite.experiments.checks import Check, verdicts
+from sipit_lite.experiments import inversion, safety
+from sipit_lite.experiments.checks import Check, clock, verdicts
 from sipit_lite.extensions import fitted
 
 Output = pytest.CaptureFixture[str]
@@ -42,6 +42,8 @@ def test_quick_run_keeps_the_contract(
     for setting, value in {"FOLDER": tmp_path, "TOKENS": 3000, "FEATURES": 0}.items():
         monkeypatch.setattr(fitted, setting, value)
     monkeypatch.setattr(safety, "STRIDE", 47)  # a prompt or two for each model
+    # Once each: how long it took is not judged here.
+    monkeypatch.setattr(inversion, "clock", lambda work, device, _: clock(work, device))
     words = ["--quick", "--json", "--device", "cpu"]
     # Where searches are long, the trained model is the quicker one.
     words += ["--model", "pocket-gpt2" if name == "real" else small]
