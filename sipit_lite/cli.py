@@ -39,7 +39,7 @@ WEIGHTS = {"int8": ("float16", "load_in_8bit"), "fp4": ("bfloat16", "load_in_4bi
 # Options that several commands share.
 Format = Literal["float32", "float16", "bfloat16", "float64"]
 Quantised = Literal[*WEIGHTS]
-Layer = Annotated[int | None, Option(help="0 (embeddings) to L.")]
+Layer = Annotated[int | None, Option(help="0 (embeddings) to L + 1.")]
 Layers = Annotated[list[int] | None, Option(help="Several: --layers 3 6.")]
 Quick = Annotated[bool, Option("--quick", help="A smoke run of seconds.")]
 Shards = Annotated[str | None, Option(help="A folder, where a stopped run goes on.")]
@@ -49,7 +49,7 @@ app = typer.Typer(add_completion=False, help="Hidden states that give back the p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 1 a demo or lens failed, 2 bad input, 130 Ctrl-C, 141 pipe."""
+    """Run one command: 1 a demo or lens failed, 2 refused, 130 Ctrl-C, 141 pipe."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     label = " ".join(["sipit-lite", *arguments[:1]])
     if hasattr(sys.stdout, "reconfigure"):
@@ -361,7 +361,7 @@ def reproduce(
     quick: Quick = False,
     prompts: Annotated[int | None, Option(help="How many.")] = None,
     length: Annotated[int | None, Option(help="Tokens of each.")] = None,
-    lengths: Annotated[list[int] | None, Option(help="Of lengths, times.")] = None,
+    lengths: Annotated[list[int] | None, Option(help="For lengths, times.")] = None,
     layers: Layers = None,
     ways: Annotated[list[str] | None, Option(help="To invert.")] = None,
     limit: Annotated[float | None, Option(help="Seconds, published ways.")] = None,

@@ -43,7 +43,7 @@ class CollisionReport:
     prompts, ``bounded`` those with a bound, lowered by ``slack`` · (‖a‖² + ‖b‖²) of
     norms from the centre, ``recomputed`` those let through, ``collisions`` those closer
     than 1e-6, ``practical`` those ``torch.allclose`` in either order. ``rows`` were
-    compared; of ``duplicates`` the prompt had occurred; ``nearest`` is how near others.
+    compared; ``duplicates`` repeat a prompt; ``nearest``: how near the next row is.
     """
 
     pairs: Int[Tensor, "k 2"]
@@ -78,7 +78,7 @@ def closest_pairs(
     states: (N, d_model), in float16, bfloat16, float32 or float64
     prompts: of each row; those that occurred before are left out and counted, while
         equal states of different ones are collisions
-    nearest, within: finds the nearest neighbour of every row too, if no farther away
+    nearest, within: the nearest of every row too; no pair farther apart is looked for
 
     Returns
     -------

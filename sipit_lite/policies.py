@@ -42,7 +42,7 @@ class Drafter(Protocol):
 
 
 def check_settings(policy: object) -> None:
-    """Raise a ``SipItError`` unless all settings are at least one."""
+    """Raise a ``SipItError`` unless all integer settings are at least one."""
     for name, value in vars(policy).items():
         if isinstance(value, int) and value < 1:
             raise SipItError(f"got {name}={value}; expected at least 1")

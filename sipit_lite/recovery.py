@@ -14,8 +14,8 @@ class Recovery:
 
     ``distance`` is ‖F(v) − ĥ_t‖₂ of the accepted token v, ``radius`` the ε_t it had to
     meet, ``runner_up`` the least distance of another token tested, infinite where none
-    was, and ``tested`` their number. ``verified`` is False only where a token that no
-    test accepted was taken (``on_fail="nearest"``); ``twins`` lists by position the
+    was; ``tested`` counts v too. ``verified`` is False where none or several verify and
+    the nearest was taken (``on_fail="nearest"``); ``twins`` lists by position the
     tokens that verify where several do. ``margin`` is the distance from v's state to
     the nearest of another token, at least Δ_{π,t}, with ``certify=True``, else NaN.
     """
@@ -65,7 +65,7 @@ class Ambiguous(NotVerified):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: ``recovered`` is a verified prefix, ``outcomes`` what is known of all."""
+    """Ctrl-C: ``recovered`` is what one prompt has, ``outcomes`` what each has."""
 
     def __init__(self, recovered: Recovery, outcomes: "list[Outcome] | None" = None):
         super().__init__(recovered, outcomes)

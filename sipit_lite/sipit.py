@@ -58,7 +58,7 @@ def invert(
     passes: for 16 bits, how many positions each pass computed; one pass by default
     prefix: token ids known to stand before ``states``; recovered with them, 0 tested
     certify: test all tokens and measure the margin of the accepted one; all are tested
-        anyway with ``epsilon``, in 16 bits, and for states stored more coarsely
+        anyway with ``epsilon``, ``"nearest"``, coarser states, and 16-bit searches
     on_fail: ``"nearest"`` takes the nearest token where none or several verify, marks
         it as not ``verified``, and goes on
 
@@ -110,7 +110,7 @@ def invert_many(
 
     Raises
     ------
-    StatesError: a mask that does not fit the states; an option that is none
+    StatesError: a mask that does not fit the states; a bad option
     ModelError, LensError: no such layer, another model's lens
     Interrupted: on Ctrl-C, with all outcomes
 

@@ -30,7 +30,7 @@ class Newton:
     proposals_per_step: int = 8
     max_steps: int = 12
     damping: float = 0.1
-    lens: Policy | None = None  # a ``Lens`` or ``Reading``, which has ``embeddings``
+    lens: Policy | None = None  # a ``Lens``, which has ``embeddings``
 
     def __post_init__(self) -> None:
         check_settings(self)

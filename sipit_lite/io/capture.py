@@ -122,7 +122,7 @@ class Tape:
         # A pass that was cut short has reached the lower layers alone: it is dropped.
         complete = min(len(rows) for rows in self.rows.values())
         if complete == 0:
-            got = "got no forward pass inside capture, or of a model already compiled"
+            got = "got no forward pass inside capture, or one of a compiled model"
             raise StatesError(self.wrong or got)
         states = {x: torch.cat(rows[:complete]) for x, rows in self.rows.items()}
         passes = map(len, self.passes[:complete])

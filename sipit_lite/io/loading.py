@@ -62,7 +62,7 @@ def load(
     device, dtype: ``"auto"`` takes CUDA where there is one; the format to compute in
     layers: keep the first so many blocks; the others are not even read
     device_map, quantization_config: of ``transformers``; ``sipit-lite[quantised]``
-    random_init, seed: weights as the architecture draws them; no download for "gpt2"
+    random_init, seed: weights as the architecture draws them; "gpt2" needs no download
     progress: say on standard error what the weights will take, before any is read
 
     Returns

@@ -1,1 +1,1 @@
-"""The bundled model, its tokenizer and its held-out passages; ``train`` made it."""
+"""The bundled model, its tokenizer and held-out text; ``train_pocket.py`` made it."""

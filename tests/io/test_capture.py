@@ -255,7 +255,9 @@ def test_what_a_running_model_does_wrong(
                 tape.captured()
     assert read_states(path).at(6).shape == (3, 256)
     with (
-        pytest.raises(StatesError, match="no forward pass inside capture, or of a mod"),
+        pytest.raises(
+            StatesError, match="no forward pass inside capture, or one of a comp"
+        ),
         capture(untouched, path),
     ):
         pass
