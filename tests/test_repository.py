@@ -107,16 +107,14 @@ def test_without_a_browser_the_last_line_says_what_was_not_run(browser: str) -> 
     # Lint counts as done, and what make starts is not started.
     words = ["--old-file=lint", "MAKE=true", f"CHROMIUM={browser}"]
     outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
-    done = subprocess.run(
-        ["make", "--no-print-directory", *words, "test"],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in outer},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    options["env"] = {k: x for k, x in os.environ.items() if k not in outer}
+    done = subprocess.run(["make", "--no-print-directory", *words, "test"], **options)
     started, *last = done.stdout.splitlines()
     assert started == "true -j 2 unit site-then-notebooks"
+    rules = subprocess.run(["make", "--print-data-base", *words, "lint"], **options)
+    pages = "site" if browser else "pages"
+    assert f"\nsite-then-notebooks: {pages}\n" in rules.stdout
     assert len(last) == (0 if browser else 1)
     for line in last:
         assert re.fullmatch(r"not run: .* in a browser; for them: .* make site", line)
