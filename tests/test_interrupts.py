@@ -4,12 +4,14 @@ import gc
 import inspect
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from sipit_lite import (
     Interrupted,
@@ -102,6 +104,8 @@ def stopped(work: Callable[[], object], moment: float) -> object:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, earlier)
+        # Bars share a lock; one that stays taken would stop the bars of other threads.
+        tqdm.set_lock(threading.RLock())
     return result
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pickle
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import margins
 from torch import Tensor
+from tqdm import tqdm
 from transformers import GPT2Config, GPT2Model, PreTrainedModel
 
 from sipit_lite import (
@@ -354,6 +356,8 @@ def alarm() -> Iterator[None]:
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+    # Bars share a lock; one that stays taken would stop the bars of other threads.
+    tqdm.set_lock(threading.RLock())
 
 
 def test_ctrl_c_at_any_moment_loses_nothing(pocket: LanguageModel, alarm: None) -> None:
