@@ -1,4 +1,7 @@
-"""The command line: results on standard output, bars and errors on standard error."""
+"""The command line: results on standard output, bars and errors on standard error.
+
+Rooms are imported by the commands that need them: torch takes seconds, help takes none.
+"""
 
 import inspect
 import json
@@ -8,27 +11,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from transformers import BitsAndBytesConfig
 from typer import Argument, Option
 
 import sipit_lite as sl
-from sipit_lite.experiments import checks, paper, perturb, safety, survey
-from sipit_lite.experiments import reproduce as lab
-from sipit_lite.experiments.collision_speed import detector, device
-from sipit_lite.experiments.inversion import inversion, sample
-from sipit_lite.experiments.last_states import laststate
-from sipit_lite.experiments.real import real
-from sipit_lite.io.corpora import SOURCES
-from sipit_lite.io.loading import POCKET, REAL
 
-POLICIES = {"auto": "auto", "gradient": sl.Gradient(), "newton": sl.Newton()}
-POLICIES |= {"published": sl.Published(), "random": sl.Random()}
-BENCHES = {"inversion": inversion, "safety": safety.safety, "real": real}
-BENCHES |= {"laststate": laststate, "collisions": detector, "device": device}
+POLICIES = "auto gradient newton published random".split()
+# The room and the function of each.
+BENCHES = {"inversion": "inversion:inversion", "safety": "safety:safety"}
+BENCHES |= {"real": "real:real", "laststate": "last_states:laststate"}
+BENCHES |= {"collisions": "collision_speed:detector"}
+BENCHES |= {"device": "collision_speed:device"}
+EXPERIMENTS = "layers lengths continuations inversion compared splits times".split()
+EXPERIMENTS += ["same-answer", "shape"]
+SOURCES = "bundled installed corpora".split()
 DEMO_TEXTS = {
     "english": "A hidden state is not a summary: the prompt comes back, word for word.",
     "python": "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n",
@@ -50,6 +49,11 @@ app = typer.Typer(add_completion=False, help="Hidden states that give back the p
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 1 a demo or lens failed, 2 refused, 130 Ctrl-C, 141 pipe."""
+    # Threads of torch wait for each other by spinning, 14 ms each time as a rule, which
+    # takes 20 times as long where another program runs on one of two cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    for name in [name for name in os.environ if name.startswith("TQDM_")]:
+        del os.environ[name]  # tqdm ends the program at a malformed one
     arguments = sys.argv[1:] if argv is None else list(argv)
     label = " ".join(["sipit-lite", *arguments[:1]])
     if hasattr(sys.stdout, "reconfigure"):
@@ -66,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = getattr(error.__cause__, "errors", list)()
         received = f"got {errors[0]['input']!r}; " if errors else ""
         return say(label, received + error.format_message())
-    except sl.SipItError as error:
+    except ValueError as error:
+        # Before all else transformers is imported, which reads the settings of the hub.
+        if "sipit_lite.model" not in sys.modules:
+            error = f"got {error}; is HF_ENDPOINT an address?"
+        elif not isinstance(error, sl.SipItError):
+            raise
         return say(label, error)
     except KeyboardInterrupt as stop:
         # An inversion that was stopped carries what it has.
@@ -112,8 +121,11 @@ class Session:
     seed: Annotated[int, Option(min=0, max=2**62, help="Of what is drawn.")] = 0
     as_json: Annotated[bool, Option("--json", help="JSON instead of text.")] = False
 
-    def open(self, deepest: int | None = None) -> sl.LanguageModel:
+    def open(self, deepest: int | None = None) -> "sl.LanguageModel":
         """The model, without the blocks after the deepest layer."""
+        import torch
+        from transformers import BitsAndBytesConfig
+
         if self.device_map and self.device != "auto":
             raise sl.StatesError(f"got --device {self.device} with --device-map")
         options = {"device": self.device, "device_map": self.device_map}
@@ -155,15 +167,17 @@ def demo(session: Session, layer: Layer = None) -> int:
 
     sipit-lite demo --layer 3
     """
+    from sipit_lite.experiments import checks, inversion
+
     model = session.open()
     layers = range(model.n_layers + 1) if layer is None else [layer]
     prompts = {name: model.encode(text) for name, text in DEMO_TEXTS.items()}
-    [prompts["random tokens"]] = sample(model, "random", 1, 20, session.seed)
+    [prompts["random tokens"]] = inversion.sample(model, "random", 1, 20, session.seed)
     rows = []
     for (name, ids), at in product(prompts.items(), layers):
         recovered = sl.invert(model.states(ids, at), model, at, seed=session.seed)
         row = {"prompt": name, "layer": at, "tokens": len(recovered.tokens)}
-        row["exact"] = torch.equal(recovered.tokens, ids.cpu())
+        row["exact"] = recovered.tokens.equal(ids.cpu())
         row["accepted"] = float(recovered.distance.max())
         row["runner-up"] = float(recovered.runner_up.min())
         rows.append(row | {"seconds": recovered.seconds, "text": recovered.text})
@@ -190,6 +204,8 @@ def capture(
 
     sipit-lite capture "My secret prompt" -o states.safetensors --layers 3 6
     """
+    import torch
+
     # Standard input keeps a prompt out of the shell's history.
     if text == "-":
         # What is no UTF-8 becomes surrogates, which no tokenizer takes.
@@ -233,7 +249,7 @@ def invert(
     if text is None:
         captured = sl.read_states(file, None if layer is None else [layer])
         # A file may come from anybody, and to load a model is to trust its folder.
-        ours = (POCKET, REAL, os.environ.get("SIPIT_LITE_MODEL"))
+        ours = ("pocket-gpt2", "smollm2", os.environ.get("SIPIT_LITE_MODEL"))
         if session.model is None and captured.model not in ours:
             received = f"got {file!r} with states of the model {captured.model!r}"
             raise sl.StatesError(f"{received}; expected --model with the name of one")
@@ -256,7 +272,8 @@ def invert(
         row = captured.at(at)[-1:].flatten()
         recovered = sl.invert_last(row, model, at, length, **options)
     else:
-        options |= {"policy": POLICIES[policy], "on_fail": on_fail, "certify": certify}
+        order = policy if policy == "auto" else getattr(sl, policy.title())()
+        options |= {"policy": order, "on_fail": on_fail, "certify": certify}
         options["lens"] = lens and lens != "none" and lens_of(lens, model, at)
         # Without a layer, the cheapest one that does not refuse.
         recovered = captured.invert(model, layer, **options)
@@ -274,7 +291,7 @@ def invert(
     return 0 if lens in (None, "none") or Path(lens).exists() else 1
 
 
-def lens_of(path: str, model: sl.LanguageModel, layer: int) -> sl.Lens:
+def lens_of(path: str, model: "sl.LanguageModel", layer: int) -> "sl.Lens":
     """The lens of a file, or a new one, which is written to it if that is possible."""
     if Path(path).exists():
         return sl.Lens.load(path, model)
@@ -304,6 +321,8 @@ def collisions(
 
     sipit-lite collisions -n 1000 --layers 3 6 --exhaustive 2
     """
+    from sipit_lite.experiments import survey
+
     model = session.open(max(layers) if layers else None)
     layers = layers or list(range(1, model.n_layers + 1))
     options = {"source": source, "seed": session.seed}
@@ -344,11 +363,14 @@ def bench(
 
     sipit-lite bench inversion --quick
     """
-    session.model = session.model or (REAL if name == "real" else None)
+    from sipit_lite.experiments import checks
+
+    session.model = session.model or ("smollm2" if name == "real" else None)
     model = session.open()
     if model.tokenizer is None:
         raise sl.StatesError(f"got {model.name} without a readable tokenizer")
-    lines, data = BENCHES[name](model, quick=quick, seed=session.seed, progress=True)
+    bench = resolve_name(f"sipit_lite.experiments.{BENCHES[name]}")
+    lines, data = bench(model, quick=quick, seed=session.seed, progress=True)
     reported = [f"{key}: {value:.4g}" for key, value in data["reported"].items()]
     text = "\n".join([checks.verdicts(lines), *reported, *data.get("table", [])])
     session.show(checks.report(name, model, lines, data), text)
@@ -357,7 +379,7 @@ def bench(
 @command
 def reproduce(
     session: Session,
-    experiment: Annotated[Literal[*lab.EXPERIMENTS, "all"], Argument()],
+    experiment: Annotated[Literal[*EXPERIMENTS, "all"], Argument()],
     quick: Quick = False,
     prompts: Annotated[int | None, Option(help="How many.")] = None,
     length: Annotated[int | None, Option(help="Tokens of each.")] = None,
@@ -375,6 +397,9 @@ def reproduce(
 
     sipit-lite reproduce layers --layers 1 6 12 --source corpora -o results
     """
+    from sipit_lite.experiments import paper, perturb
+    from sipit_lite.experiments import reproduce as lab
+
     plan = {"prompts": prompts, "length": length, "limit": limit, "source": source}
     plan |= {"shards": shards, "lengths": lengths, "layers": layers, "ways": ways}
     # What is not given stays as the paper has it.
@@ -385,7 +410,7 @@ def reproduce(
     if rounded:
         # The model keeps its name: the label says what was done to it.
         model = perturb.quantised(model, rounded, name=model.name)
-    names = list(lab.EXPERIMENTS) if experiment == "all" else [experiment]
+    names = EXPERIMENTS if experiment == "all" else [experiment]
     paths = {}
     for name in names if output else []:
         file = f"{Path(model.name).name}-{name}-{label}.json".replace(", ", "-")

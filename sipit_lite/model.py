@@ -5,12 +5,9 @@ States are taken after a block and before the final norm, as in the paper (§3).
 """
 
 import copy
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
-from hashlib import sha256
 from numbers import Integral
 from typing import Any
 
@@ -19,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-ASIDE = ("architectures", "transformers_version", "dtype", "use_cache")  # no state
 PRODUCTS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
 LOCK = threading.RLock()
 USERS: dict[object, tuple] = {}  # of plain settings, in all threads: what was before
@@ -136,18 +132,6 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.n_layers} blocks, {self.dtype})"
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over every bit of every weight and over the configuration."""
-        config = self.decoder.config.to_dict()
-        fields = {k: config[k] for k in config if k not in ASIDE and k[0] != "_"}
-        digest = sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-        for name, weight in self.decoder.state_dict().items():
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            # As bytes, since bfloat16 and 8-bit formats have no NumPy counterpart.
-            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
 
     def encode(self, text: str) -> Int[Tensor, " pos"]:
         """Token ids of a text, special tokens included; ``ModelError`` for no token."""

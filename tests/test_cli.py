@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from sipit_lite import (
     load,
 )
 from sipit_lite.cli import main
+from sipit_lite.experiments import reproduce
 from sipit_lite.extensions import laststate
+from sipit_lite.io import loading, text
 from sipit_lite.io.text import distinct
 
 ROOT = Path(__file__).parent.parent
@@ -248,14 +251,32 @@ def test_help_has_examples(capsys: Output) -> None:
         assert f"sipit-lite {name} " in out.split("Usage:")[1].split("\n", 1)[1]
 
 
+def test_help_needs_no_model() -> None:
+    """Neither do words that are no command: torch would take seconds."""
+    lines = "import sys\nfrom sipit_lite.cli import main\n"
+    lines += "code = main(sys.argv[1:])\nassert 'torch' not in sys.modules\n"
+    for words, code in ((["invert", "--help"], 0), (["invert", "--layer", "x"], 2)):
+        command = [sys.executable, "-c", f"{lines}sys.exit(code)", *words]
+        assert subprocess.run(command, check=False).returncode == code
+
+
+def test_choices_are_those_of_the_rooms() -> None:
+    """They are written here once more, so that help needs no room."""
+    assert [*reproduce.EXPERIMENTS] == cli.EXPERIMENTS
+    assert {*text.SOURCES, "corpora"} == {*cli.SOURCES}
+    words = re.findall(r'"([\w-]+)"', Path(cli.__file__).read_text(encoding="utf-8"))
+    assert {loading.POCKET, loading.REAL} <= set(words)
+
+
 def test_ctrl_c_prints_the_prefix(
     capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 130 and what was verified."""
     import test_sipit
 
-    monkeypatch.setitem(cli.POLICIES, "auto", test_sipit.StopsAt(1))
-    assert run("invert", "--text", "hidden states", "--layer", 2) == 130
+    monkeypatch.setattr(cli.sl, "Random", lambda: test_sipit.StopsAt(1))
+    words = ("--text", "hidden states", "--layer", 2, "--policy", "random")
+    assert run("invert", *words) == 130
     assert "interrupted after 1 verified tokens: 'h" in capsys.readouterr().err
 
 
@@ -522,4 +543,4 @@ def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = program("demo", PYTHONPATH=path)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "sipit-lite: interrupted\n"
+    assert done.stderr == "sipit-lite demo: interrupted\n"

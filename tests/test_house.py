@@ -17,7 +17,8 @@ ROOMS = ("io", "extensions", "experiments", "teaching", "pocket_gpt2")
 # Lines of each file of the core, docstrings and blank lines included.
 CORE = {
     "__init__.py": 40,
-    "model.py": 294,
+    "__main__.py": 8,
+    "model.py": 260,
     "onestep.py": 143,
     "acceptance.py": 388,
     "policies.py": 104,
@@ -29,7 +30,7 @@ CORE = {
 # Caps: before you add, delete.
 BUDGET = {
     "core": 1800,
-    "io": 1125,
+    "io": 1142,
     "extensions": 1714,
     "experiments": 2531,
     "teaching": 1000,
@@ -60,8 +61,7 @@ def part_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     if relative.parts[0] in ROOMS:
         return relative.parts[0]
-    # The door is a part of the command line that it opens.
-    return "cli" if relative.name in ("cli.py", "__main__.py") else "core"
+    return "cli" if relative.name == "cli.py" else "core"
 
 
 def line_count(path: Path) -> int:
@@ -151,7 +151,7 @@ def test_files_of_the_core_stay_within_their_budget(name: str) -> None:
 def test_the_core_has_no_other_files() -> None:
     """What is not the paper's own lives in a room."""
     there = {path.name for path in PACKAGE.glob("*.py")}
-    assert there == {*CORE, "__main__.py", "cli.py"}
+    assert there == {*CORE, "cli.py"}
 
 
 @pytest.mark.parametrize("part", sorted(BUDGET))
@@ -167,8 +167,8 @@ def test_parts_stay_within_their_budget(part: str) -> None:
 def test_imports_run_one_way() -> None:
     """cli → experiments → extensions → io → core; teaching uses the core alone."""
     for path in sources():
-        # The front door names what every room offers.
-        if path == PACKAGE / "__init__.py":
+        # One names what every room offers, the other opens the command line.
+        if path.parent == PACKAGE and path.name in ("__init__.py", "__main__.py"):
             continue
         wrong = imported_parts(path) - MAY_IMPORT[part_of(path)]
         assert not wrong, f"{path.relative_to(PACKAGE)} imports {sorted(wrong)}"

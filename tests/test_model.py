@@ -16,7 +16,6 @@ from huggingface_hub.errors import GatedRepoError
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
-    AutoModel,
     BertConfig,
     BertModel,
     BitsAndBytesConfig,
@@ -25,7 +24,6 @@ from transformers import (
     GPT2Model,
     MambaConfig,
     MambaModel,
-    MistralConfig,
     ModernBertConfig,
     ModernBertModel,
     PreTrainedModel,
@@ -36,13 +34,9 @@ from transformers import (
 
 from sipit_lite import (
     LanguageModel,
-    Lens,
-    LensError,
     ModelError,
-    last_states,
     load,
 )
-from sipit_lite.experiments.perturb import twins
 from sipit_lite.io import loading
 from sipit_lite.io.capture import tapped
 from sipit_lite.io.loading import POCKET, pick_device
@@ -565,63 +559,6 @@ def test_what_is_no_model_is_refused(pocket: LanguageModel) -> None:
         assert "\n" not in str(refusal.value)
     with pytest.raises(ModelError, match=r"got a model in memory; .* takes it$"):
         load(pocket.decoder)
-
-
-# The fingerprint
-
-SIZES = {
-    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16,
-    "max_position_embeddings": 40,
-}  # fmt: skip
-
-
-def configured(**changes: object) -> LanguageModel:
-    """The same weights in every configuration of one shape."""
-    torch.manual_seed(0)
-    return LanguageModel(AutoModel.from_config(MistralConfig(**SIZES | changes)))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-        {"rms_norm_eps": 1e-2},
-        {"hidden_act": "gelu"},
-        {"sliding_window": 3},
-        {"num_attention_heads": 2, "num_key_value_heads": 1},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_the_fingerprint_covers_the_configuration(change: dict, tmp_path: Path) -> None:
-    """Each field changes states that the weights alone do not tell apart."""
-    one = configured()
-    other = configured(**change)
-    ids = torch.arange(12)
-    assert not torch.equal(one.states(ids, 2), other.states(ids, 2))
-    assert one.fingerprint != other.fingerprint
-    # What goes by it: shards are computed anew, a lens is refused.
-    kept = last_states(one, [ids], [2], folder=tmp_path)
-    found = last_states(other, [ids], [2], folder=tmp_path)
-    assert not torch.equal(kept, found)
-    assert torch.equal(found, last_states(other, [ids], [2]))
-    rows = one.vocabulary.repeat(20).split(12)
-    Lens.fit(one, 2, prompts=rows, features=0).save(tmp_path / "lens")
-    with pytest.raises(LensError, match="other weights"):
-        Lens.load(tmp_path / "lens", other)
-
-
-def test_the_fingerprint_covers_every_bit(pocket: LanguageModel) -> None:
-    """One bit of one number, and two equal rows; but nothing that changes no state."""
-    decoder = copy.deepcopy(pocket.decoder)
-    assert LanguageModel(decoder).fingerprint == pocket.fingerprint
-    decoder.config.use_cache = False
-    decoder.config._attn_implementation = "eager"
-    assert LanguageModel(decoder).fingerprint == pocket.fingerprint
-    weight = decoder.h[3].mlp.c_fc.weight.view(torch.int32)
-    weight[17, 33] ^= 1
-    assert LanguageModel(decoder).fingerprint != pocket.fingerprint
-    assert twins(pocket, 5, 6).fingerprint != pocket.fingerprint
 
 
 # Code of others

@@ -22,6 +22,7 @@ import sipit_lite as sl
 from sipit_lite import continuations
 from sipit_lite.extensions.laststate import Ends
 from sipit_lite.extensions.newton import jacobian
+from sipit_lite.io.files import fingerprint
 
 IDS = torch.tensor([5, 17, 40, 3, 22])
 PRODUCTS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
@@ -75,7 +76,7 @@ def calls(folder: Path) -> dict[str, Callable[[], object]]:
     observe = sl.Observation.of
     return {
         "LanguageModel": lambda: new().embeddings,
-        "fingerprint": lambda: new().fingerprint,
+        "fingerprint": lambda: fingerprint(new()),
         "load": lambda: sl.load(device="cpu").states(IDS, 1),
         "states": lambda: new().states(IDS, 2),
         "Observation": lambda: observe(STATES, new(), 2, 0.1).radius,

@@ -16,6 +16,7 @@ from torch import Tensor
 from sipit_lite.extensions.leaked import Leaked
 from sipit_lite.extensions.lens import Lens, LensError
 from sipit_lite.extensions.reading import Reading
+from sipit_lite.io.files import fingerprint
 from sipit_lite.model import LanguageModel, SipItError
 from sipit_lite.policies import Drafter
 
@@ -44,7 +45,7 @@ def offered(
 
 def place(model: LanguageModel, layer: int) -> Path:
     """The file of the lens of a model, by its weights, and a layer."""
-    return FOLDER / f"{model.fingerprint[:32]}-{layer}.safetensors"
+    return FOLDER / f"{fingerprint(model)[:32]}-{layer}.safetensors"
 
 
 def lens_of(model: LanguageModel, layer: int) -> Lens | None:

@@ -68,11 +68,6 @@ class Leaked(LanguageModel):
         self.d_model = self.heads * self.width
 
     @property
-    def fingerprint(self) -> str:
-        """That of the model, and what leaks of it."""
-        return f"{self.what}-{self.base.fingerprint}"
-
-    @property
     def parts(self) -> tuple[str, str]:
         """No blocks whose outputs one could take for these: ``ModelError``."""
         raise ModelError(f"got {self.name}; expected the model itself for this")

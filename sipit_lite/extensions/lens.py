@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from sipit_lite.acceptance import States, Tokens
 from sipit_lite.extensions.reading import Reading, calibrated
-from sipit_lite.io.files import read, replacing
+from sipit_lite.io.files import fingerprint, read, replacing
 from sipit_lite.io.text import prompts as text_prompts
 from sipit_lite.model import LanguageModel, SipItError, plain_settings
 from sipit_lite.onestep import ROWS, OneStepMap
 from sipit_lite.policies import Batches, State
 
-FORMAT = "sipit-lite lens 2"
+FORMAT = "sipit-lite lens 3"
 _TENSORS = ("directions", "slope", "intercept", "whiten")
 LENGTHS = (64, 16, 4)  # of the prompts it is fitted on, in turn
 PASS = 2048  # tokens in a pass
@@ -192,14 +192,14 @@ class Lens(Regression):
         if self.layer != layer:
             got = f"got a lens for layer {self.layer}"
             raise LensError(f"{got}; expected one for layer {layer}")
-        if self.model is not model and self.model.fingerprint != model.fingerprint:
+        if self.model is not model and fingerprint(self.model) != fingerprint(model):
             got = f"got a lens that was fitted on {self.model.name}, other weights"
             raise LensError(f"{got}; expected one for {model.name}")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; ``LensError`` where that cannot be."""
         metadata = {"format": FORMAT, "layer": str(self.layer)}
-        metadata |= {"model": self.model.name, "fingerprint": self.model.fingerprint}
+        metadata |= {"model": self.model.name, "fingerprint": fingerprint(self.model)}
         metadata |= {"weight": str(self.weight), "hits": str(self.hits)}
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         with replacing(path, LensError) as part:
@@ -225,7 +225,7 @@ class Lens(Regression):
             learned = {name: float(metadata[name]) for name in ("weight", "hits")}
             if not all(0 <= value < math.inf for value in learned.values()):
                 raise LensError(f"{learned}, expected finite numbers, none negative")
-            if metadata.get("fingerprint") != model.fingerprint:
+            if metadata.get("fingerprint") != fingerprint(model):
                 raise LensError(f"fitted on {metadata.get('model')}, other weights")
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]  # safetensors quotes whole headers

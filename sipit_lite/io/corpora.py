@@ -20,7 +20,6 @@ CORPORA = {
     "The Pile": ("monology/pile-uncopyrighted", None, "text"),
     "python code": ("angie-chen55/python-github-code", None, "code"),
 }
-SOURCES = ("bundled", "installed", "corpora")
 OTHERWISE = "or installed text, source='installed' (--source installed)"
 
 

@@ -1,6 +1,7 @@
-"""Files that are complete or not there, and what safetensors files hold."""
+"""Files that are complete or not there, what they hold, and of which model."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +12,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from sipit_lite.model import LanguageModel
+
+ASIDE = ("architectures", "transformers_version", "dtype", "use_cache")  # no state
 
 
 @contextmanager
@@ -64,10 +69,23 @@ def arrays(path: Path) -> tuple[dict[Any, Tensor], dict[str, str]]:
     return stored if isinstance(stored, dict) else dict(enumerate(stored)), {}
 
 
-def digest(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 of tensors' formats, shapes and bytes."""
-    hashed = sha256()
+def digest(tensors: Iterable[Tensor], about: str = "") -> str:
+    """SHA-256 of what they are about, and of tensors' formats, shapes and bytes."""
+    hashed = sha256(about.encode())
     for tensor in tensors:
         hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        # As bytes, since bfloat16 and 8-bit formats have no NumPy counterpart.
         hashed.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return hashed.hexdigest()
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """SHA-256 of a model: every bit of its weights, its configuration, what leaks."""
+    if ("fingerprint",) not in model.measured:
+        config = model.decoder.config.to_dict()
+        fields = {k: config[k] for k in config if k not in ASIDE and k[0] != "_"}
+        weights = model.decoder.state_dict()
+        about = [fields, list(weights), getattr(model, "what", "states")]
+        text = json.dumps(about, sort_keys=True, default=str)
+        model.measured["fingerprint",] = digest(weights.values(), text)
+    return model.measured["fingerprint",]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sipit_lite.io.capture import tapped
-from sipit_lite.io.files import digest, read, replacing
+from sipit_lite.io.files import digest, fingerprint, read, replacing
 from sipit_lite.model import LanguageModel, StatesError, plain_settings
 
 SHARD = 4096  # prompts in a file
@@ -92,7 +92,7 @@ def _shard(
     path: Path, model: LanguageModel, prompts: Sequence[Tensor], layers: Sequence[int]
 ) -> Float[Tensor, "layers prompts d_model"]:
     """A shard from the disk if it is intact and the right one, else a new one."""
-    of = digest([*prompts, torch.tensor(layers)]) + model.fingerprint
+    of = digest([*prompts, torch.tensor(layers)]) + fingerprint(model)
     with suppress(OSError, SafetensorError):  # not there yet, or damaged: made anew
         stored, metadata = read(path)
         if metadata == {"of": of, "digest": digest(list(stored.values()))}:

@@ -15,6 +15,7 @@ from sipit_lite.experiments.checks import Check, clock, verdicts
 from sipit_lite.extensions import fitted
 
 Output = pytest.CaptureFixture[str]
+LAST_STATES = "sipit_lite.experiments.last_states.laststate"
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_counts_are_printed_below_the_table(
         check = Check.of("silent errors", 1)
         return [check], {"reported": {"plain forward, seconds": 0.5}}
 
-    monkeypatch.setitem(cli.BENCHES, "laststate", measured)
+    monkeypatch.setattr(LAST_STATES, measured)
     assert main(["bench", "laststate", "--quick", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["check", "value", "target", "verdict"]

@@ -306,7 +306,7 @@ def test_bad_files_and_settings_are_refused(
     with pytest.raises(LensError, match="which holds no lens"):
         Lens.load(path, pocket)
     save_file({"states": torch.zeros(2)}, path)
-    expected = r"no lens of pocket-gpt2 \(expected a file of 'sipit-lite lens 2'"
+    expected = r"no lens of pocket-gpt2 \(expected a file of 'sipit-lite lens 3'"
     with pytest.raises(LensError, match=expected):
         Lens.load(path, pocket)
     with pytest.raises(LensError, match="where no file can be written"):

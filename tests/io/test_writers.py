@@ -15,6 +15,7 @@ from sipit_lite.extensions import lens as lens_module
 from sipit_lite.io import capture, shards
 from sipit_lite.io.capture import capture as recording
 
+LAST_STATES = "sipit_lite.experiments.last_states.laststate"
 MODEL = small("GPT2", device="cpu")
 POCKET = load(device="cpu")
 PROMPTS = [torch.tensor([5, 6, 7])]
@@ -127,7 +128,7 @@ def test_a_run_is_refused_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A folder in which no file can be written, and a folder of the file's name."""
-    monkeypatch.setattr(cli.lab, "reproduce", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(reproduce, "reproduce", lambda *_, **__: pytest.fail("ran"))
     command = ["reproduce", "layers", "--quick", "--device", "cpu", "--force"]
     wanted = [*command, "-o", str(tmp_path)]
     with monkeypatch.context() as full:
@@ -155,9 +156,8 @@ def test_json_goes_to_standard_output_alone(
 ) -> None:
     """A bench writes no file."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(
-        cli.BENCHES, "laststate", lambda *_, **__: ([], {"reported": {}})
-    )
+    nothing = ([], {"reported": {}})
+    monkeypatch.setattr(LAST_STATES, lambda *_, **__: nothing)
     assert cli.main(["bench", "laststate", "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["bench"] == "laststate"
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import sipit_lite as sl
 from sipit_lite.experiments.perturb import noisy
+from sipit_lite.io.files import fingerprint
 from sipit_lite.io.loading import REAL, _place
 from sipit_lite.io.text import distinct, prompts
 
@@ -42,7 +43,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def test_it_is_the_model_of_transformers(model: sl.LanguageModel) -> None:
     """The same weights by its name, and the same states at three layers."""
-    assert sl.load(REAL).fingerprint == model.fingerprint
+    assert fingerprint(sl.load(REAL)) == fingerprint(model)
     ids = next(prompts(model.tokenizer, "prose", LENGTH))
     with torch.no_grad():
         output = model.hf_model(ids[None], output_hidden_states=True)
