@@ -369,8 +369,8 @@ def bench(
     model = session.open()
     if model.tokenizer is None:
         raise sl.StatesError(f"got {model.name} without a readable tokenizer")
-    bench = resolve_name(f"sipit_lite.experiments.{BENCHES[name]}")
-    lines, data = bench(model, quick=quick, seed=session.seed, progress=True)
+    measure = resolve_name(f"sipit_lite.experiments.{BENCHES[name]}")
+    lines, data = measure(model, quick=quick, seed=session.seed, progress=True)
     reported = [f"{key}: {value:.4g}" for key, value in data["reported"].items()]
     text = "\n".join([checks.verdicts(lines), *reported, *data.get("table", [])])
     session.show(checks.report(name, model, lines, data), text)
