@@ -533,14 +533,17 @@ def test_the_program_sets_how_long_threads_spin(
     assert os.environ["GOMP_SPINCOUNT"] == (spins or "3000")
 
 
-def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
-    """One line and exit code 130, before torch has come."""
+@pytest.mark.parametrize(
+    ("module", "label"), [("typer", "sipit-lite"), ("torch", "sipit-lite demo")]
+)
+def test_ctrl_c_during_the_imports(tmp_path: Path, module: str, label: str) -> None:
+    """One line and exit code 130, before the command line or torch has come."""
     # In the background a shell has SIGINT ignored, so the handler is set anew.
     press = "import os, signal, time\n"
     press += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     press += "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
-    (tmp_path / "torch.py").write_text(press)
+    (tmp_path / f"{module}.py").write_text(press)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = program("demo", PYTHONPATH=path)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "sipit-lite demo: interrupted\n"
+    assert done.stderr == f"{label}: interrupted\n"
