@@ -20,7 +20,7 @@ from typer import Argument, Option
 import sipit_lite as sl
 
 POLICIES = "auto gradient newton published random".split()
-# The room and the function of each.
+# The module and the function of each.
 BENCHES = {"inversion": "inversion:inversion", "safety": "safety:safety"}
 BENCHES |= {"real": "real:real", "laststate": "last_states:laststate"}
 BENCHES |= {"collisions": "collision_speed:detector"}
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         received = f"got {errors[0]['input']!r}; " if errors else ""
         return say(label, received + error.format_message())
     except ValueError as error:
-        # Before all else transformers is imported, which reads the settings of the hub.
+        # The hub's settings are read as transformers is imported, before our model.
         if "sipit_lite.model" not in sys.modules:
             error = f"got {error}; is HF_ENDPOINT an address?"
         elif not isinstance(error, sl.SipItError):
@@ -237,6 +237,8 @@ def invert(
 
     sipit-lite invert states.safetensors --lens lens.safetensors
     """
+    from sipit_lite.io import loading
+
     if (file is None) == (text is None):
         raise sl.StatesError("got both or no file and --text; expected one of them")
     others = {"policy": policy, "lens": lens, "certify": certify, "on-fail": on_fail}
@@ -249,7 +251,7 @@ def invert(
     if text is None:
         captured = sl.read_states(file, None if layer is None else [layer])
         # A file may come from anybody, and to load a model is to trust its folder.
-        ours = ("pocket-gpt2", "smollm2", os.environ.get("SIPIT_LITE_MODEL"))
+        ours = (loading.POCKET, loading.REAL, os.environ.get("SIPIT_LITE_MODEL"))
         if session.model is None and captured.model not in ours:
             received = f"got {file!r} with states of the model {captured.model!r}"
             raise sl.StatesError(f"{received}; expected --model with the name of one")
@@ -364,8 +366,9 @@ def bench(
     sipit-lite bench inversion --quick
     """
     from sipit_lite.experiments import checks
+    from sipit_lite.io.loading import REAL
 
-    session.model = session.model or ("smollm2" if name == "real" else None)
+    session.model = session.model or (REAL if name == "real" else None)
     model = session.open()
     if model.tokenizer is None:
         raise sl.StatesError(f"got {model.name} without a readable tokenizer")

@@ -102,6 +102,8 @@ class LanguageModel:
     torch.Size([3, 8])
     """
 
+    what = "states"  # that leak; others with Leaked
+
     def __init__(self, hf_model, tokenizer=None, *, name: str | None = None):
         if hasattr(hf_model, "get_base_model"):  # PEFT: its adapters stay in place
             hf_model = hf_model.get_base_model()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,15 @@ def prompt(family: "tuple[PreTrainedModel, LanguageModel]") -> "torch.Tensor":
     return torch.randint(VOCAB, (13,), generator=torch.Generator().manual_seed(1)).to(
         family[1].device
     )
+
+
+@pytest.fixture
+def bars() -> Iterator[None]:
+    """Bars share a lock; one that Ctrl-C leaves taken would stop those of other threads."""
+    from tqdm import tqdm
+
+    yield
+    tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(scope="session")

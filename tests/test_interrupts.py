@@ -4,14 +4,12 @@ import gc
 import inspect
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
 
 from sipit_lite import (
     Interrupted,
@@ -27,6 +25,7 @@ from sipit_lite.model import PRODUCTS, USERS
 
 # The usual method of the plugin needs the very timer that is used here.
 pytestmark = [
+    pytest.mark.usefixtures("bars"),
     pytest.mark.timeout(300, method="thread"),
     # Python itself drops a Ctrl-C that comes as an object is freed.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -104,8 +103,6 @@ def stopped(work: Callable[[], object], moment: float) -> object:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, earlier)
-        # Bars share a lock; one that stays taken would stop the bars of other threads.
-        tqdm.set_lock(threading.RLock())
     return result
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import pickle
 import random
 import signal
-import threading
 import time
 from collections.abc import Iterator
 
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import margins
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2Model, PreTrainedModel
 
 from sipit_lite import (
@@ -350,14 +348,12 @@ def test_ctrl_c_while_states_are_checked_keeps_all_outcomes(
 
 
 @pytest.fixture
-def alarm() -> Iterator[None]:
+def alarm(bars: None) -> Iterator[None]:
     """The signal of a timer presses Ctrl-C."""
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
-    # Bars share a lock; one that stays taken would stop the bars of other threads.
-    tqdm.set_lock(threading.RLock())
 
 
 def test_ctrl_c_at_any_moment_loses_nothing(pocket: LanguageModel, alarm: None) -> None:

@@ -81,11 +81,11 @@ def digest(tensors: Iterable[Tensor], about: str = "") -> str:
 
 def fingerprint(model: LanguageModel) -> str:
     """SHA-256 of a model: every bit of its weights, its configuration, what leaks."""
-    if ("fingerprint",) not in model.measured:
+    key = ("fingerprint",)
+    if key not in model.measured:
         config = model.decoder.config.to_dict()
         fields = {k: config[k] for k in config if k not in ASIDE and k[0] != "_"}
         weights = model.decoder.state_dict()
-        about = [fields, list(weights), getattr(model, "what", "states")]
-        text = json.dumps(about, sort_keys=True, default=str)
-        model.measured["fingerprint",] = digest(weights.values(), text)
-    return model.measured["fingerprint",]
+        text = json.dumps([model.what, fields, [*weights]], sort_keys=True, default=str)
+        model.measured[key] = digest(weights.values(), text)
+    return model.measured[key]

@@ -92,7 +92,7 @@ def _shard(
     path: Path, model: LanguageModel, prompts: Sequence[Tensor], layers: Sequence[int]
 ) -> Float[Tensor, "layers prompts d_model"]:
     """A shard from the disk if it is intact and the right one, else a new one."""
-    of = digest([*prompts, torch.tensor(layers)]) + fingerprint(model)
+    of = digest([*prompts, torch.tensor(layers)], fingerprint(model))
     with suppress(OSError, SafetensorError):  # not there yet, or damaged: made anew
         stored, metadata = read(path)
         if metadata == {"of": of, "digest": digest(list(stored.values()))}:
